@@ -1,0 +1,122 @@
+"""Preset, then overrides, then validation; and the same configuration to and from YAML."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from medvisionllama._files import write_text
+from medvisionllama.config.presets import preset_settings
+from medvisionllama.config.schema import Config
+from medvisionllama.errors import ConfigError
+
+
+def load_config(preset: str = "small", overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """Build a configuration from a preset and overrides.
+
+    Args:
+        preset: a name of `PRESETS`.
+        overrides: `["network.insert=none"]` as on the command line (values read as YAML), or a mapping from
+            dotted keys to values.
+
+    Raises:
+        ConfigError: an unknown preset or key, a value of the wrong type, or values that contradict each other.
+
+    >>> load_config("small", ["network.insert=none", "train.epochs=3"]).network.insert
+    'none'
+    """
+    return _validated(apply_overrides(preset_settings(preset), overrides), where=f"preset {preset}")
+
+
+def apply_overrides(settings: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Return `settings` with dotted keys replaced, each key checked against the schema."""
+    if isinstance(overrides, Mapping):
+        items = [(key, _plain(value)) for key, value in overrides.items()]
+    else:
+        items = [_split_override(text) for text in overrides]
+    result = _copy(settings)
+    for key, value in items:
+        _check_key(key)
+        *parents, last = key.split(".")
+        section = result
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return result
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write every setting, defaults included, so that the file says what was run."""
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def read_config(path: Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """Read a configuration written by `write_config`.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or has unknown keys or values.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; a run folder made by `medvisionllama train` has one") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {_one_line(error)}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} holds no settings")
+    return _validated(apply_overrides(settings, overrides), where=str(path))
+
+
+def _validated(settings: dict[str, Any], *, where: str) -> Config:
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "settings"
+        given = "" if isinstance(first["input"], BaseModel | dict) else f" (given: {first['input']!r})"
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: {key}: {message}{given}") from None
+
+
+def _split_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text!r} has no '='; write it as --set section.key=value")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: the value is not readable: {_one_line(error)}") from None
+
+
+def _check_key(key: str) -> None:
+    known = _known_keys(Config)
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"unknown setting {key!r}{hint} (all settings: medvisionllama train --help-settings)")
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            keys += _known_keys(nested, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    return str(value) if isinstance(value, Path) else value
+
+
+def _copy(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, dict) else value for key, value in settings.items()}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

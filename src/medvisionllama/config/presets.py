@@ -1,0 +1,89 @@
+"""Named full configurations. Each is the difference from the defaults of `schema.py`, with literal sizes."""
+
+from typing import Any
+
+from medvisionllama.errors import ConfigError
+
+Settings = dict[str, Any]
+
+
+def small() -> Settings:
+    """Native resolution, a thin convolutional stem and skip head around the tokens; minutes on two CPU cores."""
+    return {
+        "network": {"gate": "zero"},
+        "train": {"max_minutes": 20.0, "gate_learning_rate_scale": 5.0},
+    }
+
+
+def paper() -> Settings:
+    """The published data flow (arXiv 2410.02458): encoder, VD1, block with a residual, VD2, decoder.
+
+    The text gives one number of transformer blocks; we read it as encoder and decoder together. Dropout acts on
+    the sublayers' outputs, not on the attention matrix, so that 4,096 tokens fit a machine of ordinary memory.
+    """
+    return {
+        "data": _PUBLISHED_DATA,
+        "augment": _PUBLISHED_AUGMENTATION,
+        "network": {
+            **_PUBLISHED_VIT,
+            "insert_after": 8,
+            "mapper": "linear+lora",
+            "block": {"source": "llama-3.1-8b", "lora_rank": 4},
+        },
+        "train": _PUBLISHED_TRAINING,
+        "inference": {"flip": False},
+    }
+
+
+def reference() -> Settings:
+    """What the published code computes: the block before positions and transformer, frozen random mappers."""
+    return {
+        "data": _PUBLISHED_DATA,
+        "augment": _PUBLISHED_AUGMENTATION,
+        "network": {
+            **_PUBLISHED_VIT,
+            "insert_after": 0,
+            "positions": "after_insert",
+            "attention_dropout": 0.2,
+            "mapper": "lora",
+            "block": {"source": "llama-3.1-8b"},
+        },
+        "train": _PUBLISHED_TRAINING,
+        "inference": {"flip": False},
+    }
+
+
+_PUBLISHED_DATA: Settings = {"labels": "foreground", "geometry": "resize", "crop_size": [128, 128, 128]}
+_PUBLISHED_AUGMENTATION: Settings = {"rotation_degrees": 10.0, "scale": [0.9, 1.1], "translation": 0.05}
+_PUBLISHED_VIT: Settings = {
+    "head": "linear",
+    "patch_size": 8,
+    "width": 64,
+    "depth": 16,
+    "num_heads": 4,
+    "dropout": 0.2,
+}
+_PUBLISHED_TRAINING: Settings = {
+    "epochs": 200,
+    "batch_size": 4,
+    "optimizer": "adam",
+    "learning_rate": 2e-3,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "ema_decay": 0.0,
+    "auxiliary_weight": 0.0,
+}
+
+PRESETS = {"small": small, "paper": paper, "reference": reference}
+
+
+def preset_settings(name: str) -> Settings:
+    """Return a preset's settings.
+
+    Raises:
+        ConfigError: no preset has that name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; the presets are: {', '.join(PRESETS)}")
+    return {"preset": name, **PRESETS[name]()}

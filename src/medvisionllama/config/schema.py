@@ -1,0 +1,188 @@
+"""Every setting of a run: its type, its default, its limits and what it means.
+
+Unknown keys are errors, and so are values that contradict each other; both are found when the configuration is
+built, before a scan is read or a weight allocated.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Size = tuple[Positive, Positive, Positive]
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys refused, values frozen once built, docstrings under fields kept as help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class DataConfig(Section):
+    path: Path | None = None
+    """An MSD folder, an nnU-Net raw folder, or a folder with images/ and labels/."""
+    labels: Literal["all", "foreground"] = "all"
+    """Segment every class (softmax), or all of them merged to one foreground (sigmoid), as published."""
+    geometry: Literal["native", "resize"] = "native"
+    """Crop at the dataset's median spacing, or squeeze the whole volume into `crop_size`, as published."""
+    spacing_mm: tuple[float, float, float] | None = None
+    """Spacing of training in x, y, z; by default the fingerprint's median."""
+    crop_size: Size | None = None
+    """Voxels of a training crop in x, y, z; by default from the fingerprint and `max_crop_voxels`."""
+    max_crop_voxels: Positive = 131_072
+    """Upper limit of a planned crop: the compute of one step grows with it."""
+    patient_pattern: str | None = None
+    """Regular expression whose first group is the patient in a case's name; by default a rule that knows frames,
+    phases, visits and time points."""
+    splits: Path | None = None
+    """A splits file to use instead of drawing one."""
+    split_seed: int = 0
+    """Seed of the split; equal seeds give equal splits whatever the model."""
+    fold: Annotated[int, Field(ge=0)] = 0
+    """Which fold validates."""
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the fold's training patients used; smaller shares are subsets of larger ones."""
+    num_cases: Positive | None = None
+    """Number of training cases used instead of a fraction; whole patients, nested like fractions."""
+    foreground_share: Share = 0.5
+    """Share of crops centred on a labelled voxel, classes taking turns."""
+
+
+class AugmentConfig(Section):
+    enabled: bool = True
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 20.0
+    """Largest rotation about each axis; out-of-plane axes of anisotropic scans turn a quarter as far."""
+    scale: tuple[float, float] = (0.8, 1.25)
+    """Range of isotropic zoom, drawn evenly in its logarithm."""
+    translation: Share = 0.1
+    """Largest shift as a share of the crop."""
+    spatial_probability: Share = 0.8
+    flip: Literal["auto", "none"] = "auto"
+    """`auto` mirrors left and right unless the class names tell left from right."""
+    intensity_probability: Share = 0.3
+    """Probability of each of brightness, contrast, gamma, noise, blur and low resolution, per case."""
+
+
+class BlockConfig(Section):
+    source: str = "smollm2-135m"
+    """A name of the catalogue (`medvisionllama llm list`) or a local folder of safetensors."""
+    layers: tuple[int, ...] = (-1,)
+    """Which layers, counted from the front, or from the back if negative."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    rotary: bool = False
+    causal: bool = False
+    final_norm: bool = True
+    """Apply the language model's own last norm to the block's output."""
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of the LoRA update inside the block; 0 leaves it out."""
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+
+class NetworkConfig(Section):
+    tokens: bool = True
+    """False leaves stem and skip head alone: the control that shows what the tokens add."""
+    insert: Literal["llm", "mlp", "none"] = "llm"
+    """What sits between encoder and decoder."""
+    block: BlockConfig = BlockConfig()
+    mapper: Literal["linear", "lora", "linear+lora"] = "linear"
+    """VD1 and VD2: trained in full; a frozen random matrix plus a low-rank update, as in the reference code; or a
+    trained matrix plus a low-rank update."""
+    mapper_rank: Positive = 4
+    gate: Literal["none", "zero"] = "none"
+    """`zero` multiplies the insert by a trained vector that starts at zero, so training starts at the baseline."""
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Hidden width of every MLP as a multiple of its width."""
+    head: Literal["linear", "upsample", "skip"] = "skip"
+    stem_channels: tuple[Positive, Positive, Positive] = (8, 32, 64)
+    """Channels of the skip head's stem at stride 1, 2 and 4."""
+    patch_size: Positive = 8
+    """Edge of a token's patch for the heads without a stem."""
+    width: Positive = 192
+    depth: Positive = 8
+    """Transformer blocks, encoder and decoder together."""
+    insert_after: Annotated[int, Field(ge=0)] = 6
+    """How many of them come before the insert: 0 puts it first, `depth` last."""
+    num_heads: Positive = 4
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    positions: Literal["before_encoder", "after_insert"] = "before_encoder"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "NetworkConfig":
+        if self.width % self.num_heads:
+            raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
+        if self.insert_after > self.depth:
+            raise ValueError(f"insert_after={self.insert_after} is more than depth={self.depth}")
+        if not self.tokens and self.head != "skip":
+            raise ValueError(f"tokens=false needs head=skip, since head={self.head} has no other input")
+        return self
+
+
+class TrainConfig(Section):
+    epochs: Positive | None = None
+    """Stop after so many passes over the training cases."""
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Stop training after so many minutes from the start, preprocessing and validation included."""
+    batch_size: Positive = 2
+    accumulate: Positive = 1
+    """Batches whose gradients are summed before a step."""
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.02
+    gate_learning_rate_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate of the insert's gate as a multiple of the others'."""
+    schedule: Literal["cosine", "polynomial", "plateau", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the averaged weights that are validated and saved; 0 uses the raw weights."""
+    auxiliary_weight: Annotated[float, Field(ge=0)] = 0.3
+    """Weight of the losses at stride 2 and at the tokens, against 1 for the full resolution."""
+    num_validations: Positive = 12
+    """How often the validation cases are segmented, spread evenly over the run."""
+    save_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Longest time between two saves of the resume state."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` takes bf16 where the hardware multiplies it natively, else fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _ends(self) -> "TrainConfig":
+        if self.epochs is None and self.max_minutes is None:
+            raise ValueError("set train.epochs or train.max_minutes, or the run would never end")
+        return self
+
+
+class InferenceConfig(Section):
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Overlap of neighbouring windows."""
+    flip: bool = True
+    """Average the prediction with that of the mirrored scan, along the axes that training mirrors."""
+    tolerance_mm: Annotated[float, Field(gt=0)] = 1.0
+    """Distance within which NSD counts a surface as matched."""
+
+
+class Config(Section):
+    """One run. Build it with `load_config`, which starts from a preset."""
+
+    preset: str = "small"
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    network: NetworkConfig = NetworkConfig()
+    train: TrainConfig = TrainConfig(max_minutes=20)
+    inference: InferenceConfig = InferenceConfig()
+    out: Path | None = None
+    """The run folder."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        if self.data.geometry == "resize" and self.data.crop_size is None:
+            raise ValueError("data.geometry=resize needs data.crop_size, the shape to resize to")
+        if self.network.head != "skip" and self.data.crop_size:
+            patch = self.network.patch_size
+            if any(size % patch for size in self.data.crop_size):
+                raise ValueError(f"data.crop_size={self.data.crop_size} is not a multiple of network.patch_size={patch}")
+        return self

@@ -1,0 +1,1 @@
+"""From files to batches: index → splits → plan → cache → crops → augmentation."""

@@ -1,0 +1,222 @@
+"""Each case preprocessed once: RAS, target grid, memory-mapped; keyed by file content and settings.
+
+Intensities are stored as read. Normalisation is two numbers a channel, applied to the crop; so CT statistics may
+come from the training cases of a fold while all folds share one cache.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medvisionllama._files import atomic_path, canonical_hash, user_cache, write_json
+from medvisionllama.data.index import Case
+from medvisionllama.data.planning import Normalisation, Plan, is_ct
+from medvisionllama.data.readers import read_image, read_label
+from medvisionllama.data.resample import resample_image, resample_label, shape_at
+from medvisionllama.data.volume import Volume, to_ras
+from medvisionllama.errors import DataError
+from medvisionllama.types import ImageArray, LabelArray, SpacingMm
+
+_FORMAT = 3
+_CENTRES_PER_CLASS = 1000
+_SAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class CachedCase:
+    """A preprocessed case; arrays are memory maps, opened when asked for."""
+
+    case_id: str
+    patient_id: str
+    folder: Path
+    facts: dict[str, Any]
+
+    @property
+    def image(self) -> ImageArray:
+        return self._load("image")
+
+    @property
+    def label(self) -> LabelArray:
+        """Label values on the training grid."""
+        return self._load("label")
+
+    @property
+    def native_label(self) -> LabelArray:
+        """Label values on the scan's own grid, in RAS: what predictions are scored against."""
+        return self._load("native_label" if self.facts["resampled"] else "label")
+
+    @property
+    def centres(self) -> np.ndarray:
+        """Rows of label value, x, y, z: up to a thousand voxels of each class."""
+        return self._load("centres")
+
+    @property
+    def native_spacing_mm(self) -> SpacingMm:
+        x, y, z = self.facts["spacing_mm"]
+        return (x, y, z)
+
+    @property
+    def content_sha256(self) -> str:
+        return str(self.facts["content_sha256"])
+
+    def _load(self, name: str) -> np.ndarray:
+        array: np.ndarray = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        return array
+
+
+def build_cache(
+    cases: Sequence[Case], plan: Plan, *, folder: Path | None = None, on_case: Callable[[], None] = lambda: None
+) -> tuple[CachedCase, ...]:
+    """Preprocess cases in parallel, skipping those already there.
+
+    Args:
+        folder: where the cache lives; by default the user's cache folder.
+        on_case: called after each case, for a progress bar.
+
+    Raises:
+        DataError: a case cannot be read, or has label values that the dataset does not declare.
+    """
+    root = folder or user_cache() / "preprocessed"
+
+    def prepare(case: Case) -> CachedCase:
+        result = _prepare(case, plan, root)
+        on_case()
+        return result
+
+    with ThreadPoolExecutor() as pool:
+        futures = [pool.submit(prepare, case) for case in cases]
+        try:
+            return tuple(future.result() for future in futures)
+        except BaseException:
+            # Do not let the remaining cases be read for nothing before the error is shown.
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def found_classes(cases: Sequence[CachedCase]) -> dict[int, str]:
+    """Classes of a dataset that declares none: every label value met."""
+    values = sorted({int(value) for case in cases for value in case.facts["class_voxels"]} - {0})
+    if not values:
+        raise DataError("every label is empty; check that labels/ holds the masks and not the images")
+    return {value: f"class {value}" for value in values}
+
+
+def fit_normalisation(cases: Sequence[CachedCase], channels: Sequence[str]) -> tuple[Normalisation, ...]:
+    """Choose the normalisation of each channel; `cases` are those that train.
+
+    CT is clipped to the 0.5 and 99.5 percentiles of foreground voxels and scaled by their mean and deviation
+    (nnU-Net's rule).
+    """
+    result = []
+    for index, channel in enumerate(channels):
+        if not is_ct(channel):
+            result.append(Normalisation(kind="image"))
+            continue
+        samples = np.concatenate([np.asarray(case.facts["foreground_samples"][index], dtype=np.float64) for case in cases])
+        if samples.size == 0:
+            raise DataError(f"no labelled voxel in the {len(cases)} training cases, so CT intensities cannot be scaled; check the labels")
+        low, high = (float(value) for value in np.percentile(samples, [0.5, 99.5]))
+        clipped = samples.clip(low, high)
+        result.append(Normalisation(kind="dataset", low=low, high=high, mean=float(clipped.mean()), std=float(max(clipped.std(), 1e-6))))
+    return tuple(result)
+
+
+def normalise(image: ImageArray, rules: Sequence[Normalisation], moments: Sequence[Sequence[float]]) -> ImageArray:
+    """Bring `[channel, x, y, z]` to a common scale; `moments` are the scan's own, by channel."""
+    result = np.empty(image.shape, dtype=np.float32)
+    for channel, (rule, (mean, std)) in enumerate(zip(rules, moments, strict=True)):
+        if rule.kind == "image":
+            result[channel] = (image[channel] - np.float32(mean)) / np.float32(std)
+        else:
+            result[channel] = (image[channel].clip(rule.low, rule.high) - np.float32(rule.mean)) / np.float32(rule.std)
+    return result
+
+
+def image_moments(image: ImageArray) -> list[tuple[float, float]]:
+    """Mean and deviation of each channel's non-zero voxels: zero is padding or stripped skull in MR."""
+    moments = []
+    for channel in image:
+        voxels = channel[channel != 0]
+        if voxels.size == 0:
+            voxels = channel.ravel()
+        mean, std = float(voxels.mean(dtype=np.float64)), float(voxels.std(dtype=np.float64))
+        moments.append((mean, std if std > 1e-8 else 1.0))
+    return moments
+
+
+def to_grid(volume: Volume, plan: Plan) -> ImageArray:
+    """Bring an image in RAS to the grid that the network sees."""
+    if plan.resize:
+        return resample_image(volume.array, plan.crop_size)
+    return resample_image(volume.array, shape_at(volume.shape, volume.spacing_mm, plan.spacing_mm))
+
+
+def _prepare(case: Case, plan: Plan, root: Path) -> CachedCase:
+    assert case.label is not None, "only labelled cases are cached"
+    digest = hashlib.sha256()
+    for path in (*case.images, case.label):
+        digest.update(path.read_bytes())
+    content = digest.hexdigest()
+    settings = {"format": _FORMAT, "spacing": plan.spacing_mm, "resize": plan.crop_size if plan.resize else None}
+    folder = root / canonical_hash([content, settings])[:32]
+    facts_path = folder / "facts.json"
+    if facts_path.is_file():
+        facts = json.loads(facts_path.read_text())
+    else:
+        facts = {"content_sha256": content, **_write_arrays(case, plan, folder)}
+        # Written last: a folder without it is an unfinished one, and is filled again.
+        write_json(facts_path, facts)
+    _check_values(case, facts, plan)
+    return CachedCase(case.case_id, case.patient_id, folder, facts)
+
+
+def _write_arrays(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
+    assert case.label is not None
+    image, native = to_ras(read_image(case.images)), to_ras(read_label(case.label))
+    grid = to_grid(image, plan)
+    label = resample_label(native.array, (grid.shape[1], grid.shape[2], grid.shape[3]))
+    resampled = label.shape != native.array.shape
+    arrays = {"image": grid, "label": label, "centres": _centres(label)}
+    if resampled:
+        arrays["native_label"] = native.array
+    for name, array in arrays.items():
+        with atomic_path(folder / f"{name}.npy") as temporary:
+            np.save(temporary, np.ascontiguousarray(array), allow_pickle=False)
+    values, counts = np.unique(native.array, return_counts=True)
+    return {
+        "resampled": resampled,
+        "spacing_mm": image.spacing_mm,
+        "moments": image_moments(image.array),
+        "class_voxels": {str(value): int(count) for value, count in zip(values, counts, strict=True)},
+        "foreground_samples": _foreground_samples(image.array, native.array) if any(map(is_ct, plan.channels)) else [],
+    }
+
+
+def _centres(label: LabelArray) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    rows = []
+    for value in np.unique(label[label > 0]):
+        voxels = np.argwhere(label == value)
+        kept = voxels[rng.permutation(len(voxels))[:_CENTRES_PER_CLASS]]
+        rows.append(np.column_stack([np.full(len(kept), value), kept]))
+    return np.concatenate(rows).astype(np.int32) if rows else np.zeros((0, 4), np.int32)
+
+
+def _foreground_samples(image: ImageArray, label: LabelArray) -> list[list[float]]:
+    voxels = image[:, label > 0]
+    kept = np.random.default_rng(0).permutation(voxels.shape[1])[:_SAMPLES]
+    samples: list[list[float]] = voxels[:, kept].tolist()
+    return samples
+
+
+def _check_values(case: Case, facts: dict[str, Any], plan: Plan) -> None:
+    unknown = sorted({int(value) for value in facts["class_voxels"]} - {0, *plan.classes})
+    if plan.classes and unknown:
+        declared = ", ".join(f"{value} {name}" for value, name in plan.classes.items())
+        raise DataError(f"{case.label} holds the label value {unknown[0]}, which the dataset does not declare (0 background, {declared}); add it to 'labels' in dataset.json or correct the label")

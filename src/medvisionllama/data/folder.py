@@ -1,0 +1,68 @@
+"""Two layouts told by folder names: nnU-Net's raw folders, and images/ beside labels/."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from medvisionllama.data.index import Case, Dataset, patient_of
+from medvisionllama.data.readers import SUFFIXES, is_scan, stem_of
+from medvisionllama.errors import DataError
+
+
+def index_nnunet(root: Path, content: dict[str, Any], patient_pattern: str | None) -> Dataset:
+    """Index imagesTr/CASE_0000.nii.gz, one file per channel, and labelsTr/CASE.nii.gz.
+
+    Raises:
+        DataError: a folder or a channel is missing, or the classes are regions, which need merging first.
+    """
+    where = root / "dataset.json"
+    names, labels = content.get("channel_names"), content.get("labels")
+    if not isinstance(names, dict) or not isinstance(labels, dict):
+        raise DataError(f"{where} needs 'training' (MSD), or 'channel_names' and 'labels' (nnU-Net)")
+    classes: dict[int, str] = {}
+    for name, value in labels.items():
+        if not isinstance(value, int):
+            raise DataError(f"{where}: the class {name!r} is {value!r}; region-based classes are not supported, give one number each")
+        classes[value] = name
+    num_channels = len(names)
+    cases = []
+    for label in _scans(root / "labelsTr"):
+        case_id = stem_of(label)
+        images = tuple(_one_of(root / "imagesTr", f"{case_id}_{channel:04d}") for channel in range(num_channels))
+        cases.append(Case(case_id, patient_of(case_id, patient_pattern), images, label))
+    channels = tuple(str(names[key]) for key in sorted(names, key=int))
+    return Dataset(root.name, root, tuple(cases), channels, {value: classes[value] for value in sorted(classes) if value})
+
+
+def index_plain(root: Path, patient_pattern: str | None) -> Dataset:
+    """Index images/ and labels/ by equal names; `_0000` channel endings are understood.
+
+    Raises:
+        DataError: an image has no label, or a label no image.
+    """
+    labels = {stem_of(path): path for path in _scans(root / "labels")}
+    groups: dict[str, list[Path]] = {}
+    for path in _scans(root / "images"):
+        stem = stem_of(path)
+        case_id = stem if stem in labels else re.sub(r"_\d{4}$", "", stem)
+        groups.setdefault(case_id, []).append(path)
+    for case_id in sorted(groups.keys() ^ labels.keys()):
+        missing = "labels" if case_id in groups else "images"
+        raise DataError(f"{root}: the case {case_id!r} has no file in {missing}/; add {missing}/{case_id}{SUFFIXES[0]} or remove its partner")
+    cases = tuple(Case(case_id, patient_of(case_id, patient_pattern), tuple(images), labels[case_id]) for case_id, images in sorted(groups.items()))
+    num_channels = {len(case.images) for case in cases}
+    if len(num_channels) > 1:
+        raise DataError(f"{root}/images: cases have {sorted(num_channels)} channel files; every case needs the same number")
+    channels = tuple(f"channel {number}" for number in range(max(num_channels, default=1)))
+    return Dataset(root.name, root, cases, channels, {})
+
+
+def _scans(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist; the layout of {folder.parent} needs it")
+    return sorted(path for path in folder.iterdir() if is_scan(path))
+
+
+def _one_of(folder: Path, stem: str) -> Path:
+    paths = [folder / (stem + suffix) for suffix in SUFFIXES]
+    return next((path for path in paths if path.is_file()), paths[0])

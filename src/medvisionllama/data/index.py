@@ -1,0 +1,95 @@
+"""What a dataset folder holds: its cases, channels and classes, whatever its layout.
+
+`open_dataset` recognises the layout; each layout has one file (`msd.py`, `folder.py`) that returns a `Dataset`.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from medvisionllama.errors import DataError
+
+# What may follow a patient's name in a file name: cardiac frames and phases, visits, sessions, time points,
+# scans of one study. Two volumes that differ only there are one patient.
+_SUFFIXES = r"(?:[_-](?:frame|ph|phase|t|time|tp|visit|ses|session|scan|run|ed|es)[-_]?\d*)+$"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image with its label."""
+
+    case_id: str
+    patient_id: str
+    images: tuple[Path, ...]
+    label: Path | None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A task: labelled cases, channel names, and class names by label value (background left out).
+
+    `classes` is empty for layouts that declare none; preprocessing then takes the values it finds.
+    """
+
+    name: str
+    root: Path
+    cases: tuple[Case, ...]
+    channels: tuple[str, ...]
+    classes: dict[int, str]
+
+    @property
+    def patients(self) -> dict[str, str]:
+        """Patient of each case."""
+        return {case.case_id: case.patient_id for case in self.cases}
+
+
+def open_dataset(root: Path, *, patient_pattern: str | None = None) -> Dataset:
+    """Index an MSD folder, an nnU-Net raw folder, or a folder with images/ and labels/.
+
+    Raises:
+        DataError: no such folder, no layout recognised, or files that the layout promises are absent.
+    """
+    from medvisionllama.data import folder, msd
+
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; give an MSD folder, an nnU-Net raw folder, or one with images/ and labels/")
+    if (root / "dataset.json").is_file():
+        content = msd.read_dataset_json(root / "dataset.json")
+        dataset = msd.index(root, content, patient_pattern) if "training" in content else folder.index_nnunet(root, content, patient_pattern)
+    elif (root / "images").is_dir() and (root / "labels").is_dir():
+        dataset = folder.index_plain(root, patient_pattern)
+    else:
+        raise DataError(f"{root} holds no dataset; expected dataset.json, or the folders images/ and labels/")
+    _check(dataset)
+    return dataset
+
+
+def patient_of(case_id: str, pattern: str | None = None) -> str:
+    """Name the patient of a case.
+
+    >>> patient_of("patient003_frame15"), patient_of("SC-HF-I-02_ph06"), patient_of("hippocampus_003")
+    ('patient003', 'SC-HF-I-02', 'hippocampus_003')
+    """
+    if pattern is None:
+        return re.sub(_SUFFIXES, "", case_id, flags=re.IGNORECASE) or case_id
+    try:
+        match = re.search(pattern, case_id)
+    except re.error as error:
+        raise DataError(f"data.patient_pattern={pattern!r} is not a regular expression: {error}") from None
+    if match is None:
+        raise DataError(f"data.patient_pattern={pattern!r} does not match the case {case_id!r}; every case needs a patient")
+    return match.group(1) if match.groups() else match.group(0)
+
+
+def _check(dataset: Dataset) -> None:
+    if not dataset.cases:
+        raise DataError(f"{dataset.root} holds no labelled cases; put images and labels of the same names there")
+    seen: set[str] = set()
+    for case in dataset.cases:
+        if case.case_id in seen:
+            raise DataError(f"{dataset.root}: the case {case.case_id!r} is listed twice; remove one")
+        seen.add(case.case_id)
+        for path in (*case.images, case.label):
+            if path is not None and not path.is_file():
+                raise DataError(f"{dataset.root}: {path} is named by the dataset but does not exist; restore it or remove the case")

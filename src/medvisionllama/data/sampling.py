@@ -1,0 +1,115 @@
+"""Training batches as a pure function of seed and step: nothing to save, nothing to replay after a resume."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from medvisionllama.config import AugmentConfig, DataConfig
+from medvisionllama.data.cache import CachedCase, normalise
+from medvisionllama.data.planning import Plan
+from medvisionllama.data.transforms import Augmentation
+from medvisionllama.types import ImageBatch, LabelBatch, Triple
+
+_MARGIN = 1.25
+"""A region this much larger than the crop is cut out, so that rotation and zoom bring in tissue, not padding."""
+
+
+class BatchSampler:
+    """Cuts, normalises and augments the batch of any step.
+
+    Cases come in a fresh random order every epoch. A share of the crops is centred on a labelled voxel, classes
+    taking turns at random, the rest anywhere.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[CachedCase],
+        plan: Plan,
+        data: DataConfig,
+        augment: AugmentConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        self.cases = cases
+        self.plan = plan
+        self.foreground_share = data.foreground_share
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.augmentation = Augmentation(augment, plan.spacing_mm, plan.crop_size, plan.flip_axes)
+        scale = 1.0 if plan.resize or not augment.enabled else _MARGIN
+        x, y, z = (int(np.ceil(size * scale)) for size in plan.crop_size)
+        self.region: Triple = (x, y, z)
+        self.class_of = _lookup(plan)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that show every case about once."""
+        return max(1, len(self.cases) // (self.batch_size * self.num_ranks))
+
+    def batch(self, step: int) -> tuple[ImageBatch, LabelBatch]:
+        """Return images `[b, c, x, y, z]` and class numbers `[b, x, y, z]` of a step."""
+        rng = np.random.default_rng([self.seed, self.rank, step])
+        pairs = [self._cut(self.cases[index], rng) for index in self._case_numbers(step)]
+        images = torch.from_numpy(np.stack([image for image, _ in pairs]))
+        labels = torch.from_numpy(np.stack([label for _, label in pairs]))
+        return self.augmentation(images, labels, rng)
+
+    def _case_numbers(self, step: int) -> list[int]:
+        first = (step * self.num_ranks + self.rank) * self.batch_size
+        numbers = []
+        for position in range(first, first + self.batch_size):
+            epoch, place = divmod(position, len(self.cases))
+            numbers.append(int(np.random.default_rng([self.seed, 1_000_003, epoch]).permutation(len(self.cases))[place]))
+        return numbers
+
+    def _cut(self, case: CachedCase, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        label, image = case.label, case.image
+        centre = self._centre(label.shape, case.centres, rng)
+        target, source = _overlap(centre, self.region, label.shape)
+        cut_image = np.zeros((image.shape[0], *self.region), dtype=np.float32)
+        cut_label = np.zeros(self.region, dtype=np.int64)
+        # Padding is zero after normalisation, the same as in the sliding window.
+        cut_image[(slice(None), *target)] = normalise(image[(slice(None), *source)], self.plan.normalisation, case.facts["moments"])
+        cut_label[target] = self.class_of[label[source]]
+        return cut_image, cut_label
+
+    def _centre(self, shape: Sequence[int], centres: np.ndarray, rng: np.random.Generator) -> list[int]:
+        wanted: np.ndarray | None = None
+        if len(centres) and rng.random() < self.foreground_share:
+            rows = centres[centres[:, 0] == rng.choice(np.unique(centres[:, 0]))]
+            wanted = rows[rng.integers(len(rows)), 1:]
+        centre = []
+        for axis, (size, crop) in enumerate(zip(shape, self.plan.crop_size, strict=True)):
+            low, high = crop // 2, size - (crop - crop // 2)
+            if high <= low:
+                centre.append(size // 2)
+            elif wanted is None:
+                centre.append(int(rng.integers(low, high + 1)))
+            else:
+                centre.append(int(np.clip(wanted[axis], low, high)))
+        return centre
+
+
+def _overlap(centre: Sequence[int], region: Triple, shape: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Slices into the region and into the scan of what they share."""
+    target, source = [], []
+    for middle, length, size in zip(centre, region, shape, strict=True):
+        start = middle - length // 2
+        low, high = max(0, start), min(size, start + length)
+        target.append(slice(low - start, high - start))
+        source.append(slice(low, high))
+    return tuple(target), tuple(source)
+
+
+def _lookup(plan: Plan) -> np.ndarray:
+    """Class number of each label value."""
+    table = np.zeros(max(plan.classes) + 1, dtype=np.int64)
+    for number, value in enumerate(plan.classes, start=1):
+        table[value] = 1 if plan.merged else number
+    return table

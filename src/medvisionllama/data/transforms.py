@@ -1,0 +1,173 @@
+"""Augmentation of a whole batch in torch: one affine resampling for image and label, then intensities.
+
+Parameters are drawn first, from a generator that the caller seeds; applying them is deterministic.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medvisionllama.config import AugmentConfig
+from medvisionllama.types import ImageBatch, LabelBatch, SpacingMm, Triple
+
+_IN_PLANE_RATIO = 3.0
+_EFFECTS = ("brightness", "contrast", "gamma", "noise", "blur", "low_resolution")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What was drawn for one case of a batch."""
+
+    matrix: np.ndarray
+    """3×3, from an offset in the crop (voxels) to an offset in the region it is cut from."""
+    shift: np.ndarray
+    """Voxels added to that offset."""
+    effects: dict[str, float]
+    """Strength of each intensity effect that was drawn."""
+    noise_seed: int
+
+
+class Augmentation:
+    """Draws parameters and applies them to a batch of regions, giving crops."""
+
+    def __init__(self, config: AugmentConfig, spacing_mm: SpacingMm, crop_size: Triple, flip_axes: tuple[int, ...]) -> None:
+        self.config = config
+        self.spacing_mm = np.asarray(spacing_mm)
+        self.crop_size = crop_size
+        self.flip_axes = flip_axes
+
+    def __call__(self, images: ImageBatch, labels: LabelBatch, rng: np.random.Generator) -> tuple[ImageBatch, LabelBatch]:
+        """Cut the middle of each region, moved and changed at random unless augmentation is off."""
+        if not self.config.enabled:
+            return _middle(images, self.crop_size), _middle(labels, self.crop_size)
+        parameters = [self.draw(rng) for _ in range(len(images))]
+        images, labels = apply_affine(images, labels, parameters, self.crop_size)
+        changed = [apply_intensity(image, drawn) for image, drawn in zip(images, parameters, strict=True)]
+        return torch.stack(changed), labels
+
+    def draw(self, rng: np.random.Generator) -> Parameters:
+        """Draw one case's parameters."""
+        config = self.config
+        matrix, shift = np.eye(3), np.zeros(3)
+        if rng.random() < config.spatial_probability:
+            # Turn in millimetres, or a rotation would shear scans whose voxels are not cubes.
+            turn = _rotation(np.deg2rad(rng.uniform(-1, 1, 3) * config.rotation_degrees * self._axis_freedom()))
+            zoom = np.exp(rng.uniform(*np.log(config.scale)))
+            matrix = np.diag(1 / self.spacing_mm) @ turn @ np.diag(self.spacing_mm) / zoom
+            shift = rng.uniform(-1, 1, 3) * config.translation * np.asarray(self.crop_size)
+        for axis in self.flip_axes:
+            if rng.random() < 0.5:
+                matrix[:, axis] *= -1
+        effects = {name: float(rng.uniform(-1, 1)) for name in _EFFECTS if rng.random() < config.intensity_probability}
+        return Parameters(matrix, shift, effects, int(rng.integers(2**31)))
+
+    def _axis_freedom(self) -> np.ndarray:
+        """Share of the full angle allowed about each axis: turning thick slices into the plane makes stairs."""
+        thick = self.spacing_mm > _IN_PLANE_RATIO * self.spacing_mm.min()
+        if not thick.any():
+            return np.ones(3)
+        return np.where(thick, 1.0, 0.25)
+
+
+def apply_affine(images: ImageBatch, labels: LabelBatch, parameters: list[Parameters], crop: Triple) -> tuple[ImageBatch, LabelBatch]:
+    """Resample regions to crops: images linearly, labels class by class, both on the same grid of points."""
+    theta = torch.from_numpy(np.stack([_theta(p, crop, images.shape[2:]) for p in parameters])).to(images)
+    grid = F.affine_grid(theta, [len(images), 1, *crop], align_corners=False)
+    moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return moved, _sample_labels(labels, grid)
+
+
+def apply_intensity(image: Tensor, drawn: Parameters) -> Tensor:
+    """Change the intensities of `[c, x, y, z]`, normalised to about unit deviation."""
+    for name, strength in drawn.effects.items():
+        image = _APPLY[name](image, strength, drawn.noise_seed)
+    return image
+
+
+def _theta(drawn: Parameters, crop: Triple, region: torch.Size) -> np.ndarray:
+    # grid_sample counts each axis from -1 to 1 across its full length and names the last axis first.
+    to_voxels, to_unit = np.diag(np.asarray(crop) / 2), np.diag(2 / np.asarray(region))
+    matrix = to_unit @ drawn.matrix @ to_voxels
+    shift = to_unit @ drawn.shift
+    return np.concatenate([matrix[::-1, ::-1], shift[::-1, None]], axis=1).astype(np.float32)
+
+
+def _sample_labels(labels: LabelBatch, grid: Tensor) -> LabelBatch:
+    best = torch.zeros(grid.shape[:-1])
+    result = torch.zeros(grid.shape[:-1], dtype=torch.int64)
+    for value in labels.unique().tolist():
+        mask = (labels == value).float()[:, None]
+        share = F.grid_sample(mask, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0]
+        # Outside the region no class has a share, and the result stays background.
+        stronger = share > best
+        result[stronger] = value
+        best = torch.where(stronger, share, best)
+    return result
+
+
+def _rotation(angles: np.ndarray) -> np.ndarray:
+    x, y, z = angles
+    about_x = np.array([[1, 0, 0], [0, np.cos(x), -np.sin(x)], [0, np.sin(x), np.cos(x)]])
+    about_y = np.array([[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]])
+    about_z = np.array([[np.cos(z), -np.sin(z), 0], [np.sin(z), np.cos(z), 0], [0, 0, 1]])
+    return about_x @ about_y @ about_z
+
+
+def _middle(batch: Tensor, crop: Triple) -> Tensor:
+    starts = [(size - length) // 2 for size, length in zip(batch.shape[-3:], crop, strict=True)]
+    x, y, z = (slice(start, start + length) for start, length in zip(starts, crop, strict=True))
+    return batch[..., x, y, z]
+
+
+def _brightness(image: Tensor, strength: float, _: int) -> Tensor:
+    return image + 0.3 * strength
+
+
+def _contrast(image: Tensor, strength: float, _: int) -> Tensor:
+    mean = image.mean(dim=(1, 2, 3), keepdim=True)
+    return (image - mean) * 1.5**strength + mean
+
+
+def _gamma(image: Tensor, strength: float, _: int) -> Tensor:
+    low, high = image.amin(dim=(1, 2, 3), keepdim=True), image.amax(dim=(1, 2, 3), keepdim=True)
+    span = (high - low).clamp_min(1e-6)
+    return ((image - low) / span) ** (1.5**strength) * span + low
+
+
+def _noise(image: Tensor, strength: float, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return image + 0.15 * abs(strength) * torch.randn(image.shape, generator=generator)
+
+
+def _blur(image: Tensor, strength: float, _: int) -> Tensor:
+    sigma = 0.5 + 0.5 * abs(strength)
+    offsets = torch.arange(-2.0, 3.0)
+    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+    blurred = image[:, None]
+    for axis in range(3):
+        shape = [1, 1, 1, 1, 1]
+        shape[2 + axis] = 5
+        padding = [2 if other == axis else 0 for other in range(3)]
+        blurred = F.conv3d(blurred, kernel.view(shape), padding=padding)
+    return blurred[:, 0]
+
+
+def _low_resolution(image: Tensor, strength: float, _: int) -> Tensor:
+    factor = 1 - 0.5 * abs(strength)
+    small = [max(1, round(size * factor)) for size in image.shape[1:]]
+    reduced = F.interpolate(image[None], size=small, mode="nearest-exact")
+    return F.interpolate(reduced, size=image.shape[1:], mode="trilinear", align_corners=False)[0]
+
+
+_APPLY = {
+    "brightness": _brightness,
+    "contrast": _contrast,
+    "gamma": _gamma,
+    "noise": _noise,
+    "blur": _blur,
+    "low_resolution": _low_resolution,
+}

@@ -1,0 +1,64 @@
+"""A scan in memory: an array, the matrix that places it in the patient, and nothing else.
+
+Orientation changes only permute and mirror axes, so going to RAS and back is exact.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from nibabel.orientations import (
+    apply_orientation,
+    axcodes2ornt,
+    inv_ornt_aff,
+    io_orientation,
+    ornt_transform,
+)
+
+from medvisionllama.types import AffineMatrix, SpacingMm, Triple
+
+RAS = axcodes2ornt(("R", "A", "S"))
+
+
+@dataclass(frozen=True)
+class Volume:
+    """An image `[channel, x, y, z]` or a label `[x, y, z]`, and its voxel-to-patient matrix in millimetres."""
+
+    array: np.ndarray
+    affine: AffineMatrix
+
+    @property
+    def shape(self) -> Triple:
+        """Spatial shape."""
+        x, y, z = self.array.shape[-3:]
+        return (x, y, z)
+
+    @property
+    def spacing_mm(self) -> SpacingMm:
+        """Edge lengths of a voxel along the array's axes."""
+        return spacing_of(self.affine)
+
+
+def spacing_of(affine: AffineMatrix) -> SpacingMm:
+    """Edge lengths of a voxel, in millimetres."""
+    x, y, z = np.sqrt((affine[:3, :3] ** 2).sum(axis=0)).tolist()
+    return (x, y, z)
+
+
+def to_ras(volume: Volume) -> Volume:
+    """Permute and mirror the axes so that they run right, anterior, superior, as nearly as axes can."""
+    transform = ornt_transform(io_orientation(volume.affine), RAS)
+    affine = volume.affine @ inv_ornt_aff(transform, volume.shape)
+    return Volume(_apply(volume.array, transform), affine)
+
+
+def from_ras(array: np.ndarray, affine: AffineMatrix) -> np.ndarray:
+    """Undo `to_ras`: bring `[..., x, y, z]` in RAS back to the axes of an image with this `affine`."""
+    return _apply(array, ornt_transform(RAS, io_orientation(affine)))
+
+
+def _apply(array: np.ndarray, transform: np.ndarray) -> np.ndarray:
+    # nibabel turns the leading axes and leaves trailing ones alone; channels come first here, so move them.
+    if array.ndim == 3:
+        return np.ascontiguousarray(apply_orientation(array, transform))
+    turned = apply_orientation(np.moveaxis(array, 0, -1), transform)
+    return np.ascontiguousarray(np.moveaxis(turned, -1, 0))

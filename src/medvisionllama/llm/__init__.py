@@ -1,0 +1,6 @@
+"""Frozen transformer blocks of pretrained language models, as plain modules on token sequences."""
+
+from medvisionllama.llm.block import FrozenBlock
+from medvisionllama.llm.catalog import CATALOG, CatalogEntry
+
+__all__ = ["CATALOG", "CatalogEntry", "FrozenBlock"]

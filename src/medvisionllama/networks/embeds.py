@@ -1,0 +1,55 @@
+"""From voxels to tokens. An embedding returns the token grid, and the finer features that a skip head joins again."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from medvisionllama.networks.layers import ConvBlock
+from medvisionllama.types import ImageBatch, Triple
+
+Features = list[Tensor]
+
+
+class PatchEmbed(nn.Module):
+    """One linear map of each cubic patch (a convolution whose stride is its kernel)."""
+
+    def __init__(self, num_channels: int, width: int, *, patch_size: int) -> None:
+        super().__init__()
+        self.project = nn.Conv3d(num_channels, width, patch_size, stride=patch_size)
+
+    def forward(self, image: ImageBatch) -> tuple[Tensor, Features]:
+        return self.project(image), []
+
+
+class StemEmbed(nn.Module):
+    """A thin convolutional stem at three strides, then tokens.
+
+    Full resolution gets one convolution with few channels; the work is done at the coarser strides.
+    """
+
+    def __init__(self, num_channels: int, width: int, *, channels: Triple, strides: Sequence[Triple], tokens: bool) -> None:
+        super().__init__()
+        fine, middle, coarse = channels
+        self.fine = ConvBlock(num_channels, fine, kernel=kernel_for(strides[0]))
+        self.middle = nn.Sequential(
+            ConvBlock(fine, middle, stride=strides[0], kernel=kernel_for(strides[0])),
+            ConvBlock(middle, middle, kernel=kernel_for(strides[1])),
+        )
+        self.coarse = nn.Sequential(
+            ConvBlock(middle, coarse, stride=strides[1], kernel=kernel_for(strides[1])),
+            ConvBlock(coarse, coarse, kernel=kernel_for(strides[2])),
+        )
+        self.project = nn.Conv3d(coarse, width, kernel_for(strides[2]), stride=strides[2], padding=tuple(k // 2 for k in kernel_for(strides[2]))) if tokens else None
+
+    def forward(self, image: ImageBatch) -> tuple[Tensor | None, Features]:
+        full = self.fine(image)
+        half = self.middle(full)
+        quarter = self.coarse(half)
+        grid = None if self.project is None else self.project(quarter)
+        return grid, [full, half, quarter]
+
+
+def kernel_for(stride: Triple) -> Triple:
+    """Three voxels along the axes that are halved, one across slices that are still far apart."""
+    x, y, z = (3 if step > 1 else 1 for step in stride)
+    return (x, y, z)

@@ -1,0 +1,73 @@
+"""From tokens to logits. Each head returns the full-resolution logits and, while training, coarser ones to supervise."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from medvisionllama.networks.embeds import Features, kernel_for
+from medvisionllama.networks.layers import ConvBlock
+from medvisionllama.types import LogitBatch, Triple
+
+
+class LinearHead(nn.Module):
+    """One linear map from each token to the logits of its patch, as published."""
+
+    def __init__(self, width: int, num_outputs: int, *, patch_size: int) -> None:
+        super().__init__()
+        # A transposed convolution whose stride is its kernel writes each token's patch and nothing else.
+        self.project = nn.ConvTranspose3d(width, num_outputs, patch_size, stride=patch_size)
+
+    def forward(self, grid: Tensor, features: Features) -> tuple[LogitBatch, list[LogitBatch]]:
+        return self.project(grid), []
+
+
+class UpsampleHead(nn.Module):
+    """Transposed convolutions that double the resolution and halve the channels, with a norm between (as Primus)."""
+
+    def __init__(self, width: int, num_outputs: int, *, patch_size: int) -> None:
+        super().__init__()
+        modules: list[nn.Module] = []
+        while patch_size > 2 and patch_size % 2 == 0:
+            modules += [nn.ConvTranspose3d(width, width // 2, 2, stride=2), nn.InstanceNorm3d(width // 2, affine=True), nn.GELU()]
+            width, patch_size = width // 2, patch_size // 2
+        modules.append(nn.ConvTranspose3d(width, num_outputs, patch_size, stride=patch_size))
+        self.layers = nn.Sequential(*modules)
+
+    def forward(self, grid: Tensor, features: Features) -> tuple[LogitBatch, list[LogitBatch]]:
+        return self.layers(grid), []
+
+
+class SkipHead(nn.Module):
+    """Tokens on their way up, joined at each stride by the stem's features.
+
+    While training, logits are also read off at stride 2 and off the tokens themselves, so that each level has a
+    reason of its own to be right.
+    """
+
+    def __init__(self, width: int, num_outputs: int, *, channels: Triple, strides: Sequence[Triple], tokens: bool) -> None:
+        super().__init__()
+        fine, middle, coarse = channels
+        self.from_tokens = nn.ConvTranspose3d(width, coarse, strides[2], stride=strides[2]) if tokens else None
+        self.join_quarter = ConvBlock(2 * coarse if tokens else coarse, coarse, kernel=kernel_for(strides[2]))
+        self.to_half = nn.ConvTranspose3d(coarse, middle, strides[1], stride=strides[1])
+        self.join_half = ConvBlock(2 * middle, middle, kernel=kernel_for(strides[1]))
+        self.to_full = nn.ConvTranspose3d(middle, fine, strides[0], stride=strides[0])
+        self.join_full = ConvBlock(2 * fine, fine, kernel=kernel_for(strides[0]))
+        self.out = nn.Conv3d(fine, num_outputs, 1)
+        self.out_half = nn.Conv3d(middle, num_outputs, 1)
+        self.out_tokens = nn.Conv3d(width, num_outputs, 1) if tokens else None
+
+    def forward(self, grid: Tensor | None, features: Features) -> tuple[LogitBatch, list[LogitBatch]]:
+        full, half, quarter = features
+        if self.from_tokens is not None:
+            quarter = torch.cat([self.from_tokens(grid), quarter], dim=1)
+        half = self.join_half(torch.cat([self.to_half(self.join_quarter(quarter)), half], dim=1))
+        full = self.join_full(torch.cat([self.to_full(half), full], dim=1))
+        logits = self.out(full)
+        if not self.training:
+            return logits, []
+        auxiliary = [self.out_half(half)]
+        if self.out_tokens is not None:
+            auxiliary.append(self.out_tokens(grid))
+        return logits, auxiliary

@@ -1,0 +1,42 @@
+"""Small parts that the networks share."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medvisionllama.types import Tokens, Triple
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between, per token."""
+
+    def __init__(self, width: int, *, ratio: float = 4.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, int(width * ratio))
+        self.down = nn.Linear(int(width * ratio), width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        return self.dropout(self.down(F.gelu(self.up(tokens))))
+
+
+class ConvBlock(nn.Module):
+    """Convolution, instance norm, leaky ReLU."""
+
+    def __init__(self, num_in: int, num_out: int, *, stride: Triple = (1, 1, 1), kernel: Triple = (3, 3, 3)) -> None:
+        super().__init__()
+        padding = tuple(size // 2 for size in kernel)
+        self.conv = nn.Conv3d(num_in, num_out, kernel, stride=stride, padding=padding, bias=False)
+        self.norm = nn.InstanceNorm3d(num_out, affine=True)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        return F.leaky_relu(self.norm(self.conv(grid)), 0.01, inplace=True)
+
+
+def to_tokens(grid: Tensor) -> Tokens:
+    """`[b, c, x, y, z]` to `[b, x·y·z, c]`, z fastest."""
+    return grid.flatten(2).transpose(1, 2)
+
+
+def to_grid(tokens: Tokens, shape: Triple) -> Tensor:
+    """Undo `to_tokens`."""
+    return tokens.transpose(1, 2).unflatten(2, shape)

@@ -1,0 +1,67 @@
+"""`MedVisionLlama`: the published network as one constructor."""
+
+from medvisionllama.llm import FrozenBlock
+from medvisionllama.networks.embeds import PatchEmbed
+from medvisionllama.networks.heads import LinearHead
+from medvisionllama.networks.inserts import LLMInsert
+from medvisionllama.networks.mappers import MapperKind
+from medvisionllama.networks.segmenter import TokenSegmenter
+from medvisionllama.networks.vit import VisionTransformer, grid_after
+from medvisionllama.types import Triple
+
+
+class MedVisionLlama(TokenSegmenter):
+    """A ViT segmenter around one frozen block of a language model (arXiv 2410.02458, section 3).
+
+    Image `[b, c, x, y, z]` in, logits `[b, num_outputs, x, y, z]` out. The sizes are the reference code's.
+
+    Args:
+        image_size: voxels in x, y, z, each a multiple of `patch_size`.
+        block: by default the catalogue's `smollm2-135m`, fetched once.
+        depth: transformer blocks, `insert_after` of them before the language model's.
+
+    Raises:
+        ValueError: an image size that the patches do not tile.
+
+    >>> from medvisionllama.llm import FrozenBlock
+    >>> block = FrozenBlock.from_pretrained("smollm2-135m", weights="random")
+    >>> model = MedVisionLlama(image_size=(32, 32, 16), num_outputs=3, block=block, depth=2, insert_after=1)
+    >>> import torch; model(torch.zeros(1, 1, 32, 32, 16)).shape
+    torch.Size([1, 3, 32, 32, 16])
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: Triple = (128, 128, 128),
+        num_channels: int = 1,
+        num_outputs: int = 1,
+        block: FrozenBlock | None = None,
+        patch_size: int = 8,
+        width: int = 64,
+        depth: int = 16,
+        insert_after: int = 8,
+        num_heads: int = 4,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.2,
+        mapper: MapperKind = "linear+lora",
+        mapper_rank: int = 4,
+        gated: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if any(size % patch_size for size in image_size):
+            raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}")
+        block = block or FrozenBlock.from_pretrained()
+
+        def transformer(depth: int, positions: Triple | None) -> VisionTransformer:
+            return VisionTransformer(
+                depth, width=width, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, attention_dropout=0.0, positions=positions
+            )
+
+        super().__init__(
+            embed=PatchEmbed(num_channels, width, patch_size=patch_size),
+            encoder=transformer(insert_after, grid_after(image_size, (patch_size,) * 3)),
+            insert=LLMInsert(width, block, block_width=block.width, mapper=mapper, rank=mapper_rank, gated=gated, seed=seed),
+            decoder=transformer(depth - insert_after, None),
+            head=LinearHead(width, num_outputs, patch_size=patch_size),
+        )

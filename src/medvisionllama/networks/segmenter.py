@@ -1,0 +1,38 @@
+"""`TokenSegmenter`: embed → encoder → insert → decoder → head. Every model of this project is one of these."""
+
+from torch import nn
+
+from medvisionllama.networks.layers import to_grid, to_tokens
+from medvisionllama.types import ImageBatch, LogitBatch
+
+
+class TokenSegmenter(nn.Module):
+    """Segments a scan through tokens.
+
+    Args:
+        embed: image to token grid and finer features.
+        encoder, insert, decoder: tokens to tokens, of equal shape.
+        head: token grid and features to logits.
+    """
+
+    def __init__(self, embed: nn.Module, encoder: nn.Module, insert: nn.Module, decoder: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.embed = embed
+        self.encoder = encoder
+        self.insert = insert
+        self.decoder = decoder
+        self.head = head
+
+    def forward(self, image: ImageBatch) -> LogitBatch:
+        """Return logits `[b, k, x, y, z]` of the image's shape."""
+        return self.forward_all(image)[0]
+
+    def forward_all(self, image: ImageBatch) -> tuple[LogitBatch, list[LogitBatch]]:
+        """Return the logits and, in training mode, the coarser ones that are supervised too."""
+        grid, features = self.embed(image)
+        if grid is not None:
+            shape = grid.shape[2:]
+            tokens = self.decoder(self.insert(self.encoder(to_tokens(grid))))
+            grid = to_grid(tokens, shape)
+        logits, auxiliary = self.head(grid, features)
+        return logits, auxiliary

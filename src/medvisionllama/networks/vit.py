@@ -1,0 +1,78 @@
+"""Transformer encoder blocks on tokens, and the positions that place tokens in the scan.
+
+Pre-norm, as in the reference code. `attention_dropout` acts on attention weights, which forces the attention
+matrix into memory; leave it at 0 to keep PyTorch's fused kernel.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from medvisionllama.networks.layers import MLP
+from medvisionllama.types import Tokens, Triple
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention in which every token sees every other."""
+
+    def __init__(self, width: int, *, num_heads: int, dropout: float, attention_dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_dropout = attention_dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        rate = self.attention_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=rate)
+        return self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and MLP, each behind a norm and around a residual."""
+
+    def __init__(self, width: int, *, num_heads: int, mlp_ratio: float, dropout: float, attention_dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, num_heads=num_heads, dropout=dropout, attention_dropout=attention_dropout)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, ratio=mlp_ratio, dropout=dropout)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        tokens = tokens + self.attention(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class LearnedPositions(nn.Module):
+    """A trained vector for each token of a fixed grid."""
+
+    def __init__(self, grid: Triple, width: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.table = nn.Parameter(torch.randn(1, grid[0] * grid[1] * grid[2], width) * 0.02)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        return tokens + self.table
+
+
+class VisionTransformer(nn.Sequential):
+    """Positions, if a grid is given, then `depth` blocks; with neither it is the identity."""
+
+    def __init__(
+        self, depth: int, *, width: int, num_heads: int, mlp_ratio: float, dropout: float, attention_dropout: float, positions: Triple | None
+    ) -> None:
+        modules: list[nn.Module] = [LearnedPositions(positions, width)] if positions else []
+        modules += [
+            TransformerBlock(width, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, attention_dropout=attention_dropout) for _ in range(depth)
+        ]
+        super().__init__(*modules)
+
+
+def grid_after(size: Sequence[int], stride: Sequence[int]) -> Triple:
+    """Tokens along each axis."""
+    x, y, z = (length // step for length, step in zip(size, stride, strict=True))
+    return (x, y, z)

@@ -1,0 +1,129 @@
+"""The folder of a run: what each file is called, and how the folder begins and goes on.
+
+    config.yaml        every setting
+    plan.json          what was decided from the data
+    splits.json        who trained, validated and was kept for the test, with a hash
+    manifest.json      versions, hardware, seed, hashes of data, splits and block
+    history.jsonl      one line per validation
+    best.safetensors   trainable weights with the best validation Dice
+    last/              state to resume from
+    evaluation.csv     one row per test case and class
+    report.html        everything a person looks at
+"""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medvisionllama._files import write_text
+from medvisionllama.errors import CheckpointError
+
+_PACKAGES = ("medvisionllama", "torch", "monai", "transformers", "peft", "accelerate", "numpy", "nibabel", "safetensors")
+
+
+class RunDir:
+    """Paths inside one run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.plan = self.path / "plan.json"
+        self.splits = self.path / "splits.json"
+        self.manifest = self.path / "manifest.json"
+        self.history = self.path / "history.jsonl"
+        self.best = self.path / "best.safetensors"
+        self.state = self.path / "last" / "state.safetensors"
+        self.evaluation = self.path / "evaluation.csv"
+        self.report = self.path / "report.html"
+
+    def begin(self) -> None:
+        """Make the folder.
+
+        Raises:
+            CheckpointError: it already holds a run, which would be overwritten.
+        """
+        if self.config.exists():
+            raise CheckpointError(f"{self.path} already holds a run; go on with it by --resume, or choose another --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def check(self) -> None:
+        """Raise CheckpointError unless the folder holds a run that can predict."""
+        if not self.config.is_file():
+            raise CheckpointError(f"{self.path} is not a run folder (no config.yaml); make one with: medvisionllama train DATA --out {self.path}")
+        if not self.best.is_file():
+            raise CheckpointError(f"{self.path} has no best.safetensors yet; finish it with: medvisionllama train DATA --out {self.path} --resume")
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """Lines of history.jsonl; a line cut short by a kill is dropped."""
+        if not self.history.is_file():
+            return []
+        records = []
+        for line in self.history.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def append_history(self, record: dict[str, Any]) -> None:
+        with self.history.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rewind_history(self, step: int) -> None:
+        """Drop what was recorded after `step`; those steps are about to be repeated."""
+        kept = [record for record in self.read_history() if record["step"] <= step]
+        write_text(self.history, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def machine_facts() -> dict[str, Any]:
+    """Versions, hardware and revision, for the manifest."""
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "hardware": {
+            "machine": platform.machine(),
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "git_revision": _git_revision(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _git_revision() -> str | None:
+    """Revision of the package's own checkout; none for an installed package."""
+    folder = Path(__file__).parent
+    if not (folder.parent.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

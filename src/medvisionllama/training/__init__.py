@@ -1,0 +1,1 @@
+"""`fit` turns a configuration into a run folder."""

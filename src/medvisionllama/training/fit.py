@@ -1,0 +1,209 @@
+"""`fit`: from a configuration to a run folder. Reads top to bottom: data, network, loop."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from medvisionllama._files import canonical_hash, write_json, write_text
+from medvisionllama.checkpoint import frozen, trainable
+from medvisionllama.config import Config, write_config
+from medvisionllama.data.cache import CachedCase, build_cache, fit_normalisation, found_classes
+from medvisionllama.data.fingerprint import fingerprint
+from medvisionllama.data.index import Dataset, open_dataset
+from medvisionllama.data.planning import Plan, make_plan
+from medvisionllama.data.sampling import BatchSampler
+from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select, write_splits
+from medvisionllama.errors import CheckpointError, ConfigError
+from medvisionllama.llm.block import tensors_sha256
+from medvisionllama.networks.factory import build_network
+from medvisionllama.networks.segmenter import TokenSegmenter
+from medvisionllama.progress import Progress, Silent
+from medvisionllama.run_dir import RunDir, machine_facts
+from medvisionllama.training.losses import SupervisedSegmenter
+from medvisionllama.training.loop import TrainingLoop
+from medvisionllama.training.validation import validate_cases
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `fit` did."""
+
+    path: Path
+    finished: bool
+    """False if it was interrupted; `fit(config, resume=True)` goes on."""
+    steps: int
+    seconds: float
+    validation_dice: float
+
+
+def fit(config: Config, *, resume: bool = False, progress: Progress | None = None) -> RunResult:
+    """Train one run and leave its folder: best weights, history, plan, splits and manifest.
+
+    Args:
+        config: `data.path` and `out` must be set; see `load_config`.
+        resume: go on from the last save in `out`.
+        progress: shows bars; silent by default.
+
+    Raises:
+        DataError: the dataset cannot be used as it is.
+        ConfigError: settings that do not fit the machine or the data.
+        CheckpointError: `out` already holds a run, or holds none to resume.
+
+    >>> config = load_config("small", {"data.path": "Task04_Hippocampus", "out": "runs/hip"})  # doctest: +SKIP
+    >>> fit(config).validation_dice  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    progress = progress or Silent()
+    if config.data.path is None or config.out is None:
+        raise ConfigError("fit needs data.path (the dataset) and out (the run folder)")
+    run_dir = RunDir(config.out)
+    resumed = resume and run_dir.state.is_file()
+    if resume and not run_dir.config.is_file():
+        raise CheckpointError(f"{run_dir.path} holds no run to resume; start one without --resume")
+    if not resume:
+        run_dir.begin()
+    dataset, splits, selection = divide(config)
+    plan, cases = prepare(config, dataset, splits, selection, progress)
+    accelerator = make_accelerator(config)
+    torch.manual_seed(config.train.seed)
+    network = build_network(
+        config.network,
+        num_channels=len(plan.channels),
+        num_outputs=plan.num_outputs,
+        crop_size=plan.crop_size,
+        strides=plan.strides,
+        seed=config.train.seed,
+    ).to(memory_format=torch.channels_last_3d)
+    facts = network_facts(network)
+    write_run_files(run_dir, config, plan, splits, cases, selection, facts)
+    loop = TrainingLoop(
+        SupervisedSegmenter(network, num_outputs=plan.num_outputs, auxiliary_weight=config.train.auxiliary_weight),
+        BatchSampler(
+            [cases[name] for name in selection.train],
+            plan,
+            config.data,
+            config.augment,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+        ),
+        lambda module: validate_cases(module, [cases[name] for name in selection.validation], plan, config, accelerator),
+        config.train,
+        run_dir,
+        accelerator,
+        facts=facts,
+        started=started,
+    )
+    if resumed:
+        loop.resume()
+    else:
+        run_dir.rewind_history(0)
+    finished = loop.run(progress)
+    accelerator.free_memory()
+    return RunResult(run_dir.path, finished, loop.state.step, loop.state.elapsed_seconds, loop.state.best)
+
+
+def divide(config: Config) -> tuple[Dataset, Splits, Selection]:
+    """Open the dataset and say who trains, validates and is kept for the test."""
+    assert config.data.path is not None, "checked by the caller"
+    dataset = open_dataset(config.data.path, patient_pattern=config.data.patient_pattern)
+    patients = dataset.patients
+    splits = read_splits(config.data.splits) if config.data.splits else make_splits(patients, seed=config.data.split_seed)
+    return dataset, splits, select(splits, patients, fold=config.data.fold, fraction=config.data.fraction, num_cases=config.data.num_cases)
+
+
+def prepare(
+    config: Config, dataset: Dataset, splits: Splits, selection: Selection, progress: Progress
+) -> tuple[Plan, dict[str, CachedCase]]:
+    """Plan from the cases that are not kept for the test, and preprocess this run's."""
+    seen = [case for case in dataset.cases if case.case_id not in set(selection.test)]
+    found = fingerprint(dataset, only={case.case_id for case in seen})
+    patch = None if config.network.head == "skip" else config.network.patch_size
+    plan = make_plan(dataset, found, config.data, flip=config.augment.flip == "auto", patch_size=patch)
+    wanted = {*selection.train, *selection.validation}
+    chosen = [case for case in seen if case.case_id in wanted]
+    progress.say(
+        f"{dataset.name}: {len(dataset.cases)} cases of {len(set(dataset.patients.values()))} patients; "
+        f"{len(selection.train)} train, {len(selection.validation)} validate, {len(selection.test)} are kept for the test"
+    )
+    with progress.track("preparing scans", len(chosen)) as advance:
+        counter = iter(range(1, len(chosen) + 1))
+        cached = build_cache(chosen, plan, on_case=lambda: advance(next(counter)))
+    cases = {case.case_id: case for case in cached}
+    if not plan.classes:
+        plan = plan.model_copy(update={"classes": found_classes(cached)})
+    rules = fit_normalisation([cases[name] for name in selection.train], plan.channels)
+    plan = plan.model_copy(update={"normalisation": rules})
+    size, spacing = "×".join(map(str, plan.crop_size)), " × ".join(f"{edge:g}" for edge in plan.spacing_mm)
+    progress.say(f"{'whole scans resized to' if plan.resize else 'crops of'} {size} voxels" + ("" if plan.resize else f" of {spacing} mm"))
+    return plan, cases
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Choose device and precision.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none.
+    """
+    train = config.train
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto")
+    on_cpu = train.device == "cpu" or not torch.cuda.is_available()
+    bf16 = train.precision == "bf16" or (train.precision == "auto" and native_bf16(on_cpu=on_cpu))
+    # Accelerate keeps its settings per process and refuses a second run with others, as a session of runs has.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=on_cpu)
+
+
+def native_bf16(*, on_cpu: bool) -> bool:
+    """True where bf16 products run in hardware (AVX512-BF16 or AMX on CPUs, Ampere and later on GPUs)."""
+    if not on_cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def network_facts(network: TokenSegmenter) -> dict[str, Any]:
+    """What identifies the network: sizes, and the block's name and hash."""
+    held = frozen(network)
+    block = getattr(network.insert, "block", None)
+    return {
+        "format": 1,
+        "trainable_parameters": sum(parameter.numel() for parameter in trainable(network).values()),
+        "frozen_parameters": sum(tensor.numel() for tensor in held.values()),
+        "frozen_sha256": tensors_sha256(held),
+        "block": None if block is None else {"name": block.name, "sha256": block.sha256()},
+    }
+
+
+def write_run_files(
+    run_dir: RunDir,
+    config: Config,
+    plan: Plan,
+    splits: Splits,
+    cases: dict[str, CachedCase],
+    selection: Selection,
+    facts: dict[str, Any],
+) -> None:
+    """Write everything that does not change while training."""
+    data = {name: cases[name].content_sha256 for name in sorted(cases)}
+    manifest = {
+        **machine_facts(),
+        "seed": config.train.seed,
+        "splits_sha256": splits.sha256,
+        "data_sha256": canonical_hash(data),
+        "num_cases": {"train": len(selection.train), "validation": len(selection.validation), "test": len(selection.test)},
+        "cases": {"train": selection.train, "validation": selection.validation, "test": selection.test},
+        "network": facts,
+    }
+    write_splits(splits, run_dir.splits)
+    write_text(run_dir.plan, plan.model_dump_json(indent=2) + "\n")
+    write_json(run_dir.manifest, manifest)
+    write_config(config, run_dir.config)
+
+

@@ -1,0 +1,236 @@
+"""The training loop: steps, validations, saves.
+
+A step is a function of the seed, the step's number and the weights: batch, augmentation and dropout are drawn from
+them alone. So a run that was killed and resumed repeats exactly what the uninterrupted run does.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from medvisionllama.checkpoint import copy_into, load_tensors, save_tensors, trainable
+from medvisionllama.config import TrainConfig
+from medvisionllama.data.sampling import BatchSampler
+from medvisionllama.errors import CheckpointError
+from medvisionllama.progress import Progress
+from medvisionllama.run_dir import RunDir
+from medvisionllama.training.losses import SupervisedSegmenter
+from medvisionllama.training.optim import (
+    AveragedWeights,
+    learning_rate,
+    make_optimizer,
+    optimizer_tensors,
+    plateau_drops,
+    restore_optimizer,
+    set_learning_rate,
+)
+
+Validate = Callable[[nn.Module], dict[str, Any]]
+"""Segments the validation cases and returns a record with the key `dice`."""
+
+
+@dataclass
+class LoopState:
+    """Where a run is; everything else follows from it and the weights."""
+
+    step: int = 0
+    elapsed_seconds: float = 0.0
+    validation_seconds: float = 0.0
+    """Length of the last validation, kept free at the end of a limited run."""
+    dices: list[float] = field(default_factory=list)
+
+    @property
+    def best(self) -> float:
+        return max(self.dices, default=-math.inf)
+
+
+class TrainingLoop:
+    """Owns weights, optimiser and state of one run; `run` goes on until the end or an interrupt."""
+
+    def __init__(
+        self,
+        model: SupervisedSegmenter,
+        sampler: BatchSampler,
+        validate: Validate,
+        config: TrainConfig,
+        run_dir: RunDir,
+        accelerator: Accelerator,
+        *,
+        facts: dict[str, Any],
+        started: float,
+    ) -> None:
+        self.sampler = sampler
+        self.validate = validate
+        self.config = config
+        self.run_dir = run_dir
+        self.accelerator = accelerator
+        self.facts = facts
+        self.network = model.network
+        self.parameters = trainable(self.network)
+        optimizer = make_optimizer(self.network, config)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.average = AveragedWeights(self.parameters, config.ema_decay) if config.ema_decay else None
+        self.state = LoopState()
+        self._clock = started
+        self._saved_at = time.monotonic()
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimiser steps of a run limited by epochs."""
+        if self.config.epochs is None:
+            return None
+        return max(1, self.config.epochs * self.sampler.steps_per_epoch // self.config.accumulate)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is over, by steps or by time, whichever is further."""
+        shares = [0.0]
+        if self.total_steps is not None:
+            shares.append(self.state.step / self.total_steps)
+        if self.config.max_minutes is not None:
+            limit = 60 * self.config.max_minutes - self.state.validation_seconds
+            shares.append(self.state.elapsed_seconds / max(limit, 1e-9))
+        return min(1.0, max(shares))
+
+    def run(self, progress: Progress) -> bool:
+        """Train to the end; return False if interrupted, with everything saved."""
+        with _interruptible() as interrupted, progress.track("training", 1.0) as advance:
+            while self.progress < 1.0 or not self.state.dices:
+                loss = self._step()
+                self._tick()
+                advance(self.progress, f"step {self.state.step}  loss {loss:.3f}  validation Dice {self.state.best:.4f}" if self.state.dices else f"step {self.state.step}  loss {loss:.3f}")
+                if self._validation_due():
+                    self._validate(loss)
+                    self.save()
+                elif interrupted() or time.monotonic() - self._saved_at > self.config.save_seconds:
+                    self.save()
+                if interrupted():
+                    self.save()
+                    return False
+        return True
+
+    def save(self) -> None:
+        """Write the resume state as one file."""
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {f"weights/{name}": parameter for name, parameter in self.parameters.items()}
+        tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(self._inner_optimizer(), self.parameters).items()}
+        if self.average:
+            tensors |= {f"average/{name}": value for name, value in self.average.values.items()}
+        save_tensors(self.run_dir.state, tensors, {**self.facts, "state": asdict(self.state)})
+        self._saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Go back to the last save.
+
+        Raises:
+            CheckpointError: the state is damaged, or was made with other frozen weights.
+        """
+        where = self.run_dir.state
+        tensors, facts = load_tensors(where)
+        if facts.get("frozen_sha256") != self.facts["frozen_sha256"]:
+            raise CheckpointError(f"{where} was trained around another frozen block than the one loaded now; use the same network.block")
+        parts: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "optimizer": {}, "average": {}}
+        for full, tensor in tensors.items():
+            kind, _, name = full.partition("/")
+            parts[kind][name] = tensor
+        copy_into(self.network, parts["weights"], where=where)
+        restore_optimizer(self._inner_optimizer(), self.parameters, parts["optimizer"])
+        if self.average:
+            for name, value in parts["average"].items():
+                self.average.values[name].copy_(value)
+        self.state = LoopState(**facts["state"])
+        self._clock = time.monotonic() - self.state.elapsed_seconds
+        if self.accelerator.is_main_process:
+            self.run_dir.rewind_history(self.state.step)
+
+    def _step(self) -> float:
+        self.model.train()
+        rate = learning_rate(self.config, progress=self.progress, step=self.state.step, plateau_drops=plateau_drops(self.state.dices))
+        set_learning_rate(self._inner_optimizer(), rate)
+        # Dropout draws from the global generator; seeding it here leaves no generator state to save.
+        torch.manual_seed(_step_seed(self.config.seed, self.sampler.rank, self.state.step))
+        total = 0.0
+        for part in range(self.config.accumulate):
+            images, labels = self.sampler.batch(self.state.step * self.config.accumulate + part)
+            device = self.accelerator.device
+            images = images.to(device, memory_format=torch.channels_last_3d)
+            loss = self.model(images, labels.to(device)) / self.config.accumulate
+            self.accelerator.backward(loss)
+            total += float(loss.detach())
+        self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not math.isfinite(total):
+            raise CheckpointError(f"the loss became {total} at step {self.state.step}; lower train.learning_rate, or set train.precision=fp32, and go on with --resume")
+        if self.average:
+            self.average.update(self.state.step)
+        self.state.step += 1
+        return total
+
+    def _validation_due(self) -> bool:
+        return self.progress >= (len(self.state.dices) + 1) / self.config.num_validations - 1e-9
+
+    def _validate(self, loss: float) -> None:
+        before = time.monotonic()
+        if self.average:
+            self.average.swap()
+        record = self.validate(self.network)
+        improved = record["dice"] > self.state.best
+        self.state.dices.append(record["dice"])
+        # A kill between two validations must not count one twice when the run is short: skip those already due.
+        while len(self.state.dices) < self.config.num_validations and self._validation_due():
+            self.state.dices.append(record["dice"])
+        if improved and self.accelerator.is_main_process:
+            facts = {**self.facts, "step": self.state.step, "validation_dice": record["dice"]}
+            save_tensors(self.run_dir.best, self.parameters, facts)
+        if self.average:
+            self.average.swap()
+        self._tick()
+        self.state.validation_seconds = time.monotonic() - before
+        if self.accelerator.is_main_process:
+            self.run_dir.append_history({"step": self.state.step, "seconds": round(self.state.elapsed_seconds, 2), "loss": loss, **record})
+
+    def _tick(self) -> None:
+        self.state.elapsed_seconds = time.monotonic() - self._clock
+
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return inner
+
+
+def _step_seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a flag that the loop reads between steps; the second one acts at once."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag.is_set
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(number: int, frame: object) -> None:
+        flag.set()
+        for known, handler in previous.items():
+            signal.signal(known, handler)
+
+    for number in previous:
+        signal.signal(number, on_signal)
+    try:
+        yield flag.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,55 @@
+"""Dice plus cross-entropy on probabilities, differentiable, at every supervised resolution."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medvisionllama.networks.segmenter import TokenSegmenter
+from medvisionllama.types import ImageBatch, LabelBatch, LogitBatch
+
+
+def targets(labels: LabelBatch, num_outputs: int) -> Tensor:
+    """Class numbers to `[b, k, x, y, z]`: one map a class, or the foreground alone if there is one output."""
+    if num_outputs == 1:
+        return (labels > 0).float()[:, None]
+    return F.one_hot(labels, num_outputs).movedim(-1, 1).float()
+
+
+def dice_ce_loss(logits: LogitBatch, target: Tensor) -> Tensor:
+    """Mean of `1 - Dice` over foreground classes, plus cross-entropy (binary for one output).
+
+    Dice is taken over the batch as one volume (Isensee et al. 2021), so a class absent from one crop is no cliff.
+    Targets may be shares between 0 and 1, as at coarser strides.
+    """
+    if logits.shape[1] == 1:
+        probability, cross_entropy = logits.sigmoid(), F.binary_cross_entropy_with_logits(logits, target)
+    else:
+        cross_entropy = -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        probability, target = logits.softmax(dim=1)[:, 1:], target[:, 1:]
+    axes = (0, 2, 3, 4)
+    overlap = 2 * (probability * target).sum(axes)
+    total = (probability**2).sum(axes) + (target**2).sum(axes)
+    dice = (overlap + 1e-5) / (total + 1e-5)
+    return 1 - dice.mean() + cross_entropy
+
+
+class SupervisedSegmenter(nn.Module):
+    """A network and its loss as one module, so that every wrapper (DDP, autocast, compile) sees one call."""
+
+    def __init__(self, network: TokenSegmenter, *, num_outputs: int, auxiliary_weight: float) -> None:
+        super().__init__()
+        self.network = network
+        self.num_outputs = num_outputs
+        self.auxiliary_weight = auxiliary_weight
+
+    def forward(self, images: ImageBatch, labels: LabelBatch) -> Tensor:
+        """Return the loss of a batch."""
+        logits, auxiliary = self.network.forward_all(images)
+        with torch.autocast(logits.device.type, enabled=False):
+            target = targets(labels, self.num_outputs)
+            loss = dice_ce_loss(logits.float(), target)
+            if self.auxiliary_weight:
+                for coarse in auxiliary:
+                    shares = F.adaptive_avg_pool3d(target, coarse.shape[2:])
+                    loss = loss + self.auxiliary_weight * dice_ce_loss(coarse.float(), shares)
+        return loss

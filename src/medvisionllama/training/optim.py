@@ -1,0 +1,110 @@
+"""Optimiser, learning rate as a function of progress, and averaged weights."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from medvisionllama.checkpoint import trainable
+from medvisionllama.config import TrainConfig
+
+PLATEAU_PATIENCE = 3
+PLATEAU_FACTOR = 0.5
+
+
+def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam or AdamW over trainable weights only; vectors (norms, biases, gates) do not decay."""
+    matrices, vectors, gates = [], [], []
+    for name, parameter in trainable(network).items():
+        if name.endswith(".gate"):
+            gates.append(parameter)
+        else:
+            (matrices if parameter.ndim > 1 else vectors).append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay, "scale": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "scale": 1.0},
+        {"params": gates, "weight_decay": 0.0, "scale": config.gate_learning_rate_scale},
+    ]
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
+
+
+def learning_rate(config: TrainConfig, *, progress: float, step: int, plateau_drops: int = 0) -> float:
+    """Rate of a step.
+
+    Args:
+        progress: share of the run that is over, 0 to 1.
+        plateau_drops: how often validation has stopped improving so far.
+    """
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    left = 1 - min(max(progress, 0.0), 1.0)
+    factor = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))),
+        "polynomial": left**0.9,
+        "plateau": PLATEAU_FACTOR**plateau_drops,
+        "constant": 1.0,
+    }[config.schedule]
+    return config.learning_rate * warmup * factor
+
+
+def plateau_drops(dices: list[float]) -> int:
+    """How often the best validation Dice has stood still for `PLATEAU_PATIENCE` validations.
+
+    >>> plateau_drops([0.5, 0.6, 0.6, 0.6, 0.6])
+    1
+    """
+    best, waited, drops = -math.inf, 0, 0
+    for dice in dices:
+        if dice > best:
+            best, waited = dice, 0
+            continue
+        waited += 1
+        if waited == PLATEAU_PATIENCE:
+            drops, waited = drops + 1, 0
+    return drops
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+
+
+class AveragedWeights:
+    """Exponential moving average of the trainable weights; the frozen block has no second copy."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.parameters = dict(parameters)
+        self.decay = decay
+        self.values = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the current weights; early steps move faster, or the random start would linger."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averaged and current weights; calling it again undoes it."""
+        for name, parameter in self.parameters.items():
+            current = parameter.detach().clone()
+            parameter.copy_(self.values[name])
+            self.values[name].copy_(current)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimiser's state by parameter name."""
+    tensors = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}::{key}"] = value
+    return tensors
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Undo `optimizer_tensors`."""
+    for full, value in tensors.items():
+        name, _, key = full.rpartition("::")
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = value.to(parameter.device) if value.ndim else value
