@@ -100,9 +100,9 @@ class NetworkConfig(Section):
     patch_size: Positive = 8
     """Edge of a token's patch for the heads without a stem."""
     width: Positive = 192
-    depth: Positive = 8
+    depth: Positive = 6
     """Transformer blocks, encoder and decoder together."""
-    insert_after: Annotated[int, Field(ge=0)] = 6
+    insert_after: Annotated[int, Field(ge=0)] = 4
     """How many of them come before the insert: 0 puts it first, `depth` last."""
     num_heads: Positive = 4
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from medvisionllama.attention import plain_is_faster
 from medvisionllama.errors import BlockError
 from medvisionllama.llm.catalog import CATALOG, catalog_tensors
 from medvisionllama.llm.families import Family, family_of
@@ -30,14 +31,15 @@ class FrozenBlock(nn.Module):
     """
 
     def __init__(
-        self, layers: nn.ModuleList, norm: nn.Module | None, rotary: nn.Module | None, *, width: int, head_dim: int, causal: bool, name: str
+        self, layers: nn.ModuleList, norm: nn.Module | None, rotary: nn.Module | None, *, config: Any, causal: bool, name: str
     ) -> None:
         super().__init__()
         self.layers = layers
         self.norm = norm
         self.rotary = rotary
-        self.width = width
-        self.head_dim = head_dim
+        self.config = config
+        self.width: int = config.hidden_size
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.causal = causal
         self.name = name
         self.requires_grad_(requires_grad=False)
@@ -95,8 +97,7 @@ class FrozenBlock(nn.Module):
             modules,
             norm if final_norm else None,
             angles,
-            width=config.hidden_size,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            config=config,
             causal=causal,
             name=f"{Path(source).name}:{numbers}:{weights}",
         )
@@ -107,6 +108,9 @@ class FrozenBlock(nn.Module):
     def forward(self, tokens: Tokens) -> Tokens:
         """Map `[b, n, width]` to `[b, n, width]`."""
         places = self._positions(tokens)
+        # transformers' plain path masks nothing by itself, so it serves only where nothing is masked.
+        plain = not self.causal and plain_is_faster(tokens)
+        self.config._attn_implementation = "eager" if plain else "sdpa"
         for layer in self.layers:
             tokens = layer(tokens, attention_mask=None, position_embeddings=places, is_causal=self.causal)
         return tokens if self.norm is None else self.norm(tokens)

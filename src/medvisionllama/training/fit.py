@@ -18,6 +18,7 @@ from medvisionllama.data.index import Dataset, open_dataset
 from medvisionllama.data.planning import Plan, make_plan
 from medvisionllama.data.sampling import BatchSampler
 from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select, write_splits
+from medvisionllama.devices import choose_device, use_bf16
 from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_network
@@ -80,7 +81,7 @@ def fit(config: Config, *, resume: bool = False, progress: Progress | None = Non
         seed=config.train.seed,
     ).to(memory_format=torch.channels_last_3d)
     facts = network_facts(network)
-    write_run_files(run_dir, config, plan, splits, cases, selection, facts)
+    write_run_files(run_dir, config, plan, splits, cases, selection, facts, accelerator.mixed_precision)
     loop = TrainingLoop(
         SupervisedSegmenter(network, num_outputs=plan.num_outputs, auxiliary_weight=config.train.auxiliary_weight),
         BatchSampler(
@@ -146,26 +147,12 @@ def prepare(
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """Choose device and precision.
-
-    Raises:
-        ConfigError: a GPU was asked for and there is none.
-    """
-    train = config.train
-    if train.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto")
-    on_cpu = train.device == "cpu" or not torch.cuda.is_available()
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and native_bf16(on_cpu=on_cpu))
+    """Set up Accelerate for the chosen device and precision."""
+    device = choose_device(config.train.device)
     # Accelerate keeps its settings per process and refuses a second run with others, as a session of runs has.
     AcceleratorState._reset_state(reset_partial_state=False)
-    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=on_cpu)
-
-
-def native_bf16(*, on_cpu: bool) -> bool:
-    """True where bf16 products run in hardware (AVX512-BF16 or AMX on CPUs, Ampere and later on GPUs)."""
-    if not on_cpu:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    bf16 = use_bf16(config.train.precision, device)
+    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device.type == "cpu")
 
 
 def network_facts(network: TokenSegmenter) -> dict[str, Any]:
@@ -189,12 +176,14 @@ def write_run_files(
     cases: dict[str, CachedCase],
     selection: Selection,
     facts: dict[str, Any],
+    precision: str,
 ) -> None:
     """Write everything that does not change while training."""
     data = {name: cases[name].content_sha256 for name in sorted(cases)}
     manifest = {
         **machine_facts(),
         "seed": config.train.seed,
+        "precision": precision,
         "splits_sha256": splits.sha256,
         "data_sha256": canonical_hash(data),
         "num_cases": {"train": len(selection.train), "validation": len(selection.validation), "test": len(selection.test)},

@@ -1,0 +1,39 @@
+"""Which device and precision a run uses; training and prediction ask here, so they agree."""
+
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+
+from medvisionllama.errors import ConfigError
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+PrecisionChoice = Literal["auto", "fp32", "bf16"]
+
+
+def choose_device(wanted: DeviceChoice) -> torch.device:
+    """Take the GPU if there is one, unless told otherwise.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto")
+    return torch.device("cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def use_bf16(wanted: PrecisionChoice, device: torch.device) -> bool:
+    """True if products run in bf16: when asked to, or by `auto` where the hardware has such products.
+
+    That is AVX512-BF16 or AMX on CPUs, Ampere and later on GPUs. Elsewhere bf16 would be emulated, and slower.
+    """
+    if wanted != "auto":
+        return wanted == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def autocast(wanted: PrecisionChoice, device: torch.device) -> AbstractContextManager[None]:
+    """Context in which a network predicts as it trained."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(wanted, device))
