@@ -38,9 +38,11 @@ if TYPE_CHECKING:
     from medvisionllama.training.fit import fit as fit
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute can be anything
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'medvisionllama' has no attribute {name!r}; it offers {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'medvisionllama' has no attribute {name!r}; it offers {', '.join(__all__)}"
+        )
     return getattr(import_module(_HOMES[name]), name)
 
 

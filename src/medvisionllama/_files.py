@@ -41,12 +41,12 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - JSON is what json takes
+def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def canonical_hash(value: Any) -> str:  # noqa: ANN401
+def canonical_hash(value: Any) -> str:
     """SHA-256 of `value` as JSON with sorted keys and no spaces: the same on every machine."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

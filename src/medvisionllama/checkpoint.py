@@ -1,4 +1,4 @@
-"""Weights and resume state as safetensors whose header carries the facts: one file, whole or absent, never a pickle."""
+"""Weights and resume state as safetensors whose header carries the facts: one whole file, never a pickle."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -44,7 +44,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; the run has not saved it yet") from None
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint of ours or is damaged ({' '.join(str(error).split())[:100]}); restore it or train again") from None
+        raise CheckpointError(
+            f"{path} is not a checkpoint of ours or is damaged ({' '.join(str(error).split())[:100]}); restore it or train again"
+        ) from None
     return tensors, facts
 
 
@@ -59,11 +61,15 @@ def copy_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) 
     _same_names(parameters, tensors, where)
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
-            raise CheckpointError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, the network needs {tuple(parameter.shape)}; config.yaml belongs to another run")
+            raise CheckpointError(
+                f"{where}: {name} has shape {tuple(tensors[name].shape)}, the network needs {tuple(parameter.shape)}; config.yaml belongs to another run"
+            )
         parameter.copy_(tensors[name])
 
 
 def _same_names(wanted: Iterable[str], found: Iterable[str], where: Path) -> None:
     different = sorted(set(wanted) ^ set(found))
     if different:
-        raise CheckpointError(f"{where} does not fit the network of config.yaml (first difference: {different[0]}); restore both from one run")
+        raise CheckpointError(
+            f"{where} does not fit the network of config.yaml (first difference: {different[0]}); restore both from one run"
+        )

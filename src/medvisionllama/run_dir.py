@@ -1,14 +1,14 @@
 """The folder of a run: what each file is called, and how the folder begins and goes on.
 
-    config.yaml        every setting
-    plan.json          what was decided from the data
-    splits.json        who trained, validated and was kept for the test, with a hash
-    manifest.json      versions, hardware, seed, hashes of data, splits and block
-    history.jsonl      one line per validation
-    best.safetensors   trainable weights with the best validation Dice
-    last/              state to resume from
-    evaluation.csv     one row per test case and class
-    report.html        everything a person looks at
+config.yaml        every setting
+plan.json          what was decided from the data
+splits.json        who trained, validated and was kept for the test, with a hash
+manifest.json      versions, hardware, seed, hashes of data, splits and block
+history.jsonl      one line per validation
+best.safetensors   trainable weights with the best validation Dice
+last/              state to resume from
+evaluation.csv     one row per test case and class
+report.html        everything a person looks at
 """
 
 import json
@@ -25,7 +25,17 @@ import torch
 from medvisionllama._files import write_text
 from medvisionllama.errors import CheckpointError
 
-_PACKAGES = ("medvisionllama", "torch", "monai", "transformers", "peft", "accelerate", "numpy", "nibabel", "safetensors")
+_PACKAGES = (
+    "medvisionllama",
+    "torch",
+    "monai",
+    "transformers",
+    "peft",
+    "accelerate",
+    "numpy",
+    "nibabel",
+    "safetensors",
+)
 
 
 class RunDir:
@@ -50,15 +60,21 @@ class RunDir:
             CheckpointError: it already holds a run, which would be overwritten.
         """
         if self.config.exists():
-            raise CheckpointError(f"{self.path} already holds a run; go on with it by --resume, or choose another --out")
+            raise CheckpointError(
+                f"{self.path} already holds a run; go on with it by --resume, or choose another --out"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
 
     def check(self) -> None:
         """Raise CheckpointError unless the folder holds a run that can predict."""
         if not self.config.is_file():
-            raise CheckpointError(f"{self.path} is not a run folder (no config.yaml); make one with: medvisionllama train DATA --out {self.path}")
+            raise CheckpointError(
+                f"{self.path} is not a run folder (no config.yaml); make one with: medvisionllama train DATA --out {self.path}"
+            )
         if not self.best.is_file():
-            raise CheckpointError(f"{self.path} has no best.safetensors yet; finish it with: medvisionllama train DATA --out {self.path} --resume")
+            raise CheckpointError(
+                f"{self.path} has no best.safetensors yet; finish it with: medvisionllama train DATA --out {self.path} --resume"
+            )
 
     def read_history(self) -> list[dict[str, Any]]:
         """Lines of history.jsonl; a line cut short by a kill is dropped."""
@@ -113,7 +129,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def _git_revision() -> str | None:

@@ -33,12 +33,8 @@ def load_config(preset: str = "small", overrides: Sequence[str] | Mapping[str, A
 
 def apply_overrides(settings: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     """Return `settings` with dotted keys replaced, each key checked against the schema."""
-    if isinstance(overrides, Mapping):
-        items = [(key, _plain(value)) for key, value in overrides.items()]
-    else:
-        items = [_split_override(text) for text in overrides]
     result = _copy(settings)
-    for key, value in items:
+    for key, value in parse_overrides(overrides).items():
         _check_key(key)
         *parents, last = key.split(".")
         section = result
@@ -46,6 +42,13 @@ def apply_overrides(settings: dict[str, Any], overrides: Sequence[str] | Mapping
             section = section.setdefault(parent, {})
         section[last] = value
     return result
+
+
+def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Bring both forms of overrides to a mapping from dotted keys to values."""
+    if isinstance(overrides, Mapping):
+        return {key: _plain(value) for key, value in overrides.items()}
+    return dict(_split_override(text) for text in overrides)
 
 
 def write_config(config: Config, path: Path) -> None:
@@ -62,7 +65,9 @@ def read_config(path: Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -
     try:
         settings = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; a run folder made by `medvisionllama train` has one") from None
+        raise ConfigError(
+            f"{path} does not exist; a run folder made by `medvisionllama train` has one"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable YAML: {_one_line(error)}") from None
     if not isinstance(settings, dict):
@@ -96,7 +101,9 @@ def _check_key(key: str) -> None:
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"unknown setting {key!r}{hint} (all settings: medvisionllama train --help-settings)")
+        raise ConfigError(
+            f"unknown setting {key!r}{hint} (all settings: medvisionllama train --help-settings)"
+        )
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -110,7 +117,7 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
+def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 

@@ -17,7 +17,9 @@ Size = tuple[Positive, Positive, Positive]
 class Section(BaseModel):
     """A group of settings: unknown keys refused, values frozen once built, docstrings under fields kept as help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
 
 
 class DataConfig(Section):
@@ -184,5 +186,7 @@ class Config(Section):
         if self.network.head != "skip" and self.data.crop_size:
             patch = self.network.patch_size
             if any(size % patch for size in self.data.crop_size):
-                raise ValueError(f"data.crop_size={self.data.crop_size} is not a multiple of network.patch_size={patch}")
+                raise ValueError(
+                    f"data.crop_size={self.data.crop_size} is not a multiple of network.patch_size={patch}"
+                )
         return self

@@ -71,7 +71,11 @@ class CachedCase:
 
 
 def build_cache(
-    cases: Sequence[Case], plan: Plan, *, folder: Path | None = None, on_case: Callable[[], None] = lambda: None
+    cases: Sequence[Case],
+    plan: Plan,
+    *,
+    folder: Path | None = None,
+    on_case: Callable[[], None] = lambda: None,
 ) -> tuple[CachedCase, ...]:
     """Preprocess cases in parallel, skipping those already there.
 
@@ -118,23 +122,39 @@ def fit_normalisation(cases: Sequence[CachedCase], channels: Sequence[str]) -> t
         if not is_ct(channel):
             result.append(Normalisation(kind="image"))
             continue
-        samples = np.concatenate([np.asarray(case.facts["foreground_samples"][index], dtype=np.float64) for case in cases])
+        samples = np.concatenate(
+            [np.asarray(case.facts["foreground_samples"][index], dtype=np.float64) for case in cases]
+        )
         if samples.size == 0:
-            raise DataError(f"no labelled voxel in the {len(cases)} training cases, so CT intensities cannot be scaled; check the labels")
+            raise DataError(
+                f"no labelled voxel in the {len(cases)} training cases, so CT intensities cannot be scaled; check the labels"
+            )
         low, high = (float(value) for value in np.percentile(samples, [0.5, 99.5]))
         clipped = samples.clip(low, high)
-        result.append(Normalisation(kind="dataset", low=low, high=high, mean=float(clipped.mean()), std=float(max(clipped.std(), 1e-6))))
+        result.append(
+            Normalisation(
+                kind="dataset",
+                low=low,
+                high=high,
+                mean=float(clipped.mean()),
+                std=float(max(clipped.std(), 1e-6)),
+            )
+        )
     return tuple(result)
 
 
-def normalise(image: ImageArray, rules: Sequence[Normalisation], moments: Sequence[Sequence[float]]) -> ImageArray:
+def normalise(
+    image: ImageArray, rules: Sequence[Normalisation], moments: Sequence[Sequence[float]]
+) -> ImageArray:
     """Bring `[channel, x, y, z]` to a common scale; `moments` are the scan's own, by channel."""
     result = np.empty(image.shape, dtype=np.float32)
     for channel, (rule, (mean, std)) in enumerate(zip(rules, moments, strict=True)):
         if rule.kind == "image":
             result[channel] = (image[channel] - np.float32(mean)) / np.float32(std)
         else:
-            result[channel] = (image[channel].clip(rule.low, rule.high) - np.float32(rule.mean)) / np.float32(rule.std)
+            result[channel] = (image[channel].clip(rule.low, rule.high) - np.float32(rule.mean)) / np.float32(
+                rule.std
+            )
     return result
 
 
@@ -163,7 +183,12 @@ def _prepare(case: Case, plan: Plan, root: Path) -> CachedCase:
     for path in (*case.images, case.label):
         digest.update(path.read_bytes())
     content = digest.hexdigest()
-    settings = {"format": _FORMAT, "spacing": plan.spacing_mm, "resize": plan.crop_size if plan.resize else None}
+    settings = {
+        "format": _FORMAT,
+        "spacing": plan.spacing_mm,
+        "resize": plan.crop_size if plan.resize else None,
+        "ct": [is_ct(name) for name in plan.channels],
+    }
     folder = root / canonical_hash([content, settings])[:32]
     facts_path = folder / "facts.json"
     if facts_path.is_file():
@@ -194,7 +219,9 @@ def _write_arrays(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
         "spacing_mm": image.spacing_mm,
         "moments": image_moments(image.array),
         "class_voxels": {str(value): int(count) for value, count in zip(values, counts, strict=True)},
-        "foreground_samples": _foreground_samples(image.array, native.array) if any(map(is_ct, plan.channels)) else [],
+        "foreground_samples": _foreground_samples(image.array, native.array)
+        if any(map(is_ct, plan.channels))
+        else [],
     }
 
 
@@ -219,4 +246,6 @@ def _check_values(case: Case, facts: dict[str, Any], plan: Plan) -> None:
     unknown = sorted({int(value) for value in facts["class_voxels"]} - {0, *plan.classes})
     if plan.classes and unknown:
         declared = ", ".join(f"{value} {name}" for value, name in plan.classes.items())
-        raise DataError(f"{case.label} holds the label value {unknown[0]}, which the dataset does not declare (0 background, {declared}); add it to 'labels' in dataset.json or correct the label")
+        raise DataError(
+            f"{case.label} holds the label value {unknown[0]}, which the dataset does not declare (0 background, {declared}); add it to 'labels' in dataset.json or correct the label"
+        )

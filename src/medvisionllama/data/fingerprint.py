@@ -53,10 +53,18 @@ def fingerprint(dataset: Dataset, *, only: Container[str] | None = None) -> Fing
     for case, (channels, _, _) in zip(dataset.cases, headers, strict=True):
         if channels != num_channels:
             names = ", ".join(dataset.channels)
-            raise DataError(f"{case.images[0]} has {channels} channels, the dataset declares {num_channels} ({names}); correct one of them")
-    described = [(case.case_id, header) for case, header in zip(dataset.cases, headers, strict=True) if only is None or case.case_id in only]
+            raise DataError(
+                f"{case.images[0]} has {channels} channels, the dataset declares {num_channels} ({names}); correct one of them"
+            )
+    described = [
+        (case.case_id, header)
+        for case, header in zip(dataset.cases, headers, strict=True)
+        if only is None or case.case_id in only
+    ]
     return Fingerprint(
-        {name: shape for name, (_, shape, _) in described}, {name: spacing for name, (_, _, spacing) in described}, num_channels
+        {name: shape for name, (_, shape, _) in described},
+        {name: spacing for name, (_, _, spacing) in described},
+        num_channels,
     )
 
 
@@ -71,9 +79,13 @@ def check_case(case: Case) -> tuple[int, Triple, SpacingMm]:
     if case.label is not None:
         label = read_header(case.label)
         if label.shape != first.shape:
-            raise DataError(f"{case.label} has shape {label.shape}, its image {case.images[0].name} has {first.shape}; redraw or resample the label on the image's grid")
+            raise DataError(
+                f"{case.label} has shape {label.shape}, its image {case.images[0].name} has {first.shape}; redraw or resample the label on the image's grid"
+            )
         if not np.allclose(label.affine, first.affine, atol=1e-2 * min(first.spacing_mm), rtol=1e-3):
-            raise DataError(f"{case.label} has another affine than its image {case.images[0].name}; if the voxels do match, copy the image's header to the label")
+            raise DataError(
+                f"{case.label} has another affine than its image {case.images[0].name}; if the voxels do match, copy the image's header to the label"
+            )
     order = _ras_order(first)
     x, y, z = (first.shape[axis] for axis in order)
     dx, dy, dz = (first.spacing_mm[axis] for axis in order)

@@ -22,16 +22,22 @@ def index_nnunet(root: Path, content: dict[str, Any], patient_pattern: str | Non
     classes: dict[int, str] = {}
     for name, value in labels.items():
         if not isinstance(value, int):
-            raise DataError(f"{where}: the class {name!r} is {value!r}; region-based classes are not supported, give one number each")
+            raise DataError(
+                f"{where}: the class {name!r} is {value!r}; region-based classes are not supported, give one number each"
+            )
         classes[value] = name
     num_channels = len(names)
     cases = []
     for label in _scans(root / "labelsTr"):
         case_id = stem_of(label)
-        images = tuple(_one_of(root / "imagesTr", f"{case_id}_{channel:04d}") for channel in range(num_channels))
+        images = tuple(
+            _one_of(root / "imagesTr", f"{case_id}_{channel:04d}") for channel in range(num_channels)
+        )
         cases.append(Case(case_id, patient_of(case_id, patient_pattern), images, label))
     channels = tuple(str(names[key]) for key in sorted(names, key=int))
-    return Dataset(root.name, root, tuple(cases), channels, {value: classes[value] for value in sorted(classes) if value})
+    return Dataset(
+        root.name, root, tuple(cases), channels, {value: classes[value] for value in sorted(classes) if value}
+    )
 
 
 def index_plain(root: Path, patient_pattern: str | None) -> Dataset:
@@ -48,11 +54,18 @@ def index_plain(root: Path, patient_pattern: str | None) -> Dataset:
         groups.setdefault(case_id, []).append(path)
     for case_id in sorted(groups.keys() ^ labels.keys()):
         missing = "labels" if case_id in groups else "images"
-        raise DataError(f"{root}: the case {case_id!r} has no file in {missing}/; add {missing}/{case_id}{SUFFIXES[0]} or remove its partner")
-    cases = tuple(Case(case_id, patient_of(case_id, patient_pattern), tuple(images), labels[case_id]) for case_id, images in sorted(groups.items()))
+        raise DataError(
+            f"{root}: the case {case_id!r} has no file in {missing}/; add {missing}/{case_id}{SUFFIXES[0]} or remove its partner"
+        )
+    cases = tuple(
+        Case(case_id, patient_of(case_id, patient_pattern), tuple(images), labels[case_id])
+        for case_id, images in sorted(groups.items())
+    )
     num_channels = {len(case.images) for case in cases}
     if len(num_channels) > 1:
-        raise DataError(f"{root}/images: cases have {sorted(num_channels)} channel files; every case needs the same number")
+        raise DataError(
+            f"{root}/images: cases have {sorted(num_channels)} channel files; every case needs the same number"
+        )
     channels = tuple(f"channel {number}" for number in range(max(num_channels, default=1)))
     return Dataset(root.name, root, cases, channels, {})
 

@@ -53,10 +53,16 @@ def open_dataset(root: Path, *, patient_pattern: str | None = None) -> Dataset:
 
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder; give an MSD folder, an nnU-Net raw folder, or one with images/ and labels/")
+        raise DataError(
+            f"{root} is not a folder; give an MSD folder, an nnU-Net raw folder, or one with images/ and labels/"
+        )
     if (root / "dataset.json").is_file():
         content = msd.read_dataset_json(root / "dataset.json")
-        dataset = msd.index(root, content, patient_pattern) if "training" in content else folder.index_nnunet(root, content, patient_pattern)
+        dataset = (
+            msd.index(root, content, patient_pattern)
+            if "training" in content
+            else folder.index_nnunet(root, content, patient_pattern)
+        )
     elif (root / "images").is_dir() and (root / "labels").is_dir():
         dataset = folder.index_plain(root, patient_pattern)
     else:
@@ -78,13 +84,17 @@ def patient_of(case_id: str, pattern: str | None = None) -> str:
     except re.error as error:
         raise DataError(f"data.patient_pattern={pattern!r} is not a regular expression: {error}") from None
     if match is None:
-        raise DataError(f"data.patient_pattern={pattern!r} does not match the case {case_id!r}; every case needs a patient")
+        raise DataError(
+            f"data.patient_pattern={pattern!r} does not match the case {case_id!r}; every case needs a patient"
+        )
     return match.group(1) if match.groups() else match.group(0)
 
 
 def _check(dataset: Dataset) -> None:
     if not dataset.cases:
-        raise DataError(f"{dataset.root} holds no labelled cases; put images and labels of the same names there")
+        raise DataError(
+            f"{dataset.root} holds no labelled cases; put images and labels of the same names there"
+        )
     seen: set[str] = set()
     for case in dataset.cases:
         if case.case_id in seen:
@@ -92,4 +102,6 @@ def _check(dataset: Dataset) -> None:
         seen.add(case.case_id)
         for path in (*case.images, case.label):
             if path is not None and not path.is_file():
-                raise DataError(f"{dataset.root}: {path} is named by the dataset but does not exist; restore it or remove the case")
+                raise DataError(
+                    f"{dataset.root}: {path} is named by the dataset but does not exist; restore it or remove the case"
+                )

@@ -18,9 +18,13 @@ def read_dataset_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not readable JSON ({error}); repair it or remove it to use images/ and labels/") from None
+        raise DataError(
+            f"{path} is not readable JSON ({error}); repair it or remove it to use images/ and labels/"
+        ) from None
     if not isinstance(content, dict):
-        raise DataError(f"{path} must hold a JSON object with the key 'training' (MSD) or 'channel_names' (nnU-Net)")
+        raise DataError(
+            f"{path} must hold a JSON object with the key 'training' (MSD) or 'channel_names' (nnU-Net)"
+        )
     return content
 
 
@@ -31,7 +35,9 @@ def index(root: Path, content: dict[str, Any], patient_pattern: str | None) -> D
         raise DataError(f"{root / 'dataset.json'}: 'training' must be a list of image and label pairs")
     cases = []
     for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("image", "label")):
+        if not isinstance(entry, dict) or not all(
+            isinstance(entry.get(key), str) for key in ("image", "label")
+        ):
             raise DataError(f"{root / 'dataset.json'}: training[{number}] needs the keys 'image' and 'label'")
         image, label = (inside(root, entry[key]) for key in ("image", "label"))
         case_id = stem_of(image)
@@ -49,20 +55,26 @@ def inside(root: Path, relative: str) -> Path:
     """Join a path from a dataset.json to its folder; a file outside is refused, as the list may be a stranger's."""
     path = root / relative
     if not path.resolve().is_relative_to(root.resolve()):
-        raise DataError(f"{root / 'dataset.json'} names {relative!r}, which lies outside the folder; copy the file into it")
+        raise DataError(
+            f"{root / 'dataset.json'} names {relative!r}, which lies outside the folder; copy the file into it"
+        )
     return path
 
 
-def _channels(root: Path, modality: Any) -> tuple[str, ...]:  # noqa: ANN401 - anything can stand in a JSON file
+def _channels(root: Path, modality: Any) -> tuple[str, ...]:
     try:
         return tuple(str(modality[key]) for key in sorted(modality, key=int))
     except (TypeError, ValueError, KeyError):
-        raise DataError(f"{root / 'dataset.json'}: 'modality' must map channel numbers to names, as {{'0': 'MRI'}}") from None
+        raise DataError(
+            f"{root / 'dataset.json'}: 'modality' must map channel numbers to names, as {{'0': 'MRI'}}"
+        ) from None
 
 
-def _classes(root: Path, labels: Any) -> dict[int, str]:  # noqa: ANN401
+def _classes(root: Path, labels: Any) -> dict[int, str]:
     try:
         classes = {int(value): str(name) for value, name in labels.items()}
     except (AttributeError, TypeError, ValueError):
-        raise DataError(f"{root / 'dataset.json'}: 'labels' must map label values to names, as {{'1': 'liver'}}") from None
+        raise DataError(
+            f"{root / 'dataset.json'}: 'labels' must map label values to names, as {{'1': 'liver'}}"
+        ) from None
     return {value: classes[value] for value in sorted(classes) if value != 0}

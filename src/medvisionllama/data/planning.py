@@ -61,7 +61,9 @@ class Plan(BaseModel):
         return (1,) if self.merged else tuple(self.classes)
 
 
-def make_plan(dataset: Dataset, found: Fingerprint, data: DataConfig, *, flip: bool, patch_size: int | None) -> Plan:
+def make_plan(
+    dataset: Dataset, found: Fingerprint, data: DataConfig, *, flip: bool, patch_size: int | None
+) -> Plan:
     """Decide spacing, crop and strides.
 
     Args:
@@ -111,9 +113,15 @@ def total_stride(strides: Strides) -> Triple:
 
 def plan_crop(extent_mm: SpacingMm, spacing_mm: SpacingMm, unit: Triple, max_voxels: int) -> Triple:
     """Cover the median scan, then shorten the physically longest axis until the crop fits the budget."""
-    crop = [max(1, math.ceil(extent / size / step - 0.05)) * step for extent, size, step in zip(extent_mm, spacing_mm, unit, strict=True)]
+    crop = [
+        max(1, math.ceil(extent / size / step - 0.05)) * step
+        for extent, size, step in zip(extent_mm, spacing_mm, unit, strict=True)
+    ]
     while math.prod(crop) > max_voxels:
-        lengths = [size * edge if size > step else 0.0 for size, edge, step in zip(crop, spacing_mm, unit, strict=True)]
+        lengths = [
+            size * edge if size > step else 0.0
+            for size, edge, step in zip(crop, spacing_mm, unit, strict=True)
+        ]
         longest = lengths.index(max(lengths))
         if lengths[longest] == 0.0:
             break
@@ -130,4 +138,7 @@ def is_ct(channel: str) -> bool:
 def _tells_sides(classes: dict[int, str]) -> bool:
     # "left ventricle" and "right ventricle" differ in shape and wall, not by mirroring alone, but a network that
     # has seen mirrored hearts has lost the position that tells them apart in an unclear scan.
-    return any(re.search(r"(?<![a-z])(left|right|l|r|lt|rt)(?![a-z])", name.lower()) for name in classes.values())
+    return any(
+        re.search(r"(?<![a-z])(left|right|l|r|lt|rt|lv|rv|la|ra|lh|rh)(?![a-z])", name.lower())
+        for name in classes.values()
+    )

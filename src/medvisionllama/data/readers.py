@@ -75,7 +75,9 @@ def read_image(paths: tuple[Path, ...], *, digest: "hashlib._Hash | None" = None
         if affine is None:
             affine, shape = header.affine, header.shape
         elif header.shape != shape or not np.allclose(affine, header.affine, atol=1e-3):
-            raise DataError(f"{path}: its shape or affine differs from {paths[0].name}; resample the channels to one grid")
+            raise DataError(
+                f"{path}: its shape or affine differs from {paths[0].name}; resample the channels to one grid"
+            )
         channels.append(array)
     assert affine is not None, "a case has at least one image"
     return Volume(np.ascontiguousarray(np.concatenate(channels)), affine)
@@ -90,13 +92,17 @@ def read_label(path: Path, *, digest: "hashlib._Hash | None" = None) -> Volume:
     image = _open(path, digest)
     header = _header(path, image)
     if header.num_channels > 1:
-        raise DataError(f"{path}: a label must be 3-D, this one has {header.num_channels} channels; merge them to class numbers")
+        raise DataError(
+            f"{path}: a label must be 3-D, this one has {header.num_channels} channels; merge them to class numbers"
+        )
     raw = _voxels(path, image, np.float32).reshape(header.shape)
     _check_finite(path, raw[None])
     label = np.rint(raw)
     if not np.array_equal(label, raw):
         value = raw[label != raw][0]
-        raise DataError(f"{path}: labels must be whole numbers, found {value:g}; resample the label with nearest neighbour")
+        raise DataError(
+            f"{path}: labels must be whole numbers, found {value:g}; resample the label with nearest neighbour"
+        )
     if label.min() < 0 or label.max() > 65_535:
         raise DataError(f"{path}: labels must lie in 0..65535, found {label.min():g}..{label.max():g}")
     return Volume(label.astype(np.uint8 if label.max() < 256 else np.uint16), header.affine)
@@ -126,17 +132,22 @@ def _header(path: Path, image: nib.Nifti1Image) -> Header:
         raise DataError(f"{path} has shape {shape}; allowed: 3-D, or 4-D with channels last")
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise DataError(f"{path}: its affine matrix is not invertible; export the scan again with its geometry")
-    return Header(shape[:3], shape[3] if len(shape) == 4 else 1, affine)
+        raise DataError(
+            f"{path}: its affine matrix is not invertible; export the scan again with its geometry"
+        )
+    x, y, z, *channels = shape
+    return Header((x, y, z), channels[0] if channels else 1, affine)
 
 
 def _voxels(path: Path, image: nib.Nifti1Image, dtype: type) -> np.ndarray:
     try:
-        array = np.asarray(image.dataobj, dtype=dtype)
+        array: np.ndarray = np.asarray(image.dataobj, dtype=dtype)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
     except (TypeError, np.exceptions.ComplexWarning):
-        raise DataError(f"{path} stores {image.get_data_dtype()} voxels; allowed: integers and real numbers") from None
+        raise DataError(
+            f"{path} stores {image.get_data_dtype()} voxels; allowed: integers and real numbers"
+        ) from None
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     return array
@@ -147,7 +158,9 @@ def _check_finite(path: Path, array: np.ndarray) -> None:
     if bad.any():
         first = tuple(int(index) for index in np.argwhere(bad)[0][1:])
         count = int(bad.sum())
-        raise DataError(f"{path}: {count} voxel{'s are' if count > 1 else ' is'} NaN or infinite, the first at {first}; repair the file or leave the case out")
+        raise DataError(
+            f"{path}: {count} voxel{'s are' if count > 1 else ' is'} NaN or infinite, the first at {first}; repair the file or leave the case out"
+        )
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

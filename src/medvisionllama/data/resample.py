@@ -15,7 +15,9 @@ from medvisionllama.types import ImageArray, LabelArray, SpacingMm, Triple
 
 def shape_at(shape: Triple, spacing_mm: SpacingMm, target_mm: SpacingMm) -> Triple:
     """Shape that covers the same extent at another spacing, at least one voxel an axis."""
-    x, y, z = (max(1, round(size * old / new)) for size, old, new in zip(shape, spacing_mm, target_mm, strict=True))
+    x, y, z = (
+        max(1, round(size * old / new)) for size, old, new in zip(shape, spacing_mm, target_mm, strict=True)
+    )
     return (x, y, z)
 
 

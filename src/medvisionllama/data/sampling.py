@@ -65,7 +65,9 @@ class BatchSampler:
         numbers = []
         for position in range(first, first + self.batch_size):
             epoch, place = divmod(position, len(self.cases))
-            numbers.append(int(np.random.default_rng([self.seed, 1_000_003, epoch]).permutation(len(self.cases))[place]))
+            numbers.append(
+                int(np.random.default_rng([self.seed, 1_000_003, epoch]).permutation(len(self.cases))[place])
+            )
         return numbers
 
     def _cut(self, case: CachedCase, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +77,9 @@ class BatchSampler:
         cut_image = np.zeros((image.shape[0], *self.region), dtype=np.float32)
         cut_label = np.zeros(self.region, dtype=np.int64)
         # Padding is zero after normalisation, the same as in the sliding window.
-        cut_image[(slice(None), *target)] = normalise(image[(slice(None), *source)], self.plan.normalisation, case.facts["moments"])
+        cut_image[(slice(None), *target)] = normalise(
+            image[(slice(None), *source)], self.plan.normalisation, case.facts["moments"]
+        )
         cut_label[target] = self.class_of[label[source]]
         return cut_image, cut_label
 
@@ -96,7 +100,9 @@ class BatchSampler:
         return centre
 
 
-def _overlap(centre: Sequence[int], region: Triple, shape: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+def _overlap(
+    centre: Sequence[int], region: Triple, shape: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     """Slices into the region and into the scan of what they share."""
     target, source = [], []
     for middle, length, size in zip(centre, region, shape, strict=True):

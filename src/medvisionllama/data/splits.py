@@ -40,7 +40,9 @@ class Splits:
         content = {
             "seed": self.seed,
             "test": list(self.test),
-            "folds": [{"train": list(fold.train), "validation": list(fold.validation)} for fold in self.folds],
+            "folds": [
+                {"train": list(fold.train), "validation": list(fold.validation)} for fold in self.folds
+            ],
         }
         return {**content, "sha256": canonical_hash(content)}
 
@@ -70,7 +72,9 @@ def make_splits(patients: Mapping[str, str], *, seed: int = 0) -> Splits:
     """
     unique = sorted(set(patients.values()))
     if len(unique) < 3:
-        raise DataError(f"a split needs at least 3 patients (train, validation, test), found {len(unique)}; label more patients, or check data.patient_pattern")
+        raise DataError(
+            f"a split needs at least 3 patients (train, validation, test), found {len(unique)}; label more patients, or check data.patient_pattern"
+        )
     order = [unique[index] for index in np.random.default_rng(seed).permutation(len(unique))]
     num_test = max(1, round(TEST_SHARE * len(order)))
     test, rest = order[:num_test], order[num_test:]
@@ -85,7 +89,12 @@ def make_splits(patients: Mapping[str, str], *, seed: int = 0) -> Splits:
 
 
 def select(
-    splits: Splits, patients: Mapping[str, str], *, fold: int, fraction: float = 1.0, num_cases: int | None = None
+    splits: Splits,
+    patients: Mapping[str, str],
+    *,
+    fold: int,
+    fraction: float = 1.0,
+    num_cases: int | None = None,
 ) -> Selection:
     """Name the cases of one run.
 
@@ -101,7 +110,9 @@ def select(
     chosen = splits.folds[fold]
     unknown = set(patients.values()) - {*splits.test, *chosen.train, *chosen.validation}
     if unknown:
-        raise DataError(f"the patient {min(unknown)!r} is in no part of the splits; draw new splits for this dataset")
+        raise DataError(
+            f"the patient {min(unknown)!r} is in no part of the splits; draw new splits for this dataset"
+        )
     cases: dict[str, list[str]] = {}
     for case_id, patient in patients.items():
         cases.setdefault(patient, []).append(case_id)
@@ -109,7 +120,9 @@ def select(
     if num_cases is not None:
         train = _first_patients(chosen.train, cases, num_cases)
     parts = (train, chosen.validation, splits.test)
-    return Selection(*(tuple(sorted(case for patient in part for case in cases.get(patient, ()))) for part in parts))
+    return Selection(
+        *(tuple(sorted(case for patient in part for case in cases.get(patient, ()))) for part in parts)
+    )
 
 
 def write_splits(splits: Splits, path: Path) -> None:
@@ -128,19 +141,29 @@ def read_splits(path: Path) -> Splits:
         folds = tuple(Fold(tuple(fold["train"]), tuple(fold["validation"])) for fold in content["folds"])
         splits = Splits(content["seed"], tuple(content["test"]), folds)
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist; draw splits with: medvisionllama data split DATA --out {path}") from None
+        raise DataError(
+            f"{path} does not exist; draw splits with: medvisionllama data split DATA --out {path}"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{path} is not a splits file; draw one with: medvisionllama data split DATA --out {path}") from None
+        raise DataError(
+            f"{path} is not a splits file; draw one with: medvisionllama data split DATA --out {path}"
+        ) from None
     if splits.sha256 != found:
-        raise DataError(f"{path} was changed since it was drawn (its sha256 does not match); draw new splits instead of editing")
+        raise DataError(
+            f"{path} was changed since it was drawn (its sha256 does not match); draw new splits instead of editing"
+        )
     for number, fold in enumerate(splits.folds):
         parts = [*fold.train, *fold.validation, *splits.test]
         if len(parts) != len(set(parts)):
-            raise DataError(f"{path}: fold {number} has a patient in two parts, so results would leak; draw new splits")
+            raise DataError(
+                f"{path}: fold {number} has a patient in two parts, so results would leak; draw new splits"
+            )
     return splits
 
 
-def _first_patients(order: tuple[str, ...], cases: Mapping[str, list[str]], num_cases: int) -> tuple[str, ...]:
+def _first_patients(
+    order: tuple[str, ...], cases: Mapping[str, list[str]], num_cases: int
+) -> tuple[str, ...]:
     taken: list[str] = []
     count = 0
     for patient in order:

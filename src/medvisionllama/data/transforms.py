@@ -33,13 +33,17 @@ class Parameters:
 class Augmentation:
     """Draws parameters and applies them to a batch of regions, giving crops."""
 
-    def __init__(self, config: AugmentConfig, spacing_mm: SpacingMm, crop_size: Triple, flip_axes: tuple[int, ...]) -> None:
+    def __init__(
+        self, config: AugmentConfig, spacing_mm: SpacingMm, crop_size: Triple, flip_axes: tuple[int, ...]
+    ) -> None:
         self.config = config
         self.spacing_mm = np.asarray(spacing_mm)
         self.crop_size = crop_size
         self.flip_axes = flip_axes
 
-    def __call__(self, images: ImageBatch, labels: LabelBatch, rng: np.random.Generator) -> tuple[ImageBatch, LabelBatch]:
+    def __call__(
+        self, images: ImageBatch, labels: LabelBatch, rng: np.random.Generator
+    ) -> tuple[ImageBatch, LabelBatch]:
         """Cut the middle of each region, moved and changed at random unless augmentation is off."""
         if not self.config.enabled:
             return _middle(images, self.crop_size), _middle(labels, self.crop_size)
@@ -54,14 +58,20 @@ class Augmentation:
         matrix, shift = np.eye(3), np.zeros(3)
         if rng.random() < config.spatial_probability:
             # Turn in millimetres, or a rotation would shear scans whose voxels are not cubes.
-            turn = _rotation(np.deg2rad(rng.uniform(-1, 1, 3) * config.rotation_degrees * self._axis_freedom()))
+            turn = _rotation(
+                np.deg2rad(rng.uniform(-1, 1, 3) * config.rotation_degrees * self._axis_freedom())
+            )
             zoom = np.exp(rng.uniform(*np.log(config.scale)))
             matrix = np.diag(1 / self.spacing_mm) @ turn @ np.diag(self.spacing_mm) / zoom
             shift = rng.uniform(-1, 1, 3) * config.translation * np.asarray(self.crop_size)
         for axis in self.flip_axes:
             if rng.random() < 0.5:
                 matrix[:, axis] *= -1
-        effects = {name: float(rng.uniform(-1, 1)) for name in _EFFECTS if rng.random() < config.intensity_probability}
+        effects = {
+            name: float(rng.uniform(-1, 1))
+            for name in _EFFECTS
+            if rng.random() < config.intensity_probability
+        }
         return Parameters(matrix, shift, effects, int(rng.integers(2**31)))
 
     def _axis_freedom(self) -> np.ndarray:
@@ -72,7 +82,9 @@ class Augmentation:
         return np.where(thick, 1.0, 0.25)
 
 
-def apply_affine(images: ImageBatch, labels: LabelBatch, parameters: list[Parameters], crop: Triple) -> tuple[ImageBatch, LabelBatch]:
+def apply_affine(
+    images: ImageBatch, labels: LabelBatch, parameters: list[Parameters], crop: Triple
+) -> tuple[ImageBatch, LabelBatch]:
     """Resample regions to crops: images linearly, labels class by class, both on the same grid of points."""
     theta = torch.from_numpy(np.stack([_theta(p, crop, images.shape[2:]) for p in parameters])).to(images)
     grid = F.affine_grid(theta, [len(images), 1, *crop], align_corners=False)

@@ -38,7 +38,9 @@ def dice(predicted: MaskArray, truth: MaskArray) -> float:
     return 1.0 if total == 0 else 2 * int((predicted & truth).sum()) / total
 
 
-def measure(predicted: MaskArray, truth: MaskArray, spacing_mm: SpacingMm, *, tolerance_mm: float) -> Measures:
+def measure(
+    predicted: MaskArray, truth: MaskArray, spacing_mm: SpacingMm, *, tolerance_mm: float
+) -> Measures:
     """Compare two masks `[x, y, z]` on one grid."""
     overlap, a, b = int((predicted & truth).sum()), int(predicted.sum()), int(truth.sum())
     voxel_ml = math.prod(spacing_mm) / 1000
@@ -52,7 +54,9 @@ def measure(predicted: MaskArray, truth: MaskArray, spacing_mm: SpacingMm, *, to
         hd95_mm=hd95,
         volume_ml=b * voxel_ml,
         predicted_ml=a * voxel_ml,
-        empty={(True, True): "both", (False, True): "truth", (True, False): "prediction"}.get((a == 0, b == 0), ""),
+        empty={(True, True): "both", (False, True): "truth", (True, False): "prediction"}.get(
+            (a == 0, b == 0), ""
+        ),
     )
 
 
@@ -60,7 +64,9 @@ def _ratio(part: int, whole: int, *, empty: float) -> float:
     return part / whole if whole else empty
 
 
-def _surface(predicted: MaskArray, truth: MaskArray, spacing_mm: SpacingMm, tolerance_mm: float) -> tuple[float, float]:
+def _surface(
+    predicted: MaskArray, truth: MaskArray, spacing_mm: SpacingMm, tolerance_mm: float
+) -> tuple[float, float]:
     if not predicted.any() or not truth.any():
         if not predicted.any() and not truth.any():
             return 1.0, 0.0

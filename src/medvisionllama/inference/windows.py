@@ -13,7 +13,13 @@ from medvisionllama.types import LogitBatch
 
 @torch.no_grad()
 def predict_probabilities(
-    network: nn.Module, image: Tensor, plan: Plan, *, overlap: float, flip: bool, device: torch.device | str = "cpu"
+    network: nn.Module,
+    image: Tensor,
+    plan: Plan,
+    *,
+    overlap: float,
+    flip: bool,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return class probabilities `[k, x, y, z]`, background first, of a normalised image `[c, x, y, z]`.
 
@@ -32,12 +38,12 @@ def predict_probabilities(
 def native_mask(probabilities: Tensor, shape: Sequence[int], plan: Plan) -> np.ndarray:
     """Bring probabilities to the scan's grid in RAS and take the likeliest class, as label values."""
     if tuple(probabilities.shape[1:]) != tuple(shape):
-        probabilities = F.interpolate(probabilities[None], size=tuple(shape), mode="trilinear", align_corners=False)[0]
+        probabilities = F.interpolate(
+            probabilities[None], size=tuple(shape), mode="trilinear", align_corners=False
+        )[0]
     winner = probabilities.argmax(dim=0).cpu().numpy()
     values = np.array([0, *plan.output_values])
     return values.astype(np.uint8 if values.max() < 256 else np.uint16)[winner]
-
-
 
 
 def _probabilities(network: nn.Module, batch: Tensor, plan: Plan, overlap: float) -> Tensor:
@@ -48,7 +54,9 @@ def _probabilities(network: nn.Module, batch: Tensor, plan: Plan, overlap: float
         result: Tensor = network(windows.contiguous(memory_format=torch.channels_last_3d))
         return result.float()
 
-    blended = sliding_window_inference(batch, plan.crop_size, 1, logits, overlap=overlap, mode="gaussian", sigma_scale=0.125)
+    blended = sliding_window_inference(
+        batch, plan.crop_size, 1, logits, overlap=overlap, mode="gaussian", sigma_scale=0.125
+    )
     assert isinstance(blended, Tensor)
     if plan.num_outputs == 1:
         foreground = blended.sigmoid()

@@ -31,7 +31,14 @@ class FrozenBlock(nn.Module):
     """
 
     def __init__(
-        self, layers: nn.ModuleList, norm: nn.Module | None, rotary: nn.Module | None, *, config: Any, causal: bool, name: str
+        self,
+        layers: nn.ModuleList,
+        norm: nn.Module | None,
+        rotary: nn.Module | None,
+        *,
+        config: Any,
+        causal: bool,
+        name: str,
     ) -> None:
         super().__init__()
         self.layers = layers
@@ -39,7 +46,9 @@ class FrozenBlock(nn.Module):
         self.rotary = rotary
         self.config = config
         self.width: int = config.hidden_size
-        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.head_dim: int = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         self.causal = causal
         self.name = name
         self.requires_grad_(requires_grad=False)
@@ -91,7 +100,7 @@ class FrozenBlock(nn.Module):
         # The angles are computed, not loaded, and are cheap; they must not live on the meta device.
         angles = family.load_class(family.rotary_class)(config) if rotary else None
         for layer in modules:
-            layer.self_attn.is_causal = causal
+            layer.self_attn.is_causal = causal  # type: ignore[union-attr]
         numbers = ",".join(str(position) for position in positions)
         block = cls(
             modules,
@@ -117,7 +126,11 @@ class FrozenBlock(nn.Module):
 
     def frozen_tensors(self) -> dict[str, Tensor]:
         """Everything that must never change, under names that LoRA does not alter."""
-        return {name.replace(".base_layer.", "."): parameter for name, parameter in self.named_parameters() if ".lora_" not in name}
+        return {
+            name.replace(".base_layer.", "."): parameter
+            for name, parameter in self.named_parameters()
+            if ".lora_" not in name
+        }
 
     def sha256(self) -> str:
         """Hash of the frozen tensors' names and bytes."""
@@ -158,7 +171,9 @@ def _tensors(source: str | Path, positions: Sequence[int], family: Family) -> La
     return read_folder(Path(source), positions, family=family)
 
 
-def _filled(family: Family, config: Any, tensors: LayerTensors, dtype: torch.dtype) -> tuple[nn.ModuleList, nn.Module]:  # noqa: ANN401
+def _filled(
+    family: Family, config: Any, tensors: LayerTensors, dtype: torch.dtype
+) -> tuple[nn.ModuleList, nn.Module]:
     with torch.device("meta"):
         modules = nn.ModuleList(family.make_layer(config, index) for index in range(len(tensors.layers)))
         norm = family.make_norm(config)
@@ -173,11 +188,15 @@ def _fill(module: nn.Module, content: dict[str, Tensor], dtype: torch.dtype) -> 
         if name not in content:
             raise BlockError(f"the checkpoint lacks {name}; check that config.json belongs to these weights")
         if content[name].shape != shape:
-            raise BlockError(f"the checkpoint's {name} has shape {tuple(content[name].shape)}, config.json implies {tuple(shape)}; they do not belong together")
+            raise BlockError(
+                f"the checkpoint's {name} has shape {tuple(content[name].shape)}, config.json implies {tuple(shape)}; they do not belong together"
+            )
     module.load_state_dict({name: content[name].to(dtype) for name in wanted}, assign=True)
 
 
-def _random(family: Family, config: Any, num_layers: int, seed: int, dtype: torch.dtype) -> tuple[nn.ModuleList, nn.Module]:  # noqa: ANN401
+def _random(
+    family: Family, config: Any, num_layers: int, seed: int, dtype: torch.dtype
+) -> tuple[nn.ModuleList, nn.Module]:
     with torch.device("meta"):
         modules = nn.ModuleList(family.make_layer(config, index) for index in range(num_layers))
         norm = family.make_norm(config)

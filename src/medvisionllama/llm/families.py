@@ -29,21 +29,21 @@ class Family:
     """Prefix of the last norm's tensors."""
     lora_targets: tuple[str, ...]
 
-    def load_class(self, path: str) -> Any:  # noqa: ANN401 - transformers' classes share no useful base
+    def load_class(self, path: str) -> Any:
         module, _, name = path.rpartition(".")
         return getattr(import_module(module), name)
 
-    def make_config(self, settings: dict[str, Any]) -> Any:  # noqa: ANN401
+    def make_config(self, settings: dict[str, Any]) -> Any:
         """Build the family's configuration; attention runs through PyTorch's fused kernel."""
         config = self.load_class(self.config_class)(**settings)
         config._attn_implementation = "sdpa"
         return config
 
-    def make_layer(self, config: Any, index: int) -> nn.Module:  # noqa: ANN401
+    def make_layer(self, config: Any, index: int) -> nn.Module:
         layer: nn.Module = self.load_class(self.layer_class)(config, index)
         return layer
 
-    def make_norm(self, config: Any) -> nn.Module:  # noqa: ANN401
+    def make_norm(self, config: Any) -> nn.Module:
         norm: nn.Module = self.load_class(self.norm_class)(config.hidden_size, eps=config.rms_norm_eps)
         return norm
 

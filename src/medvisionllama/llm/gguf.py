@@ -49,8 +49,8 @@ def read_gguf(path: Path, layers: Sequence[int]) -> tuple[dict[str, Any], LayerT
     )
 
 
-def _settings(reader: Any, path: Path) -> dict[str, Any]:  # noqa: ANN401
-    def value(key: str) -> Any:  # noqa: ANN401
+def _settings(reader: Any, path: Path) -> dict[str, Any]:
+    def value(key: str) -> Any:
         field = reader.fields.get(key)
         if field is None:
             raise BlockError(f"{path} lacks {key}; it is not a complete Llama-family GGUF file")

@@ -17,7 +17,9 @@ def add_lora(layers: nn.Module, *, rank: int, targets: Sequence[str], family: Fa
     unknown = sorted(set(targets) - set(family.lora_targets))
     if unknown or not targets:
         given = unknown[0] if unknown else "nothing"
-        raise BlockError(f"LoRA cannot act on {given!r}; projections of {family.name}: {', '.join(family.lora_targets)}")
+        raise BlockError(
+            f"LoRA cannot act on {given!r}; projections of {family.name}: {', '.join(family.lora_targets)}"
+        )
     from peft import LoraConfig, inject_adapter_in_model
 
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), layers)

@@ -34,7 +34,9 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text())
     except FileNotFoundError:
-        raise BlockError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint") from None
+        raise BlockError(
+            f"{folder} has no config.json; give the folder of a Hugging Face checkpoint"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BlockError(f"{path} is not readable JSON ({error}); download it again") from None
     if not isinstance(settings, dict) or "model_type" not in settings:
@@ -66,10 +68,14 @@ def read_folder(folder: Path, layers: Sequence[int], *, family: Family | None = 
     family = family or family_of(read_model_config(folder)["model_type"])
     home = _homes(folder)
     wanted = [family.layer_prefix.format(i=layer) for layer in layers]
-    result = LayerTensors(tuple(_read(folder, home, prefix) for prefix in wanted), _read(folder, home, family.norm_prefix))
+    result = LayerTensors(
+        tuple(_read(folder, home, prefix) for prefix in wanted), _read(folder, home, family.norm_prefix)
+    )
     for prefix, tensors in zip(wanted, result.layers, strict=True):
         if not tensors:
-            raise BlockError(f"{folder} holds no tensor named {prefix}*; check that config.json belongs to these weights")
+            raise BlockError(
+                f"{folder} holds no tensor named {prefix}*; check that config.json belongs to these weights"
+            )
     return result
 
 
@@ -83,12 +89,18 @@ def _homes(folder: Path) -> dict[str, str]:
             raise BlockError(f"{index} is damaged; download it again") from None
         for name in set(homes.values()):
             if Path(name).name != name:
-                raise BlockError(f"{index} names the file {name!r} outside its folder; download the checkpoint again")
+                raise BlockError(
+                    f"{index} names the file {name!r} outside its folder; download the checkpoint again"
+                )
         return dict(homes)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = next(folder.glob("*.bin"), None)
-        hint = f"; {pickled.name} is a pickle, which is never opened: convert it to safetensors" if pickled else ""
+        hint = (
+            f"; {pickled.name} is a pickle, which is never opened: convert it to safetensors"
+            if pickled
+            else ""
+        )
         raise BlockError(f"{folder} holds no .safetensors file{hint}")
     return {key: path.name for path in files for key in _keys(path)}
 
@@ -112,11 +124,15 @@ def _read(folder: Path, homes: dict[str, str], prefix: str) -> dict[str, Tensor]
                     if homes[name] == file_name:
                         tensors[name.removeprefix(prefix)] = file.get_tensor(name)
         except FileNotFoundError:
-            raise BlockError(f"{path} is named by the checkpoint's index but absent; download it again") from None
+            raise BlockError(
+                f"{path} is named by the checkpoint's index but absent; download it again"
+            ) from None
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from None
     return tensors
 
 
 def _damaged(path: Path, error: Exception) -> BlockError:
-    return BlockError(f"{path} is damaged or truncated ({' '.join(str(error).split())[:100]}); download it again")
+    return BlockError(
+        f"{path} is damaged or truncated ({' '.join(str(error).split())[:100]}); download it again"
+    )

@@ -1,4 +1,4 @@
-"""From voxels to tokens. An embedding returns the token grid, and the finer features that a skip head joins again."""
+"""From voxels to tokens: an embedding returns the token grid, and the finer features for a skip head."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,9 @@ class StemEmbed(nn.Module):
     Full resolution gets one convolution with few channels; the work is done at the coarser strides.
     """
 
-    def __init__(self, num_channels: int, width: int, *, channels: Triple, strides: Sequence[Triple], tokens: bool) -> None:
+    def __init__(
+        self, num_channels: int, width: int, *, channels: Triple, strides: Sequence[Triple], tokens: bool
+    ) -> None:
         super().__init__()
         fine, middle, coarse = channels
         self.fine = ConvBlock(num_channels, fine, kernel=kernel_for(strides[0]))
@@ -39,7 +41,11 @@ class StemEmbed(nn.Module):
             ConvBlock(middle, coarse, stride=strides[1], kernel=kernel_for(strides[1])),
             ConvBlock(coarse, coarse, kernel=kernel_for(strides[2])),
         )
-        self.project = nn.Conv3d(coarse, width, kernel_for(strides[2]), stride=strides[2], padding=tuple(k // 2 for k in kernel_for(strides[2]))) if tokens else None
+        kernel = kernel_for(strides[2])
+        x, y, z = (size // 2 for size in kernel)
+        self.project = (
+            nn.Conv3d(coarse, width, kernel, stride=strides[2], padding=(x, y, z)) if tokens else None
+        )
 
     def forward(self, image: ImageBatch) -> tuple[Tensor | None, Features]:
         full = self.fine(image)

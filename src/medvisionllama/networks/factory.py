@@ -16,7 +16,13 @@ from medvisionllama.types import Triple
 
 
 def build_network(
-    config: NetworkConfig, *, num_channels: int, num_outputs: int, crop_size: Triple, strides: Sequence[Triple], seed: int = 0
+    config: NetworkConfig,
+    *,
+    num_channels: int,
+    num_outputs: int,
+    crop_size: Triple,
+    strides: Sequence[Triple],
+    seed: int = 0,
 ) -> TokenSegmenter:
     """Build the network of a run.
 
@@ -30,8 +36,12 @@ def build_network(
     embed: nn.Module
     head: nn.Module
     if config.head == "skip":
-        embed = StemEmbed(num_channels, config.width, channels=config.stem_channels, strides=strides, tokens=config.tokens)
-        head = SkipHead(config.width, num_outputs, channels=config.stem_channels, strides=strides, tokens=config.tokens)
+        embed = StemEmbed(
+            num_channels, config.width, channels=config.stem_channels, strides=strides, tokens=config.tokens
+        )
+        head = SkipHead(
+            config.width, num_outputs, channels=config.stem_channels, strides=strides, tokens=config.tokens
+        )
         stride: Sequence[int] = [a * b * c for a, b, c in zip(*strides, strict=True)]
     else:
         embed = PatchEmbed(num_channels, config.width, patch_size=config.patch_size)
@@ -39,7 +49,9 @@ def build_network(
         head = kind(config.width, num_outputs, patch_size=config.patch_size)
         stride = [config.patch_size] * 3
     if any(size % step for size, step in zip(crop_size, stride, strict=True)):
-        raise ConfigError(f"the crop {tuple(crop_size)} is not a multiple of the token stride {tuple(stride)}")
+        raise ConfigError(
+            f"the crop {tuple(crop_size)} is not a multiple of the token stride {tuple(stride)}"
+        )
     if not config.tokens:
         return TokenSegmenter(embed, nn.Identity(), nn.Identity(), nn.Identity(), head)
     grid = grid_after(crop_size, stride)
@@ -58,7 +70,13 @@ def build_insert(config: NetworkConfig, *, seed: int = 0) -> nn.Module:
         return MLPInsert(config.width, ratio=config.mlp_ratio, dropout=config.dropout, gated=gated)
     block = build_block(config.block, seed=seed)
     return LLMInsert(
-        config.width, block, block_width=block.width, mapper=config.mapper, rank=config.mapper_rank, gated=gated, seed=seed
+        config.width,
+        block,
+        block_width=block.width,
+        mapper=config.mapper,
+        rank=config.mapper_rank,
+        gated=gated,
+        seed=seed,
     )
 
 

@@ -1,4 +1,4 @@
-"""From tokens to logits. Each head returns the full-resolution logits and, while training, coarser ones to supervise."""
+"""From tokens to logits: each head returns full-resolution logits and, while training, coarser ones."""
 
 from collections.abc import Sequence
 
@@ -23,13 +23,17 @@ class LinearHead(nn.Module):
 
 
 class UpsampleHead(nn.Module):
-    """Transposed convolutions that double the resolution and halve the channels, with a norm between (as Primus)."""
+    """Transposed convolutions that double the resolution and halve the channels (as Primus)."""
 
     def __init__(self, width: int, num_outputs: int, *, patch_size: int) -> None:
         super().__init__()
         modules: list[nn.Module] = []
         while patch_size > 2 and patch_size % 2 == 0:
-            modules += [nn.ConvTranspose3d(width, width // 2, 2, stride=2), nn.InstanceNorm3d(width // 2, affine=True), nn.GELU()]
+            modules += [
+                nn.ConvTranspose3d(width, width // 2, 2, stride=2),
+                nn.InstanceNorm3d(width // 2, affine=True),
+                nn.GELU(),
+            ]
             width, patch_size = width // 2, patch_size // 2
         modules.append(nn.ConvTranspose3d(width, num_outputs, patch_size, stride=patch_size))
         self.layers = nn.Sequential(*modules)
@@ -45,10 +49,14 @@ class SkipHead(nn.Module):
     reason of its own to be right.
     """
 
-    def __init__(self, width: int, num_outputs: int, *, channels: Triple, strides: Sequence[Triple], tokens: bool) -> None:
+    def __init__(
+        self, width: int, num_outputs: int, *, channels: Triple, strides: Sequence[Triple], tokens: bool
+    ) -> None:
         super().__init__()
         fine, middle, coarse = channels
-        self.from_tokens = nn.ConvTranspose3d(width, coarse, strides[2], stride=strides[2]) if tokens else None
+        self.from_tokens = (
+            nn.ConvTranspose3d(width, coarse, strides[2], stride=strides[2]) if tokens else None
+        )
         self.join_quarter = ConvBlock(2 * coarse if tokens else coarse, coarse, kernel=kernel_for(strides[2]))
         self.to_half = nn.ConvTranspose3d(coarse, middle, strides[1], stride=strides[1])
         self.join_half = ConvBlock(2 * middle, middle, kernel=kernel_for(strides[1]))

@@ -16,7 +16,17 @@ class LLMInsert(nn.Module):
     Without, the insert replaces the tokens, as published.
     """
 
-    def __init__(self, width: int, block: nn.Module, *, block_width: int, mapper: MapperKind, rank: int, gated: bool, seed: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        block: nn.Module,
+        *,
+        block_width: int,
+        mapper: MapperKind,
+        rank: int,
+        gated: bool,
+        seed: int,
+    ) -> None:
         super().__init__()
         self.vd1 = make_mapper(mapper, width, block_width, rank=rank, seed=seed)
         self.block = block

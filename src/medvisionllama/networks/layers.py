@@ -22,10 +22,12 @@ class MLP(nn.Module):
 class ConvBlock(nn.Module):
     """Convolution, instance norm, leaky ReLU."""
 
-    def __init__(self, num_in: int, num_out: int, *, stride: Triple = (1, 1, 1), kernel: Triple = (3, 3, 3)) -> None:
+    def __init__(
+        self, num_in: int, num_out: int, *, stride: Triple = (1, 1, 1), kernel: Triple = (3, 3, 3)
+    ) -> None:
         super().__init__()
-        padding = tuple(size // 2 for size in kernel)
-        self.conv = nn.Conv3d(num_in, num_out, kernel, stride=stride, padding=padding, bias=False)
+        x, y, z = (size // 2 for size in kernel)
+        self.conv = nn.Conv3d(num_in, num_out, kernel, stride=stride, padding=(x, y, z), bias=False)
         self.norm = nn.InstanceNorm3d(num_out, affine=True)
 
     def forward(self, grid: Tensor) -> Tensor:

@@ -55,13 +55,21 @@ class MedVisionLlama(TokenSegmenter):
 
         def transformer(depth: int, positions: Triple | None) -> VisionTransformer:
             return VisionTransformer(
-                depth, width=width, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, attention_dropout=0.0, positions=positions
+                depth,
+                width=width,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                attention_dropout=0.0,
+                positions=positions,
             )
 
         super().__init__(
             embed=PatchEmbed(num_channels, width, patch_size=patch_size),
             encoder=transformer(insert_after, grid_after(image_size, (patch_size,) * 3)),
-            insert=LLMInsert(width, block, block_width=block.width, mapper=mapper, rank=mapper_rank, gated=gated, seed=seed),
+            insert=LLMInsert(
+                width, block, block_width=block.width, mapper=mapper, rank=mapper_rank, gated=gated, seed=seed
+            ),
             decoder=transformer(depth - insert_after, None),
             head=LinearHead(width, num_outputs, patch_size=patch_size),
         )

@@ -15,7 +15,9 @@ class TokenSegmenter(nn.Module):
         head: token grid and features to logits.
     """
 
-    def __init__(self, embed: nn.Module, encoder: nn.Module, insert: nn.Module, decoder: nn.Module, head: nn.Module) -> None:
+    def __init__(
+        self, embed: nn.Module, encoder: nn.Module, insert: nn.Module, decoder: nn.Module, head: nn.Module
+    ) -> None:
         super().__init__()
         self.embed = embed
         self.encoder = encoder

@@ -44,10 +44,14 @@ class SelfAttention(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention and MLP, each behind a norm and around a residual."""
 
-    def __init__(self, width: int, *, num_heads: int, mlp_ratio: float, dropout: float, attention_dropout: float) -> None:
+    def __init__(
+        self, width: int, *, num_heads: int, mlp_ratio: float, dropout: float, attention_dropout: float
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attention = SelfAttention(width, num_heads=num_heads, dropout=dropout, attention_dropout=attention_dropout)
+        self.attention = SelfAttention(
+            width, num_heads=num_heads, dropout=dropout, attention_dropout=attention_dropout
+        )
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, ratio=mlp_ratio, dropout=dropout)
 
@@ -72,11 +76,26 @@ class VisionTransformer(nn.Sequential):
     """Positions, if a grid is given, then `depth` blocks; with neither it is the identity."""
 
     def __init__(
-        self, depth: int, *, width: int, num_heads: int, mlp_ratio: float, dropout: float, attention_dropout: float, positions: Triple | None
+        self,
+        depth: int,
+        *,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        dropout: float,
+        attention_dropout: float,
+        positions: Triple | None,
     ) -> None:
         modules: list[nn.Module] = [LearnedPositions(positions, width)] if positions else []
         modules += [
-            TransformerBlock(width, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, attention_dropout=attention_dropout) for _ in range(depth)
+            TransformerBlock(
+                width,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+            )
+            for _ in range(depth)
         ]
         super().__init__(*modules)
 

@@ -18,15 +18,15 @@ from medvisionllama.data.index import Dataset, open_dataset
 from medvisionllama.data.planning import Plan, make_plan
 from medvisionllama.data.sampling import BatchSampler
 from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select, write_splits
-from medvisionllama.devices import choose_device, use_bf16
+from medvisionllama.devices import channels_last, choose_device, use_bf16
 from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_network
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.run_dir import RunDir, machine_facts
-from medvisionllama.training.losses import SupervisedSegmenter
 from medvisionllama.training.loop import TrainingLoop
+from medvisionllama.training.losses import SupervisedSegmenter
 from medvisionllama.training.validation import validate_cases
 
 
@@ -72,18 +72,22 @@ def fit(config: Config, *, resume: bool = False, progress: Progress | None = Non
     plan, cases = prepare(config, dataset, splits, selection, progress)
     accelerator = make_accelerator(config)
     torch.manual_seed(config.train.seed)
-    network = build_network(
-        config.network,
-        num_channels=len(plan.channels),
-        num_outputs=plan.num_outputs,
-        crop_size=plan.crop_size,
-        strides=plan.strides,
-        seed=config.train.seed,
-    ).to(memory_format=torch.channels_last_3d)
+    network = channels_last(
+        build_network(
+            config.network,
+            num_channels=len(plan.channels),
+            num_outputs=plan.num_outputs,
+            crop_size=plan.crop_size,
+            strides=plan.strides,
+            seed=config.train.seed,
+        )
+    )
     facts = network_facts(network)
     write_run_files(run_dir, config, plan, splits, cases, selection, facts, accelerator.mixed_precision)
     loop = TrainingLoop(
-        SupervisedSegmenter(network, num_outputs=plan.num_outputs, auxiliary_weight=config.train.auxiliary_weight),
+        SupervisedSegmenter(
+            network, num_outputs=plan.num_outputs, auxiliary_weight=config.train.auxiliary_weight
+        ),
         BatchSampler(
             [cases[name] for name in selection.train],
             plan,
@@ -94,7 +98,9 @@ def fit(config: Config, *, resume: bool = False, progress: Progress | None = Non
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
         ),
-        lambda module: validate_cases(module, [cases[name] for name in selection.validation], plan, config, accelerator),
+        lambda module: validate_cases(
+            module, [cases[name] for name in selection.validation], plan, config, accelerator
+        ),
         config.train,
         run_dir,
         accelerator,
@@ -115,8 +121,22 @@ def divide(config: Config) -> tuple[Dataset, Splits, Selection]:
     assert config.data.path is not None, "checked by the caller"
     dataset = open_dataset(config.data.path, patient_pattern=config.data.patient_pattern)
     patients = dataset.patients
-    splits = read_splits(config.data.splits) if config.data.splits else make_splits(patients, seed=config.data.split_seed)
-    return dataset, splits, select(splits, patients, fold=config.data.fold, fraction=config.data.fraction, num_cases=config.data.num_cases)
+    splits = (
+        read_splits(config.data.splits)
+        if config.data.splits
+        else make_splits(patients, seed=config.data.split_seed)
+    )
+    return (
+        dataset,
+        splits,
+        select(
+            splits,
+            patients,
+            fold=config.data.fold,
+            fraction=config.data.fraction,
+            num_cases=config.data.num_cases,
+        ),
+    )
 
 
 def prepare(
@@ -142,7 +162,10 @@ def prepare(
     rules = fit_normalisation([cases[name] for name in selection.train], plan.channels)
     plan = plan.model_copy(update={"normalisation": rules})
     size, spacing = "×".join(map(str, plan.crop_size)), " × ".join(f"{edge:g}" for edge in plan.spacing_mm)
-    progress.say(f"{'whole scans resized to' if plan.resize else 'crops of'} {size} voxels" + ("" if plan.resize else f" of {spacing} mm"))
+    progress.say(
+        f"{'whole scans resized to' if plan.resize else 'crops of'} {size} voxels"
+        + ("" if plan.resize else f" of {spacing} mm")
+    )
     return plan, cases
 
 
@@ -186,7 +209,11 @@ def write_run_files(
         "precision": precision,
         "splits_sha256": splits.sha256,
         "data_sha256": canonical_hash(data),
-        "num_cases": {"train": len(selection.train), "validation": len(selection.validation), "test": len(selection.test)},
+        "num_cases": {
+            "train": len(selection.train),
+            "validation": len(selection.validation),
+            "test": len(selection.test),
+        },
         "cases": {"train": selection.train, "validation": selection.validation, "test": selection.test},
         "network": facts,
     }
@@ -194,5 +221,3 @@ def write_run_files(
     write_text(run_dir.plan, plan.model_dump_json(indent=2) + "\n")
     write_json(run_dir.manifest, manifest)
     write_config(config, run_dir.config)
-
-

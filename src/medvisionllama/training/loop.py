@@ -1,7 +1,8 @@
 """The training loop: steps, validations, saves.
 
 A step is a function of the seed, the step's number and the weights: batch, augmentation and dropout are drawn from
-them alone. So a run that was killed and resumed repeats exactly what the uninterrupted run does.
+them alone. So a run limited by epochs that was killed and resumed repeats exactly what the uninterrupted run does;
+one limited by minutes goes on from the same weights, but its learning rate follows the clock.
 """
 
 import math
@@ -16,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor
 
 from medvisionllama.checkpoint import copy_into, load_tensors, save_tensors, trainable
 from medvisionllama.config import TrainConfig
 from medvisionllama.data.sampling import BatchSampler
 from medvisionllama.errors import CheckpointError
+from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir
 from medvisionllama.training.losses import SupervisedSegmenter
@@ -35,7 +37,7 @@ from medvisionllama.training.optim import (
     set_learning_rate,
 )
 
-Validate = Callable[[nn.Module], dict[str, Any]]
+Validate = Callable[[TokenSegmenter], dict[str, Any]]
 """Segments the validation cases and returns a record with the key `dice`."""
 
 
@@ -108,7 +110,7 @@ class TrainingLoop:
             while self.progress < 1.0 or not self.state.dices:
                 loss = self._step()
                 self._tick()
-                advance(self.progress, f"step {self.state.step}  loss {loss:.3f}  validation Dice {self.state.best:.4f}" if self.state.dices else f"step {self.state.step}  loss {loss:.3f}")
+                advance(self.progress, self._note(loss))
                 if self._validation_due():
                     self._validate(loss)
                     self.save()
@@ -123,8 +125,13 @@ class TrainingLoop:
         """Write the resume state as one file."""
         if not self.accelerator.is_main_process:
             return
-        tensors = {f"weights/{name}": parameter for name, parameter in self.parameters.items()}
-        tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(self._inner_optimizer(), self.parameters).items()}
+        tensors: dict[str, Tensor] = {
+            f"weights/{name}": parameter for name, parameter in self.parameters.items()
+        }
+        tensors |= {
+            f"optimizer/{name}": value
+            for name, value in optimizer_tensors(self._inner_optimizer(), self.parameters).items()
+        }
         if self.average:
             tensors |= {f"average/{name}": value for name, value in self.average.values.items()}
         save_tensors(self.run_dir.state, tensors, {**self.facts, "state": asdict(self.state)})
@@ -139,8 +146,10 @@ class TrainingLoop:
         where = self.run_dir.state
         tensors, facts = load_tensors(where)
         if facts.get("frozen_sha256") != self.facts["frozen_sha256"]:
-            raise CheckpointError(f"{where} was trained around another frozen block than the one loaded now; use the same network.block")
-        parts: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "optimizer": {}, "average": {}}
+            raise CheckpointError(
+                f"{where} was trained around another frozen block than the one loaded now; use the same network.block"
+            )
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "average": {}}
         for full, tensor in tensors.items():
             kind, _, name = full.partition("/")
             parts[kind][name] = tensor
@@ -156,7 +165,12 @@ class TrainingLoop:
 
     def _step(self) -> float:
         self.model.train()
-        rate = learning_rate(self.config, progress=self.progress, step=self.state.step, plateau_drops=plateau_drops(self.state.dices))
+        rate = learning_rate(
+            self.config,
+            progress=self.progress,
+            step=self.state.step,
+            plateau_drops=plateau_drops(self.state.dices),
+        )
         set_learning_rate(self._inner_optimizer(), rate)
         # Dropout draws from the global generator; seeding it here leaves no generator state to save.
         torch.manual_seed(_step_seed(self.config.seed, self.sampler.rank, self.state.step))
@@ -172,7 +186,9 @@ class TrainingLoop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if not math.isfinite(total):
-            raise CheckpointError(f"the loss became {total} at step {self.state.step}; lower train.learning_rate, or set train.precision=fp32, and go on with --resume")
+            raise CheckpointError(
+                f"the loss became {total} at step {self.state.step}; lower train.learning_rate, or set train.precision=fp32, and go on with --resume"
+            )
         if self.average:
             self.average.update(self.state.step)
         self.state.step += 1
@@ -188,7 +204,7 @@ class TrainingLoop:
         record = self.validate(self.network)
         improved = record["dice"] > self.state.best
         self.state.dices.append(record["dice"])
-        # A kill between two validations must not count one twice when the run is short: skip those already due.
+        # Short runs may be due more than one validation after a step; one segmentation serves them all.
         while len(self.state.dices) < self.config.num_validations and self._validation_due():
             self.state.dices.append(record["dice"])
         if improved and self.accelerator.is_main_process:
@@ -199,7 +215,18 @@ class TrainingLoop:
         self._tick()
         self.state.validation_seconds = time.monotonic() - before
         if self.accelerator.is_main_process:
-            self.run_dir.append_history({"step": self.state.step, "seconds": round(self.state.elapsed_seconds, 2), "loss": loss, **record})
+            self.run_dir.append_history(
+                {
+                    "step": self.state.step,
+                    "seconds": round(self.state.elapsed_seconds, 2),
+                    "loss": loss,
+                    **record,
+                }
+            )
+
+    def _note(self, loss: float) -> str:
+        validated = f"  validation Dice {self.state.best:.4f}" if self.state.dices else ""
+        return f"step {self.state.step}  loss {loss:.3f}{validated}"
 
     def _tick(self) -> None:
         self.state.elapsed_seconds = time.monotonic() - self._clock
@@ -215,7 +242,7 @@ def _step_seed(*numbers: int) -> int:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag that the loop reads between steps; the second one acts at once."""
+    """Turn the first Ctrl-C or SIGTERM into a flag, read between steps; the second one acts at once."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag.is_set

@@ -50,6 +50,6 @@ class SupervisedSegmenter(nn.Module):
             loss = dice_ce_loss(logits.float(), target)
             if self.auxiliary_weight:
                 for coarse in auxiliary:
-                    shares = F.adaptive_avg_pool3d(target, coarse.shape[2:])
+                    shares = F.adaptive_avg_pool3d(target, tuple(coarse.shape[2:]))
                     loss = loss + self.auxiliary_weight * dice_ce_loss(coarse.float(), shares)
         return loss

@@ -15,7 +15,9 @@ PLATEAU_FACTOR = 0.5
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Adam or AdamW over trainable weights only; vectors (norms, biases, gates) do not decay."""
-    matrices, vectors, gates = [], [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    gates: list[nn.Parameter] = []
     for name, parameter in trainable(network).items():
         if name.endswith(".gate"):
             gates.append(parameter)
@@ -82,7 +84,9 @@ class AveragedWeights:
     def update(self, step: int) -> None:
         """Move towards the current weights; early steps move faster, or the random start would linger."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+        torch._foreach_lerp_(
+            list(self.values.values()), [p.detach() for p in self.parameters.values()], 1 - decay
+        )
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -93,7 +97,9 @@ class AveragedWeights:
             self.values[name].copy_(current)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
     """The optimiser's state by parameter name."""
     tensors = {}
     for name, parameter in parameters.items():
@@ -102,7 +108,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
     return tensors
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
     """Undo `optimizer_tensors`."""
     for full, value in tensors.items():
         name, _, key = full.rpartition("::")

@@ -15,7 +15,9 @@ from medvisionllama.inference.windows import native_mask, predict_probabilities
 from medvisionllama.networks.segmenter import TokenSegmenter
 
 
-def validate_cases(network: TokenSegmenter, cases: Sequence[CachedCase], plan: Plan, config: Config, accelerator: Accelerator) -> dict[str, Any]:
+def validate_cases(
+    network: TokenSegmenter, cases: Sequence[CachedCase], plan: Plan, config: Config, accelerator: Accelerator
+) -> dict[str, Any]:
     """Segment every case and return mean Dice over cases and classes, and per class.
 
     Mirrored copies are left out here: they multiply the time and change all checkpoints alike.
@@ -25,13 +27,23 @@ def validate_cases(network: TokenSegmenter, cases: Sequence[CachedCase], plan: P
     with accelerator.autocast():
         for case in cases:
             image = torch.from_numpy(normalise(case.image, plan.normalisation, case.facts["moments"]))
-            probabilities = predict_probabilities(network, image, plan, overlap=config.inference.overlap, flip=False, device=accelerator.device)
+            probabilities = predict_probabilities(
+                network, image, plan, overlap=config.inference.overlap, flip=False, device=accelerator.device
+            )
             truth = np.asarray(case.native_label)
             mask = native_mask(probabilities, truth.shape, plan)
-            rows.append([dice(mask == value, truth > 0 if plan.merged else truth == value) for value in plan.output_values])
+            rows.append(
+                [
+                    dice(mask == value, truth > 0 if plan.merged else truth == value)
+                    for value in plan.output_values
+                ]
+            )
     per_class = np.mean(rows, axis=0)
     names = ["foreground"] if plan.merged else list(plan.classes.values())
-    record: dict[str, Any] = {"dice": float(per_class.mean()), "dice_per_class": dict(zip(names, map(float, per_class), strict=True))}
+    record: dict[str, Any] = {
+        "dice": float(per_class.mean()),
+        "dice_per_class": dict(zip(names, map(float, per_class), strict=True)),
+    }
     gate = getattr(network.insert, "gate", None)
     if gate is not None:
         record["gate_rms"] = float(gate.detach().square().mean().sqrt())

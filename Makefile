@@ -1,0 +1,43 @@
+# Everything here builds .venv by itself. Needs Python 3.11 or later, nothing else; no GPU, no account.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all check format bench clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed  ## Build .venv
+
+demo: install  ## Train, predict, evaluate and report on artificial scans; prints the report's path last
+	@$(BIN)/medvisionllama demo
+
+test: install  ## The fast tests
+	$(BIN)/python -m pytest
+
+test-all: install  ## All tests: slow and golden ones too
+	$(BIN)/python -m pytest -m ''
+
+check: install  ## Lint, format, types
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+format: install  ## Fix what the formatter can
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
+
+bench: install  ## The benchmarks behind the README's numbers (hours; see benchmarks/README.md)
+	$(BIN)/python benchmarks/paper_step.py
+	$(BIN)/python benchmarks/hippocampus.py
+
+clean:  ## Remove what `make` built
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,196 @@
+"""The command line's verbs as functions of the same names and arguments."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medvisionllama.config import load_config, read_config
+from medvisionllama.errors import DataError
+from medvisionllama.progress import Progress
+from medvisionllama.run_dir import RunDir
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from medvisionllama.training.fit import RunResult
+
+
+def train(
+    data: Path | str,
+    *,
+    out: Path | str,
+    preset: str = "small",
+    fold: int | None = None,
+    fraction: float | None = None,
+    cases: int | None = None,
+    max_minutes: float | None = None,
+    epochs: int | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    resume: bool = False,
+    test: bool = True,
+    progress: Progress | None = None,
+) -> "RunResult":
+    """Train a run, then open the test cases once and write the report.
+
+    Args:
+        out: the run folder.
+        overrides: further settings, as `["network.insert=none"]`.
+        resume: go on with the run in `out`, whose own settings then hold; only the time limit may change.
+        test: False leaves the test cases unopened, for development.
+
+    Raises:
+        MedVisionLlamaError: anything the user can fix, in one line.
+    """
+    from medvisionllama.evaluation.evaluate import evaluate_run
+    from medvisionllama.reports.html import write_report
+    from medvisionllama.training.fit import fit
+
+    limits: dict[str, Any] = {"train.max_minutes": max_minutes, "train.epochs": epochs}
+    chosen: dict[str, Any] = {key: value for key, value in limits.items() if value is not None}
+    out = Path(out)
+    if resume:
+        config = read_config(
+            RunDir(out).config, {**chosen, "data.path": Path(data).resolve(), "out": out.resolve()}
+        )
+    else:
+        if epochs is not None and max_minutes is None:
+            # A limit that the user did not ask for would cut the run short.
+            chosen["train.max_minutes"] = None
+        parts = {"data.fold": fold, "data.fraction": fraction, "data.num_cases": cases}
+        chosen |= {key: value for key, value in parts.items() if value is not None}
+        chosen |= {"data.path": Path(data).resolve(), "out": out.resolve()}
+        extra = dict(overrides) if isinstance(overrides, Mapping) else list(overrides)
+        config = load_config(preset, _merged(chosen, extra))
+    result = fit(config, resume=resume, progress=progress)
+    if result.finished:
+        if test:
+            evaluate_run(result.path, split="test", progress=progress)
+        write_report(result.path)
+    return result
+
+
+def predict(
+    run: Path | str,
+    inputs: Sequence[Path | str],
+    *,
+    out: Path | str,
+    overwrite: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Segment scans with a trained run; one mask per scan, on the scan's own grid, named like the scan.
+
+    Args:
+        inputs: .nii and .nii.gz files, and folders of them.
+        overwrite: replace masks that are already there; scans are never replaced.
+
+    Returns:
+        One record per scan: case, mask file, volume of each class in millilitres.
+    """
+    from medvisionllama.inference.inputs import collect_scans
+    from medvisionllama.inference.predictor import Predictor, read_plan
+    from medvisionllama.inference.writers import write_mask
+    from medvisionllama.progress import Silent
+
+    run_dir = RunDir(Path(run))
+    run_dir.check()
+    scans = collect_scans([Path(path) for path in inputs], channels=read_plan(run_dir).channels)
+    targets = [Path(out) / f"{scan.case_id}.nii.gz" for scan in scans]
+    sources = {path.resolve() for scan in scans for path in scan.images}
+    for target in targets:
+        if target.resolve() in sources:
+            raise DataError(
+                f"{target} is one of the scans and would be overwritten by its mask; choose another --out"
+            )
+        if target.exists() and not overwrite:
+            raise DataError(
+                f"{target} already exists; choose another --out, or give --overwrite to replace masks"
+            )
+    predictor = Predictor.from_run(run_dir.path, device=device)  # type: ignore[arg-type] # checked by the command line
+    names = {1: "foreground"} if predictor.plan.merged else predictor.plan.classes
+    records = []
+    with (progress or Silent()).track("segmenting", len(scans)) as advance:
+        for number, (scan, target) in enumerate(zip(scans, targets, strict=True), start=1):
+            prediction = predictor.predict(scan.images)
+            write_mask(target, prediction.mask.array, scan.images[0])
+            volumes = {names[value]: round(volume, 4) for value, volume in prediction.volumes_ml.items()}
+            records.append({"case": scan.case_id, "mask": str(target), "volumes_ml": volumes})
+            advance(number, scan.case_id)
+    return records
+
+
+def evaluate(
+    predictions: Path | str,
+    labels: Path | str | None = None,
+    *,
+    split: str = "test",
+    tolerance_mm: float = 1.0,
+    out: Path | str | None = None,
+    progress: Progress | None = None,
+) -> "pd.DataFrame":
+    """Measure masks against labels, or a run on one of its own splits.
+
+    Args:
+        predictions: a folder of masks; or, without `labels`, a run folder.
+        split: `test` or `validation`, of a run.
+        out: where to write the table of masks against labels; a run's goes to its folder.
+
+    Returns:
+        One row per case and class.
+    """
+    from medvisionllama.evaluation.evaluate import evaluate_folders, evaluate_run, write_table
+    from medvisionllama.reports.html import write_report
+
+    if labels is None:
+        table = evaluate_run(
+            Path(predictions), split="validation" if split == "validation" else "test", progress=progress
+        )
+        write_report(Path(predictions))
+        return table
+    table = evaluate_folders(Path(predictions), Path(labels), tolerance_mm=tolerance_mm, progress=progress)
+    if out is not None:
+        write_table(table, Path(out))
+    return table
+
+
+def demo(
+    *, out: Path | str = "demo", minutes: float = 1.5, seed: int = 0, progress: Progress | None = None
+) -> Path:
+    """Do the whole job on phantoms: generate, train, predict, evaluate, report.
+
+    Args:
+        out: a folder that gets one numbered folder per demo.
+
+    Returns:
+        Path of the report.
+    """
+    from medvisionllama.data.phantom import write_phantoms
+
+    root = _next_folder(Path(out))
+    data = write_phantoms(root / "phantoms", num_cases=30, seed=seed)
+    run = root / "run"
+    train(
+        data,
+        out=run,
+        preset="small",
+        max_minutes=minutes,
+        overrides={"train.num_validations": 4, "train.seed": seed},
+        progress=progress,
+    )
+    new = write_phantoms(root / "new", num_cases=3, seed=seed + 1)
+    predict(run, [new / "imagesTr"], out=root / "masks", progress=progress)
+    evaluate(root / "masks", new / "labelsTr", out=root / "masks" / "evaluation.csv", progress=progress)
+    return RunDir(run).report
+
+
+def _merged(chosen: dict[str, Any], extra: dict[str, Any] | list[str]) -> dict[str, Any]:
+    from medvisionllama.config.load import parse_overrides
+
+    return {**chosen, **parse_overrides(extra)}
+
+
+def _next_folder(root: Path) -> Path:
+    number = 1
+    while (root / f"{number:03d}").exists():
+        number += 1
+    return root / f"{number:03d}"

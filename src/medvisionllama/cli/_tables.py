@@ -1,0 +1,30 @@
+"""Tables on the terminal."""
+
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from medvisionllama.evaluation.evaluate import mean_class_dice, summarise
+
+
+def print_summary(source: Path | pd.DataFrame) -> None:
+    """Print each class's mean, interval, median and quartiles."""
+    table = source if isinstance(source, pd.DataFrame) else pd.read_csv(source, keep_default_na=False)
+    shown = Table(
+        title=f"{table['case_id'].nunique()} cases, mean class Dice {mean_class_dice(table).mean():.3f}",
+        title_justify="left",
+    )
+    for name in ("class", "Dice mean (95 % interval)", "median (quartiles)", "NSD", "HD95 mm", "empty"):
+        shown.add_column(name, justify="left" if name == "class" else "right")
+    for row in summarise(table).to_dict(orient="records"):
+        shown.add_row(
+            str(row["class"]),
+            f"{row['dice_mean']:.3f} ({row['dice_low']:.3f}–{row['dice_high']:.3f})",
+            f"{row['dice_median']:.3f} ({row['dice_q1']:.3f}–{row['dice_q3']:.3f})",
+            f"{row['nsd_median']:.3f}",
+            f"{row['hd95_mm_median']:.2f}",
+            str(row["empty"]),
+        )
+    Console().print(shown)

@@ -1,0 +1,72 @@
+"""`medvisionllama data`: what is in a dataset and how it is divided."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medvisionllama.cli._options import Json
+
+app = typer.Typer(help="Look at a dataset: what is in it, how it is divided.", no_args_is_help=True)
+Data = Annotated[
+    Path, typer.Argument(help="MSD folder, nnU-Net raw folder, or a folder with images/ and labels/.")
+]
+
+
+@app.command()
+def fingerprint(data: Data, as_json: Json = False) -> None:
+    """Show shapes, spacings, channels and classes, and the plan that follows from them."""
+    from medvisionllama.config import DataConfig
+    from medvisionllama.data.fingerprint import fingerprint as read
+    from medvisionllama.data.index import open_dataset
+    from medvisionllama.data.planning import make_plan
+
+    dataset = open_dataset(data)
+    found = read(dataset)
+    plan = make_plan(dataset, found, DataConfig(), flip=True, patch_size=None)
+    shapes = list(found.shapes.values())
+    facts = {
+        "name": dataset.name,
+        "cases": len(dataset.cases),
+        "patients": len(set(dataset.patients.values())),
+        "channels": list(dataset.channels),
+        "classes": {str(value): name for value, name in dataset.classes.items()},
+        "shape_min": [min(shape[axis] for shape in shapes) for axis in range(3)],
+        "shape_max": [max(shape[axis] for shape in shapes) for axis in range(3)],
+        "spacings_mm": {
+            " × ".join(f"{edge:g}" for edge in spacing): count
+            for spacing, count in Counter(found.spacings_mm.values()).most_common(5)
+        },
+        "planned_spacing_mm": list(plan.spacing_mm),
+        "planned_crop": list(plan.crop_size),
+        "planned_strides": [list(stride) for stride in plan.strides],
+        "mirrored_axes": list(plan.flip_axes),
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        typer.echo(f"{key.replace('_', ' '):20} {value}")
+
+
+@app.command()
+def split(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Where to write the splits file.")],
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    patient_pattern: Annotated[
+        str | None, typer.Option(help="Regular expression whose first group is the patient in a case's name.")
+    ] = None,
+) -> None:
+    """Divide the patients into test and five folds, and write them with a hash."""
+    from medvisionllama.data.index import open_dataset
+    from medvisionllama.data.splits import make_splits, write_splits
+
+    dataset = open_dataset(data, patient_pattern=patient_pattern)
+    splits = make_splits(dataset.patients, seed=seed)
+    write_splits(splits, out)
+    typer.echo(
+        f"{len(dataset.cases)} cases of {len(set(dataset.patients.values()))} patients: {len(splits.test)} patients to test, {len(splits.folds)} folds over the rest; {out}"
+    )

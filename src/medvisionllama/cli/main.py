@@ -1,0 +1,78 @@
+"""`medvisionllama`: assembles the verbs, and turns errors into one line and an exit code."""
+
+import errno
+import os
+import sys
+import warnings
+
+import click
+import typer
+
+from medvisionllama import __version__
+from medvisionllama.cli import data, demo, evaluate, llm, predict, train
+from medvisionllama.errors import MedVisionLlamaError
+
+app = typer.Typer(
+    help="Segment 3-D medical scans from a handful of labelled cases. Research use only; not a medical device.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: medvisionllama demo. Every verb is also a Python function of the same name.",
+)
+app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("predict")(predict.predict)
+app.command("evaluate")(evaluate.evaluate)
+app.add_typer(data.app, name="data")
+app.add_typer(llm.app, name="llm")
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", help="Print the version."),
+    debug: bool = typer.Option(
+        False, "--debug", help="Show tracebacks and library warnings; may stand anywhere."
+    ),
+) -> None:
+    """Take the options that every verb has."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; exit codes: 0 done, 2 something to fix, 130 interrupted."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    if not debug:
+        warnings.filterwarnings("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+    except MedVisionLlamaError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if debug or error.errno not in _FIXABLE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"{_FIXABLE[error.errno]}{where}; nothing was half written", 2)
+
+
+_FIXABLE = {
+    errno.ENOSPC: "the disk is full: free some space, then go on (a run goes on with --resume)",
+    errno.EDQUOT: "the disk quota is used up: free some space, then go on (a run goes on with --resume)",
+    errno.EACCES: "not allowed to read or write there: check the permissions or choose another folder",
+    errno.EROFS: "that disk is read-only: choose another folder",
+}
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"medvisionllama: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,89 @@
+"""`medvisionllama train`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medvisionllama.cli._options import Json
+
+
+def train(
+    data: Annotated[
+        Path | None,
+        typer.Argument(help="MSD folder, nnU-Net raw folder, or a folder with images/ and labels/."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to make.")] = None,
+    preset: Annotated[str, typer.Option(help="small (default), paper or reference.")] = "small",
+    fold: Annotated[int | None, typer.Option(min=0, help="Which fold validates, 0 to 4.")] = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="Share of the training patients to use, e.g. 0.1.")
+    ] = None,
+    cases: Annotated[
+        int | None, typer.Option(min=1, help="Number of training cases to use instead of a share.")
+    ] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop training after so many minutes.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many passes over the training cases.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeat as needed."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out after an interruption.")
+    ] = False,
+    test: Annotated[bool, typer.Option("--test/--no-test", help="Open the test cases at the end.")] = True,
+    help_settings: Annotated[
+        bool, typer.Option("--help-settings", help="List every setting and stop.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train on labelled scans, score the test cases once, and write a report.
+
+    Patients are divided by seed into test (10 %) and five folds, so equal commands see equal splits whatever the
+    model. Stop with Ctrl-C at any time; --resume goes on where it stopped.
+
+    Example: medvisionllama train Task04_Hippocampus --preset small --out runs/hip
+    """
+    if help_settings:
+        from medvisionllama.config.settings_help import settings_help
+
+        typer.echo(settings_help(preset))
+        return
+    if data is None or out is None:
+        raise typer.BadParameter("give DATA, the dataset's folder, and --out, the run folder to make")
+    from medvisionllama import api
+    from medvisionllama.cli._progress import TerminalProgress
+    from medvisionllama.cli._tables import print_summary
+    from medvisionllama.run_dir import RunDir
+
+    result = api.train(
+        data,
+        out=out,
+        preset=preset,
+        fold=fold,
+        fraction=fraction,
+        cases=cases,
+        max_minutes=max_minutes,
+        epochs=epochs,
+        overrides=set_ or [],
+        resume=resume,
+        test=test,
+        progress=TerminalProgress(),
+    )
+    run_dir = RunDir(result.path)
+    if not result.finished:
+        typer.echo(
+            f"stopped at step {result.steps}; go on with: medvisionllama train {data} --out {out} --resume",
+            err=True,
+        )
+        raise typer.Exit(130)
+    if as_json:
+        typer.echo(json.dumps({**asdict(result), "path": str(result.path)}))
+        return
+    if test:
+        print_summary(run_dir.evaluation)
+    typer.echo(str(run_dir.report))

@@ -1,0 +1,240 @@
+"""Tables of measures: predicted files against label files, or a run on its own split."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from medvisionllama._files import write_text
+from medvisionllama.config import read_config
+from medvisionllama.data.index import open_dataset, patient_of
+from medvisionllama.data.msd import read_dataset_json
+from medvisionllama.data.readers import is_scan, read_label, stem_of
+from medvisionllama.data.splits import read_splits, select
+from medvisionllama.data.volume import Volume
+from medvisionllama.errors import DataError
+from medvisionllama.evaluation.metrics import measure
+from medvisionllama.inference.predictor import Predictor
+from medvisionllama.inference.writers import write_mask
+from medvisionllama.progress import Progress, Silent
+from medvisionllama.run_dir import RunDir
+
+Split = Literal["test", "validation"]
+FOREGROUND = "foreground"
+"""Name of the row in which all classes are one, as published."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A predicted mask and the true one."""
+
+    case_id: str
+    patient_id: str
+    prediction: Path
+    label: Path
+
+
+def evaluate_files(
+    pairs: Sequence[Pair], classes: dict[int, str], *, tolerance_mm: float, progress: Progress | None = None
+) -> pd.DataFrame:
+    """Measure every pair: one row per case and class, and one for all classes merged.
+
+    Raises:
+        DataError: a prediction on another grid than its label.
+    """
+    rows: list[dict[str, Any]] = []
+    with (progress or Silent()).track("measuring", len(pairs)) as advance:
+        for number, pair in enumerate(pairs, start=1):
+            predicted, truth = read_label(pair.prediction), read_label(pair.label)
+            _same_grid(pair, predicted, truth)
+            names = {"case_id": pair.case_id, "patient_id": pair.patient_id}
+            rows += [
+                {**names, **row}
+                for row in measure_classes(predicted, truth, classes, tolerance_mm=tolerance_mm)
+            ]
+            advance(number)
+    return pd.DataFrame(rows)
+
+
+def measure_classes(
+    predicted: Volume, truth: Volume, classes: dict[int, str], *, tolerance_mm: float
+) -> Iterable[dict[str, Any]]:
+    """One row per class, then the merged foreground."""
+    masks = [(name, predicted.array == value, truth.array == value) for value, name in classes.items()]
+    if len(classes) > 1:
+        masks.append((FOREGROUND, predicted.array > 0, truth.array > 0))
+    for name, a, b in masks:
+        yield {"class": name, **asdict(measure(a, b, truth.spacing_mm, tolerance_mm=tolerance_mm))}
+
+
+def evaluate_folders(
+    predictions: Path, labels: Path, *, tolerance_mm: float = 1.0, progress: Progress | None = None
+) -> pd.DataFrame:
+    """Measure masks against labels of the same names.
+
+    Class names come from a dataset.json beside the labels folder, if there is one.
+
+    Raises:
+        DataError: no file in common, or a prediction without a label.
+    """
+    predicted, truth = _by_name(predictions), _by_name(labels)
+    missing = sorted(predicted.keys() - truth.keys())
+    if missing:
+        raise DataError(
+            f"{predicted[missing[0]]} has no label of that name in {labels}; rename it or remove it"
+        )
+    if not predicted:
+        raise DataError(
+            f"{predictions} holds no .nii or .nii.gz file; give the folder that `medvisionllama predict` wrote"
+        )
+    pairs = [Pair(name, patient_of(name), predicted[name], truth[name]) for name in sorted(predicted)]
+    left_out = len(truth.keys() - predicted.keys())
+    if left_out and progress:
+        progress.say(f"{left_out} labels in {labels} have no prediction and are left out")
+    return evaluate_files(pairs, _classes_of(labels, pairs), tolerance_mm=tolerance_mm, progress=progress)
+
+
+def evaluate_run(run: Path, *, split: Split = "test", progress: Progress | None = None) -> pd.DataFrame:
+    """Segment a split with the run's best weights, measure it on the scans' own grids, and write the table.
+
+    The masks are kept in the run's `predictions/` folder; the test split's table is evaluation.csv.
+
+    Raises:
+        CheckpointError: not a finished run.
+        DataError: the dataset has moved or changed.
+    """
+    progress = progress or Silent()
+    run_dir = RunDir(Path(run))
+    run_dir.check()
+    config = read_config(run_dir.config)
+    assert config.data.path is not None, "fit wrote it"
+    dataset = open_dataset(config.data.path, patient_pattern=config.data.patient_pattern)
+    chosen = select(read_splits(run_dir.splits), dataset.patients, fold=config.data.fold)
+    names = set(chosen.test if split == "test" else chosen.validation)
+    predictor = Predictor.from_run(run_dir.path, device=config.train.device)
+    cases = [case for case in dataset.cases if case.case_id in names]
+    pairs = []
+    with progress.track(f"segmenting the {split} cases", len(cases)) as advance:
+        for number, case in enumerate(cases, start=1):
+            assert case.label is not None, "datasets list labelled cases"
+            path = run_dir.path / "predictions" / split / f"{case.case_id}.nii.gz"
+            write_mask(path, predictor.predict(case.images).mask.array, case.images[0])
+            pairs.append(Pair(case.case_id, case.patient_id, path, case.label))
+            advance(number)
+    merged = predictor.plan.merged
+    table = (
+        _evaluate_merged(pairs, config.inference.tolerance_mm)
+        if merged
+        else evaluate_files(
+            pairs, predictor.plan.classes, tolerance_mm=config.inference.tolerance_mm, progress=progress
+        )
+    )
+    write_table(table, run_dir.evaluation if split == "test" else run_dir.path / f"evaluation-{split}.csv")
+    return table
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a table as CSV, whole or not at all."""
+    write_text(path, table.to_csv(index=False, float_format="%.6f"))
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean, median and quartiles of each class over cases, and the 95 % bootstrap interval of the mean Dice."""
+    from medvisionllama.evaluation.statistics import bootstrap_interval
+
+    rows = []
+    for name, group in table.groupby("class", sort=False):
+        low, high = bootstrap_interval(group["dice"].tolist(), group["patient_id"].tolist())
+        row: dict[str, Any] = {
+            "class": name,
+            "cases": len(group),
+            "dice_mean": group["dice"].mean(),
+            "dice_low": low,
+            "dice_high": high,
+        }
+        for column in ("dice", "nsd", "hd95_mm"):
+            row |= {
+                f"{column}_median": group[column].median(),
+                f"{column}_q1": group[column].quantile(0.25),
+                f"{column}_q3": group[column].quantile(0.75),
+            }
+        rows.append({**row, "empty": int((group["empty"] != "").sum())})
+    return pd.DataFrame(rows)
+
+
+def mean_class_dice(table: pd.DataFrame) -> pd.Series:
+    """Mean Dice over classes of each case; the merged foreground counts only where it is all there is."""
+    classes = table[table["class"] != FOREGROUND]
+    return (table if classes.empty else classes).groupby("case_id")["dice"].mean()
+
+
+def _evaluate_merged(pairs: Sequence[Pair], tolerance_mm: float) -> pd.DataFrame:
+    rows = []
+    for pair in pairs:
+        predicted, truth = read_label(pair.prediction), read_label(pair.label)
+        merged = Volume((truth.array > 0).astype(np.uint8), truth.affine)
+        names = {"case_id": pair.case_id, "patient_id": pair.patient_id}
+        rows += [
+            {**names, **row}
+            for row in measure_classes(predicted, merged, {1: FOREGROUND}, tolerance_mm=tolerance_mm)
+        ]
+    return pd.DataFrame(rows)
+
+
+def _same_grid(pair: Pair, predicted: Volume, truth: Volume) -> None:
+    if predicted.shape != truth.shape:
+        raise DataError(
+            f"{pair.prediction} has shape {predicted.shape}, its label {truth.shape}; a mask must lie on its scan's own grid"
+        )
+    if not np.allclose(predicted.affine, truth.affine, atol=1e-2 * min(truth.spacing_mm), rtol=1e-3):
+        raise DataError(
+            f"{pair.prediction} has another affine than its label {pair.label}; a mask must lie on its scan's own grid"
+        )
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    if folder.is_file() and is_scan(folder):
+        return {stem_of(folder): folder}
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; give a folder of masks")
+    return {stem_of(path): path for path in sorted(folder.iterdir()) if is_scan(path)}
+
+
+def _classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
+    description = labels.parent / "dataset.json"
+    if description.is_file():
+        declared = read_dataset_json(description).get("labels", {})
+        by_value = {}
+        for key, value in declared.items():
+            # MSD maps values to names, nnU-Net names to values.
+            number, name = (value, key) if isinstance(value, int) else (key, value)
+            if str(number).isdigit():
+                by_value[int(number)] = str(name)
+        if by_value:
+            return {value: by_value[value] for value in sorted(by_value) if value}
+    values = sorted(
+        {
+            int(value)
+            for pair in pairs
+            for path in (pair.label, pair.prediction)
+            for value in np.unique(read_label(path).array)
+        }
+        - {0}
+    )
+    return {value: f"class {value}" for value in values}
+
+
+def to_json(table: pd.DataFrame) -> str:
+    """A table and its summary for machines."""
+    return json.dumps(
+        {
+            "mean_class_dice": float(mean_class_dice(table).mean()),
+            "classes": summarise(table).to_dict(orient="records"),
+            "cases": table.to_dict(orient="records"),
+        },
+        indent=2,
+    )

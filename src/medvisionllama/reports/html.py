@@ -1,0 +1,115 @@
+"""`write_report`: a run's page, from what its folder holds."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from medvisionllama._files import write_text
+from medvisionllama.config import Config, load_config, read_config
+from medvisionllama.data.index import Case, open_dataset
+from medvisionllama.data.readers import read_image, read_label
+from medvisionllama.data.volume import to_ras
+from medvisionllama.errors import ConfigError
+from medvisionllama.evaluation.evaluate import mean_class_dice, summarise
+from medvisionllama.inference.predictor import read_plan
+from medvisionllama.reports import plots
+from medvisionllama.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A captioned overlay."""
+
+    title: str
+    caption: str
+    source: str
+
+
+def write_report(run: Path) -> Path:
+    """Write report.html: summary, measures on the test cases, curves, overlays and settings.
+
+    Needs a finished run; sections whose data are missing (no evaluation yet) are left out.
+    """
+    run_dir = RunDir(run)
+    run_dir.check()
+    config, plan = read_config(run_dir.config), read_plan(run_dir)
+    manifest = json.loads(run_dir.manifest.read_text())
+    history = run_dir.read_history()
+    table = pd.read_csv(run_dir.evaluation, keep_default_na=False) if run_dir.evaluation.is_file() else None
+    environment = Environment(loader=PackageLoader("medvisionllama.reports"), autoescape=select_autoescape())
+    page = environment.get_template("report.html.j2").render(
+        name=run_dir.path.resolve().name,
+        manifest=manifest,
+        plan=plan,
+        config=config,
+        changes=changed_settings(config),
+        history=history,
+        curves=plots.curves(history) if history else None,
+        summary=None if table is None else summarise(table).to_dict(orient="records"),
+        mean_dice=None if table is None else float(mean_class_dice(table).mean()),
+        cases=None if table is None else table.to_dict(orient="records"),
+        dots=None if table is None else plots.dice_by_case(table),
+        pictures=[] if table is None else _pictures(run_dir, config, table),
+        empties=[] if table is None else table[table["empty"] != ""].to_dict(orient="records"),
+        best=max((record["dice"] for record in history), default=None),
+        tolerance=config.inference.tolerance_mm,
+    )
+    write_text(run_dir.report, page)
+    return run_dir.report
+
+
+def changed_settings(config: Config) -> dict[str, Any]:
+    """Settings that differ from the preset's."""
+    try:
+        preset = _flat(load_config(config.preset).model_dump(mode="json"))
+    except ConfigError:
+        preset = {}
+    return {
+        key: value for key, value in _flat(config.model_dump(mode="json")).items() if preset.get(key) != value
+    }
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _pictures(run_dir: RunDir, config: Config, table: pd.DataFrame) -> list[Picture]:
+    """Overlays of the best, the median and the worst case, if the dataset is still where it was."""
+    assert config.data.path is not None, "fit wrote it"
+    if not config.data.path.is_dir():
+        return []
+    cases = {
+        case.case_id: case
+        for case in open_dataset(config.data.path, patient_pattern=config.data.patient_pattern).cases
+    }
+    ranked = mean_class_dice(table).sort_values(ascending=False)
+    places = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
+    pictures = []
+    for title, place in places.items():
+        case_id = str(ranked.index[place])
+        rows = table[table["case_id"] == case_id]
+        caption = ", ".join(f"{row['class']} {row['dice']:.3f}" for row in rows.to_dict(orient="records"))
+        pictures.append(Picture(title, f"{case_id}: Dice {caption}", _overlay(run_dir, cases[case_id])))
+    return pictures
+
+
+def _overlay(run_dir: RunDir, case: Case) -> str:
+    assert case.label is not None, "datasets list labelled cases"
+    plan = read_plan(run_dir)
+    truth = to_ras(read_label(case.label)).array
+    predicted = to_ras(read_label(run_dir.path / "predictions" / "test" / f"{case.case_id}.nii.gz")).array
+    classes = {1: "foreground"} if plan.merged else plan.classes
+    if plan.merged:
+        truth = (truth > 0).astype(np.uint8)
+    return plots.overlay(to_ras(read_image(case.images)), truth, predicted, classes)

@@ -1,0 +1,118 @@
+"""Pictures as inline PNG: learning curves, measures by case, and masks over the scan in three planes."""
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from medvisionllama.data.volume import Volume
+from medvisionllama.types import LabelArray
+
+mpl.use("Agg")
+
+# Okabe and Ito's colours, which stay apart in every common form of colour blindness.
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+_PLANES = (("sagittal", 0, (1, 2)), ("coronal", 1, (0, 2)), ("axial", 2, (0, 1)))
+_NAMES = ("right", "front", "up")
+
+
+def curves(history: Sequence[dict[str, Any]]) -> str:
+    """Training loss and validation Dice over the steps of a run."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [record["step"] for record in history]
+    left.plot(steps, [record["loss"] for record in history], marker="o", color="#555555")
+    left.set(xlabel="step", ylabel="training loss")
+    for index, name in enumerate(history[0]["dice_per_class"]):
+        values = [record["dice_per_class"][name] for record in history]
+        right.plot(steps, values, marker="o", label=name, color=COLOURS[index % len(COLOURS)])
+    right.set(xlabel="step", ylabel="validation Dice")
+    right.legend(frameon=False)
+    return _png(figure)
+
+
+def dice_by_case(table: pd.DataFrame) -> str:
+    """One dot per case and class, with a bar at the median."""
+    names = list(table["class"].unique())
+    figure = Figure(figsize=(9, 0.6 + 0.45 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    rng = np.random.default_rng(0)
+    for row, name in enumerate(names):
+        values = table.loc[table["class"] == name, "dice"].to_numpy()
+        axes.scatter(
+            values,
+            row + rng.uniform(-0.18, 0.18, len(values)),
+            s=18,
+            alpha=0.7,
+            color=COLOURS[row % len(COLOURS)],
+            linewidths=0,
+        )
+        axes.plot([np.median(values)] * 2, [row - 0.3, row + 0.3], color="black", linewidth=2)
+    axes.set(
+        yticks=range(len(names)),
+        yticklabels=names,
+        xlabel="Dice of each case (bar: median)",
+        ylim=(len(names) - 0.5, -0.5),
+    )
+    return _png(figure)
+
+
+def overlay(image: Volume, truth: LabelArray, predicted: LabelArray, classes: dict[int, str]) -> str:
+    """Three planes through the middle of the structure: true outline dashed, predicted outline solid.
+
+    All arrays are in RAS; pixels keep the scan's proportions in millimetres.
+    """
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
+    marked = (truth > 0) | (predicted > 0)
+    centre = (
+        np.round(np.argwhere(marked).mean(axis=0)).astype(int) if marked.any() else np.array(truth.shape) // 2
+    )
+    background = image.array[0]
+    low, high = np.percentile(background, [1, 99.5])
+    for axes, (name, normal, (across, up)) in zip(figure.subplots(1, 3), _PLANES, strict=True):
+
+        def cut(array: np.ndarray, normal: int = normal) -> np.ndarray:
+            return np.take(array, centre[normal], axis=normal).T
+
+        dx, dy = image.spacing_mm[across], image.spacing_mm[up]
+        picture = cut(background)
+        extent = (0, picture.shape[1] * dx, 0, picture.shape[0] * dy)
+        axes.imshow(
+            picture,
+            cmap="gray",
+            vmin=low,
+            vmax=max(high, low + 1e-6),
+            origin="lower",
+            extent=extent,
+            interpolation="nearest",
+        )
+        for index, value in enumerate(classes):
+            colour = COLOURS[index % len(COLOURS)]
+            _outline(axes, cut(predicted) == value, (dx, dy), colour, "solid")
+            _outline(axes, cut(truth) == value, (dx, dy), colour, "dashed")
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel(f"{_NAMES[across]} →", fontsize=8)
+        axes.set_ylabel(f"{_NAMES[up]} →", fontsize=8)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return _png(figure)
+
+
+def _outline(axes: Any, mask: np.ndarray, pixel: tuple[float, float], colour: str, style: str) -> None:
+    if not mask.any():
+        return
+    padded = np.pad(mask.astype(float), 1)
+    x = (np.arange(padded.shape[1]) - 0.5) * pixel[0]
+    y = (np.arange(padded.shape[0]) - 0.5) * pixel[1]
+    axes.contour(x, y, padded, levels=[0.5], colors=[colour], linewidths=1.6, linestyles=style)
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

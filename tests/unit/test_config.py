@@ -1,0 +1,194 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from medvisionllama.config import PRESETS, load_config, read_config, write_config
+from medvisionllama.errors import ConfigError
+
+
+def refusal(*overrides: str, preset: str = "small") -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(preset, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_valid_and_survives_its_file(preset, tmp_path):
+    config = load_config(preset)
+    write_config(config, tmp_path / "config.yaml")
+    assert config.preset == preset
+    assert read_config(tmp_path / "config.yaml") == config
+
+
+def test_a_written_file_names_every_setting(tmp_path):
+    write_config(load_config("small"), tmp_path / "config.yaml")
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert written["network"]["block"]["lora_targets"] == ["q_proj", "v_proj"]
+    assert written["augment"]["rotation_degrees"] == 20.0
+
+
+def test_the_paper_preset_has_the_published_sizes():
+    config = load_config("paper")
+    network, train = config.network, config.train
+    assert config.data.crop_size == (128, 128, 128)
+    assert (network.patch_size, network.width, network.depth, network.insert_after) == (8, 64, 16, 8)
+    assert (train.batch_size, train.epochs, train.learning_rate, train.optimizer) == (4, 200, 2e-3, "adam")
+
+
+def test_strings_and_mappings_override_alike():
+    texts = ["network.insert=none", "train.learning_rate=1e-4", "data.crop_size=[32, 32, 16]"]
+    values = {"network.insert": "none", "train.learning_rate": 1e-4, "data.crop_size": (32, 32, 16)}
+    assert load_config("small", texts) == load_config("small", values)
+    assert load_config("small", texts).train.learning_rate == 1e-4
+
+
+def test_overrides_of_nested_sections_keep_the_preset_around_them():
+    block = load_config("paper", ["network.block.lora_rank=8"]).network.block
+    assert (block.lora_rank, block.source) == (8, "llama-3.1-8b")
+
+
+def test_the_last_override_of_a_key_wins():
+    assert load_config("small", ["train.seed=1", "train.seed=2"]).train.seed == 2
+
+
+def test_overrides_do_not_leak_into_the_preset():
+    load_config("paper", ["network.block.source=other", "data.labels=all"])
+    config = load_config("paper")
+    assert (config.network.block.source, config.data.labels) == ("llama-3.1-8b", "foreground")
+
+
+def test_paths_may_be_given_as_paths():
+    assert load_config("small", {"data.path": Path("folder")}).data.path == Path("folder")
+
+
+def test_null_takes_a_setting_back():
+    config = load_config("small", ["train.epochs=5", "train.max_minutes=null"])
+    assert (config.train.epochs, config.train.max_minutes) == (5, None)
+
+
+def test_a_configuration_is_frozen():
+    with pytest.raises(ValidationError):
+        load_config("small").train.seed = 3
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="unknown preset 'medium'; the presets are: small, paper, reference"):
+        load_config("medium")
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [("train.learning_rates=1", "train.learning_rate"), ("network.block.sorce=x", "network.block.source")],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(override, near):
+    message = refusal(override)
+    assert override.split("=")[0] in message
+    assert f"did you mean {near}?" in message
+
+
+@pytest.mark.parametrize("override", ["train=3", "network.block=x", "train.=1", "seed=1"])
+def test_a_section_or_half_a_key_is_not_a_setting(override):
+    assert "unknown setting" in refusal(override)
+
+
+def test_an_override_without_equals_sign_is_refused():
+    assert "write it as --set section.key=value" in refusal("train.seed")
+
+
+def test_an_override_that_is_no_yaml_is_refused():
+    assert "not readable" in refusal("data.crop_size=[1, 2")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.batch_size", "0"),
+        ("train.batch_size", "two"),
+        ("train.learning_rate", "-0.1"),
+        ("train.optimizer", "sgd"),
+        ("data.fraction", "0"),
+        ("data.fraction", "1.5"),
+        ("data.fold", "-1"),
+        ("data.crop_size", "[8, 8]"),
+        ("network.dropout", "1.0"),
+        ("network.insert", "null"),
+        ("inference.overlap", "1.0"),
+    ],
+)
+def test_a_value_outside_its_limits_is_refused_by_name(key, value):
+    assert key in refusal(f"{key}={value}")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.seed=-1",
+        "data.split_seed=-1",
+        "augment.scale=[0, 1]",
+        "augment.scale=[1.2, 0.8]",
+        "data.spacing_mm=[1, 0, 1]",
+        "data.spacing_mm=[1, -1, 1]",
+        "network.block.layers=[]",
+        "train.learning_rate=.nan",
+    ],
+)
+def test_a_value_that_can_only_fail_later_is_refused_now(override):
+    assert override.split("=")[0] in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["network.width=10", "network.num_heads=4"], ("width=10", "num_heads=4")),
+        (["network.depth=2", "network.insert_after=3"], ("insert_after=3", "depth=2")),
+        (["network.tokens=false", "network.head=linear"], ("tokens=false", "head=linear")),
+        (["data.geometry=resize"], ("data.geometry=resize", "data.crop_size")),
+        (["network.head=linear", "data.crop_size=[16, 16, 12]"], ("crop_size=(16, 16, 12)", "patch_size=8")),
+        (["train.max_minutes=null"], ("train.epochs", "train.max_minutes")),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_by_name(overrides, words):
+    message = refusal(*overrides)
+    assert all(word in message for word in words)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist"):
+        read_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"train: [", "not readable YAML"),
+        (b"\xff\xfe\x00", "not readable YAML"),
+        (b"- a list", "holds no settings"),
+        (b"", "holds no settings"),
+        (b"train: {epochs: 1, speed: 9}", "train.speed"),
+        (b"train: 3", "train"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path, content, words):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml") as caught:
+        read_config(path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["null", "3", "[1, 2]"])
+def test_an_override_of_a_file_whose_section_is_no_mapping_is_refused(tmp_path, section):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"train: {section}")
+    with pytest.raises(ConfigError, match="train"):
+        read_config(path, ["train.batch_size=5"])
+
+
+def test_overrides_apply_on_top_of_a_file(tmp_path):
+    write_config(load_config("paper"), tmp_path / "config.yaml")
+    config = read_config(tmp_path / "config.yaml", ["train.epochs=3"])
+    assert (config.train.epochs, config.train.batch_size) == (3, 4)

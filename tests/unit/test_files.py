@@ -1,0 +1,125 @@
+import json
+import os
+import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from medvisionllama._files import (
+    atomic_path,
+    canonical_hash,
+    file_sha256,
+    user_cache,
+    write_bytes,
+    write_json,
+    write_text,
+)
+
+
+def fail_while_writing(path: Path) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text("half of the new")
+        raise RuntimeError("stopped here")
+
+
+def test_a_finished_file_has_its_content_and_no_partial_file_beside_it(tmp_path):
+    path = tmp_path / "new" / "folder" / "file.bin"
+    write_bytes(path, b"whole")
+    assert path.read_bytes() == b"whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_no_file_at_all(tmp_path):
+    with pytest.raises(RuntimeError, match="stopped here"):
+        fail_while_writing(tmp_path / "file.txt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_keeps_the_old_content(tmp_path):
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError, match="stopped here"):
+        fail_while_writing(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_does_not_exist_until_it_is_whole(tmp_path):
+    path = tmp_path / "file.txt"
+    with atomic_path(path) as temporary:
+        temporary.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("name", ["scan.nii.gz", "array.npy"])
+def test_the_temporary_name_keeps_the_suffixes_and_is_hidden(tmp_path, name):
+    with atomic_path(tmp_path / name) as temporary:
+        assert temporary.name.endswith(name)
+        assert temporary.name.startswith(".")
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_get_the_permissions_of_the_umask(tmp_path, mask, expected):
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "file.txt", "")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == expected
+
+
+def test_writing_from_many_threads_leaves_umask_and_permissions_alone(tmp_path, monkeypatch):
+    before = os.umask(0o077)
+    change = os.umask
+
+    def change_slowly(mask: int) -> int:
+        result = change(mask)
+        time.sleep(0.002)
+        return result
+
+    monkeypatch.setattr(os, "umask", change_slowly)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda number: write_text(tmp_path / f"{number}.txt", ""), range(32)))
+    finally:
+        after = change(before)
+    assert after == 0o077
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
+
+
+def test_json_is_read_back_as_written(tmp_path):
+    value = {"b": [1, 2.5, None], "a": "naïve"}
+    write_json(tmp_path / "file.json", value)
+    assert json.loads((tmp_path / "file.json").read_text()) == value
+
+
+def test_the_canonical_hash_ignores_key_order_and_nothing_else():
+    assert canonical_hash({"a": 1, "b": [2, 3]}) == canonical_hash({"b": [2, 3], "a": 1})
+    assert canonical_hash({"a": 1, "b": [2, 3]}) != canonical_hash({"a": 1, "b": [3, 2]})
+
+
+def test_the_canonical_hash_is_the_sha256_of_compact_sorted_json():
+    # printf '{"a":1,"b":2}' | sha256sum
+    expected = "43258cff783fe7036d8a43033f830adfc60ec037382473548ac742b888292777"
+    assert canonical_hash({"b": 2, "a": 1}) == expected
+
+
+def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file_sha256(tmp_path / "abc") == expected
+
+
+def test_the_cache_is_where_the_environment_says_and_private(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDVISIONLLAMA_CACHE", str(tmp_path / "cache"))
+    assert user_cache() == tmp_path / "cache"
+    assert stat.S_IMODE(user_cache().stat().st_mode) == 0o700
+
+
+def test_the_cache_follows_the_desktop_when_the_environment_is_silent(tmp_path, monkeypatch):
+    monkeypatch.delenv("MEDVISIONLLAMA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert user_cache() == tmp_path / "medvisionllama"
