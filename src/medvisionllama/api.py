@@ -49,6 +49,7 @@ def train(
     chosen: dict[str, Any] = {key: value for key, value in limits.items() if value is not None}
     out = Path(out)
     if resume:
+        RunDir(out).check_resumable()
         config = read_config(
             RunDir(out).config, {**chosen, "data.path": Path(data).resolve(), "out": out.resolve()}
         )

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from medvisionllama._files import atomic_path
+from medvisionllama._files import write_bytes
 from medvisionllama.errors import CheckpointError
 
 
@@ -27,8 +27,8 @@ def frozen(module: nn.Module) -> dict[str, Tensor]:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors and facts (anything JSON can hold) as one file."""
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(content, temporary, metadata={"facts": json.dumps(dict(facts))})
+    # Bytes first: safetensors' own writer hides a full disk's error number.
+    write_bytes(path, save(content, metadata={"facts": json.dumps(dict(facts))}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -53,8 +53,8 @@ class RunDir:
         self.evaluation = self.path / "evaluation.csv"
         self.report = self.path / "report.html"
 
-    def begin(self) -> None:
-        """Make the folder.
+    def check_unused(self) -> None:
+        """Refuse a folder that would be overwritten; files make their folders themselves.
 
         Raises:
             CheckpointError: it already holds a run, which would be overwritten.
@@ -63,7 +63,26 @@ class RunDir:
             raise CheckpointError(
                 f"{self.path} already holds a run; go on with it by --resume, or choose another --out"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+
+    def check_resumable(self) -> None:
+        """Raise CheckpointError unless the folder holds a run to go on with."""
+        if not self.config.is_file():
+            raise CheckpointError(f"{self.path} holds no run to resume; start one without --resume")
+
+    def check_same_data(self, facts: dict[str, Any]) -> None:
+        """Raise CheckpointError if the manifest's hashes of data and splits are not those given."""
+        try:
+            before = json.loads(self.manifest.read_text())
+        except (OSError, json.JSONDecodeError):
+            raise CheckpointError(
+                f"{self.manifest} is missing or damaged; restore it or start a new run"
+            ) from None
+        for key, value in facts.items():
+            if before.get(key) != value:
+                part = key.removesuffix("_sha256")
+                raise CheckpointError(
+                    f"the {part} changed since {self.path} began, so it cannot go on; start a new run, or restore the {part}"
+                )
 
     def check(self) -> None:
         """Raise CheckpointError unless the folder holds a run that can predict."""
@@ -96,6 +115,8 @@ class RunDir:
 
     def rewind_history(self, step: int) -> None:
         """Drop what was recorded after `step`; those steps are about to be repeated."""
+        if not self.history.is_file():
+            return
         kept = [record for record in self.read_history() if record["step"] <= step]
         write_text(self.history, "".join(json.dumps(record) + "\n" for record in kept))
 

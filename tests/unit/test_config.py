@@ -75,7 +75,9 @@ def test_a_configuration_is_frozen():
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="unknown preset 'medium'; the presets are: small, paper, reference"):
+    with pytest.raises(
+        ConfigError, match="unknown preset 'medium'; the presets are: small, paper, reference"
+    ):
         load_config("medium")
 
 

@@ -5,7 +5,6 @@ import os
 import sys
 import warnings
 
-import click
 import typer
 
 from medvisionllama import __version__
@@ -48,11 +47,8 @@ def main() -> None:
         warnings.filterwarnings("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+        app()
+    except KeyboardInterrupt:
         _fail("interrupted", 130)
     except MedVisionLlamaError as error:
         if debug:

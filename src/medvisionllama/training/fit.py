@@ -1,6 +1,7 @@
 """`fit`: from a configuration to a run folder. Reads top to bottom: data, network, loop."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from medvisionllama.data.planning import Plan, make_plan
 from medvisionllama.data.sampling import BatchSampler
 from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select, write_splits
 from medvisionllama.devices import channels_last, choose_device, use_bf16
-from medvisionllama.errors import CheckpointError, ConfigError
+from medvisionllama.errors import ConfigError
 from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_network
 from medvisionllama.networks.segmenter import TokenSegmenter
@@ -63,41 +64,30 @@ def fit(config: Config, *, resume: bool = False, progress: Progress | None = Non
     if config.data.path is None or config.out is None:
         raise ConfigError("fit needs data.path (the dataset) and out (the run folder)")
     run_dir = RunDir(config.out)
-    resumed = resume and run_dir.state.is_file()
-    if resume and not run_dir.config.is_file():
-        raise CheckpointError(f"{run_dir.path} holds no run to resume; start one without --resume")
-    if not resume:
-        run_dir.begin()
-    dataset, splits, selection = divide(config)
+    if resume:
+        run_dir.check_resumable()
+    else:
+        run_dir.check_unused()
+    dataset, splits, selection = divide(config, drawn=run_dir.splits if resume else config.data.splits)
     plan, cases = prepare(config, dataset, splits, selection, progress)
+    data_facts = {
+        "splits_sha256": splits.sha256,
+        "data_sha256": canonical_hash({name: cases[name].content_sha256 for name in sorted(cases)}),
+    }
+    if resume:
+        run_dir.check_same_data(data_facts)
     accelerator = make_accelerator(config)
     torch.manual_seed(config.train.seed)
-    network = channels_last(
-        build_network(
-            config.network,
-            num_channels=len(plan.channels),
-            num_outputs=plan.num_outputs,
-            crop_size=plan.crop_size,
-            strides=plan.strides,
-            seed=config.train.seed,
-        )
-    )
+    network = channels_last(build_network(config.network, **plan.network_sizes, seed=config.train.seed))
     facts = network_facts(network)
-    write_run_files(run_dir, config, plan, splits, cases, selection, facts, accelerator.mixed_precision)
+    if accelerator.is_main_process:
+        about = {**data_facts, "precision": accelerator.mixed_precision, "network": facts}
+        write_run_files(run_dir, config, plan, splits, selection, about)
     loop = TrainingLoop(
         SupervisedSegmenter(
             network, num_outputs=plan.num_outputs, auxiliary_weight=config.train.auxiliary_weight
         ),
-        BatchSampler(
-            [cases[name] for name in selection.train],
-            plan,
-            config.data,
-            config.augment,
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            rank=accelerator.process_index,
-            num_ranks=accelerator.num_processes,
-        ),
+        make_sampler(config, plan, [cases[name] for name in selection.train], accelerator),
         lambda module: validate_cases(
             module, [cases[name] for name in selection.validation], plan, config, accelerator
         ),
@@ -107,25 +97,22 @@ def fit(config: Config, *, resume: bool = False, progress: Progress | None = Non
         facts=facts,
         started=started,
     )
-    if resumed:
-        loop.resume()
-    else:
-        run_dir.rewind_history(0)
+    loop.resume()
     finished = loop.run(progress)
     accelerator.free_memory()
     return RunResult(run_dir.path, finished, loop.state.step, loop.state.elapsed_seconds, loop.state.best)
 
 
-def divide(config: Config) -> tuple[Dataset, Splits, Selection]:
-    """Open the dataset and say who trains, validates and is kept for the test."""
+def divide(config: Config, *, drawn: Path | None = None) -> tuple[Dataset, Splits, Selection]:
+    """Open the dataset and say who trains, validates and is kept for the test.
+
+    Args:
+        drawn: a splits file to obey; without one, splits are drawn by `data.split_seed`.
+    """
     assert config.data.path is not None, "checked by the caller"
     dataset = open_dataset(config.data.path, patient_pattern=config.data.patient_pattern)
     patients = dataset.patients
-    splits = (
-        read_splits(config.data.splits)
-        if config.data.splits
-        else make_splits(patients, seed=config.data.split_seed)
-    )
+    splits = read_splits(drawn) if drawn else make_splits(patients, seed=config.data.split_seed)
     return (
         dataset,
         splits,
@@ -178,6 +165,22 @@ def make_accelerator(config: Config) -> Accelerator:
     return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device.type == "cpu")
 
 
+def make_sampler(
+    config: Config, plan: Plan, cases: Sequence[CachedCase], accelerator: Accelerator
+) -> BatchSampler:
+    """Batches of the training cases; processes of one run share each epoch's cases out among them."""
+    return BatchSampler(
+        cases,
+        plan,
+        config.data,
+        config.augment,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+    )
+
+
 def network_facts(network: TokenSegmenter) -> dict[str, Any]:
     """What identifies the network: sizes, and the block's name and hash."""
     held = frozen(network)
@@ -192,30 +195,16 @@ def network_facts(network: TokenSegmenter) -> dict[str, Any]:
 
 
 def write_run_files(
-    run_dir: RunDir,
-    config: Config,
-    plan: Plan,
-    splits: Splits,
-    cases: dict[str, CachedCase],
-    selection: Selection,
-    facts: dict[str, Any],
-    precision: str,
+    run_dir: RunDir, config: Config, plan: Plan, splits: Splits, selection: Selection, about: dict[str, Any]
 ) -> None:
-    """Write everything that does not change while training."""
-    data = {name: cases[name].content_sha256 for name in sorted(cases)}
+    """Write everything that does not change while training; config.yaml last, as it makes the folder a run."""
+    parts = {"train": selection.train, "validation": selection.validation, "test": selection.test}
     manifest = {
         **machine_facts(),
         "seed": config.train.seed,
-        "precision": precision,
-        "splits_sha256": splits.sha256,
-        "data_sha256": canonical_hash(data),
-        "num_cases": {
-            "train": len(selection.train),
-            "validation": len(selection.validation),
-            "test": len(selection.test),
-        },
-        "cases": {"train": selection.train, "validation": selection.validation, "test": selection.test},
-        "network": facts,
+        **about,
+        "num_cases": {part: len(names) for part, names in parts.items()},
+        "cases": parts,
     }
     write_splits(splits, run_dir.splits)
     write_text(run_dir.plan, plan.model_dump_json(indent=2) + "\n")

@@ -138,12 +138,15 @@ class TrainingLoop:
         self._saved_at = time.monotonic()
 
     def resume(self) -> None:
-        """Go back to the last save.
+        """Go back to the last save; without one, begin.
 
         Raises:
             CheckpointError: the state is damaged, or was made with other frozen weights.
         """
         where = self.run_dir.state
+        if not where.is_file():
+            self.run_dir.rewind_history(0)
+            return
         tensors, facts = load_tensors(where)
         if facts.get("frozen_sha256") != self.facts["frozen_sha256"]:
             raise CheckpointError(

@@ -50,6 +50,7 @@ class SupervisedSegmenter(nn.Module):
             loss = dice_ce_loss(logits.float(), target)
             if self.auxiliary_weight:
                 for coarse in auxiliary:
-                    shares = F.adaptive_avg_pool3d(target, tuple(coarse.shape[2:]))
+                    x, y, z = coarse.shape[2:]
+                    shares = F.adaptive_avg_pool3d(target, (x, y, z))
                     loss = loss + self.auxiliary_weight * dice_ce_loss(coarse.float(), shares)
         return loss

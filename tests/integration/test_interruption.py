@@ -1,0 +1,87 @@
+"""A run that is killed and resumed ends with the weights of the run that was left alone, bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medvisionllama.run_dir import RunDir
+
+from .conftest import settings
+
+EPOCHS = 40
+
+
+def start(data: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
+    # Dropout on, so that the test sees a generator that is not put back where it was.
+    extra = settings(train__save_seconds=0.05, network__dropout=0.1)
+    command = [
+        sys.executable,
+        "-m",
+        "medvisionllama",
+        "train",
+        data,
+        "--out",
+        out,
+        "--epochs",
+        EPOCHS,
+        "--no-test",
+        *more,
+    ]
+    command += [] if more else extra
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [str(part) for part in command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(phantoms, tmp_path_factory):
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = start(phantoms, path)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+    return RunDir(path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(number, undisturbed, phantoms, tmp_path):
+    run = RunDir(tmp_path / "run")
+    process = start(phantoms, run.path)
+    wait_for(run.state, process)
+    delay = random.SystemRandom().uniform(0, 1.0)
+    time.sleep(delay)
+    process.send_signal(number)
+    process.communicate()
+    assert process.returncode in {-signal.SIGKILL, 130}, (
+        f"the run ended before the signal; delay {delay:.2f} s"
+    )
+    resumed = start(phantoms, run.path, "--resume")
+    _, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors.decode()
+    for path in ("best", "state"):
+        ours, theirs = (load_file(getattr(which, path)) for which in (run, undisturbed))
+        assert ours.keys() == theirs.keys()
+        different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+        assert not different, f"after a kill at {delay:.2f} s: {different[:3]}"
+    steps = [(record["step"], record["dice"]) for record in run.read_history()]
+    assert steps == [(record["step"], record["dice"]) for record in undisturbed.read_history()]
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(1200):
+        if path.is_file():
+            return
+        if process.poll() is not None:
+            pytest.fail(
+                f"the run ended before its first save: {process.stderr.read().decode() if process.stderr else ''}"
+            )
+        time.sleep(0.05)
+    pytest.fail("the run saved nothing in a minute")

@@ -1,0 +1,285 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from medvisionllama.data.fingerprint import fingerprint
+from medvisionllama.data.index import open_dataset, patient_of
+from medvisionllama.data.splits import make_splits, select
+from medvisionllama.errors import DataError
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Callable[..., Path]:
+    """Make empty files in a folder, and its dataset.json; an index looks at names only."""
+
+    def make(*names: str, content: object = None) -> Path:
+        root = tmp_path / "Task"
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).touch()
+        if content is not None:
+            root.mkdir(exist_ok=True)
+            (root / "dataset.json").write_text(json.dumps(content))
+        return root
+
+    return make
+
+
+def msd(*cases: str, **extra: object) -> dict[str, object]:
+    entries = [{"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"} for case in cases]
+    return {"labels": {"0": "background", "1": "tumour"}, "training": entries, **extra}
+
+
+def pairs(*cases: str) -> list[str]:
+    return [f"{folder}/{case}.nii.gz" for case in cases for folder in ("imagesTr", "labelsTr")]
+
+
+def refusal(root: Path, **arguments: str) -> str:
+    with pytest.raises(DataError) as caught:
+        open_dataset(root, **arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_msd_folder_is_indexed(dataset_folder):
+    root = dataset_folder("Liver", num_cases=3, channels=("FLAIR", "T1c"), values=(2, 5))
+    dataset = open_dataset(root)
+    assert (dataset.name, dataset.root) == ("Liver", root)
+    assert dataset.channels == ("FLAIR", "T1c")
+    assert dataset.classes == {2: "Anterior", 5: "Posterior"}
+    assert [case.case_id for case in dataset.cases] == ["case_000", "case_001", "case_002"]
+    assert dataset.cases[1].label == root / "labelsTr" / "case_001.nii.gz"
+
+
+def test_frames_of_one_patient_share_a_patient(dataset_folder):
+    dataset = open_dataset(dataset_folder(num_cases=2, frames=2))
+    assert dataset.patients == {
+        "case_000_frame01": "case_000",
+        "case_000_frame02": "case_000",
+        "case_001_frame01": "case_001",
+        "case_001_frame02": "case_001",
+    }
+
+
+def test_classes_and_channels_are_sorted_as_numbers(files):
+    labels = {"10": "j", "2": "b", "0": "background"}
+    modality = {str(number): f"m{number}" for number in reversed(range(11))}
+    dataset = open_dataset(files(*pairs("a"), content=msd("a", labels=labels, modality=modality)))
+    assert list(dataset.classes) == [2, 10]
+    assert dataset.channels[2] == "m2"
+
+
+def test_an_nnunet_folder_with_two_channels_is_indexed(files):
+    names = ("imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "labelsTr/a.nii.gz", "labelsTr/._a.nii.gz")
+    content = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "b": 2, "a": 1}}
+    root = files(*names, content=content)
+    dataset = open_dataset(root)
+    assert dataset.channels == ("T1", "T2")
+    assert list(dataset.classes.items()) == [(1, "a"), (2, "b")]
+    assert [case.case_id for case in dataset.cases] == ["a"]
+    assert dataset.cases[0].images == (root / names[0], root / names[1])
+    assert dataset.cases[0].label == root / names[2]
+
+
+def test_a_plain_folder_is_indexed(files):
+    root = files("images/b.nii.gz", "images/a.nii", "labels/a.nii.gz", "labels/b.nii.gz", "images/notes.txt")
+    dataset = open_dataset(root)
+    assert [case.case_id for case in dataset.cases] == ["a", "b"]
+    assert dataset.cases[0].images == (root / "images" / "a.nii",)
+    assert (dataset.channels, dataset.classes) == (("channel 0",), {})
+
+
+def test_a_plain_folder_with_two_channels_is_indexed(files):
+    root = files("images/a_0001.nii.gz", "images/a_0000.nii.gz", "labels/a.nii.gz")
+    dataset = open_dataset(root)
+    assert dataset.channels == ("channel 0", "channel 1")
+    assert [path.name for path in dataset.cases[0].images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
+
+
+def test_a_byte_order_mark_in_dataset_json_is_harmless(files):
+    root = files(*pairs("a"), content=msd("a"))
+    (root / "dataset.json").write_bytes(b"\xef\xbb\xbf" + (root / "dataset.json").read_bytes())
+    assert len(open_dataset(root).cases) == 1
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    assert "is not a folder" in refusal(tmp_path / "absent")
+
+
+def test_an_empty_folder_is_refused_with_the_layouts(tmp_path):
+    message = refusal(tmp_path)
+    assert "dataset.json" in message
+    assert "images/ and labels/" in message
+
+
+@pytest.mark.parametrize("missing", ["imagesTr/b.nii.gz", "labelsTr/b.nii.gz"])
+def test_an_absent_file_of_an_msd_folder_is_refused_by_name(files, missing):
+    root = files(*pairs("a", "b"), content=msd("a", "b"))
+    (root / missing).unlink()
+    assert missing in refusal(root)
+
+
+def test_an_absent_channel_of_an_nnunet_folder_is_refused_by_name(files):
+    content = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "a": 1}}
+    assert "a_0001" in refusal(files("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", content=content))
+
+
+def test_an_nnunet_folder_without_labels_folder_is_refused(files):
+    content = {"channel_names": {"0": "T1"}, "labels": {"a": 1}}
+    assert "labelsTr" in refusal(files("imagesTr/a_0000.nii.gz", content=content))
+
+
+def test_regions_of_nnunet_are_refused(files):
+    content = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "whole": [1, 2]}}
+    assert "region" in refusal(files("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", content=content))
+
+
+@pytest.mark.parametrize(
+    ("present", "absent"), [("images/b.nii.gz", "labels/b.nii.gz"), ("labels/b.nii.gz", "images/b.nii.gz")]
+)
+def test_a_plain_image_or_label_without_partner_is_refused(files, present, absent):
+    assert absent in refusal(files("images/a.nii.gz", "labels/a.nii.gz", present))
+
+
+def test_plain_cases_with_different_channels_are_refused(files):
+    names = ("images/a_0000.nii.gz", "images/a_0001.nii.gz", "images/b_0000.nii.gz")
+    assert "[1, 2]" in refusal(files(*names, "labels/a.nii.gz", "labels/b.nii.gz"))
+
+
+@pytest.mark.parametrize("path", ["../outside.nii.gz", "imagesTr/../../outside.nii.gz", "{absolute}"])
+def test_a_path_that_leaves_the_folder_is_refused(files, path):
+    root = files(*pairs("a"), "../outside.nii.gz")
+    path = path.format(absolute=root.parent / "outside.nii.gz")
+    content = {"labels": {}, "training": [{"image": path, "label": "labelsTr/a.nii.gz"}]}
+    (root / "dataset.json").write_text(json.dumps(content))
+    assert "outside the folder" in refusal(root)
+
+
+def test_a_link_that_leaves_the_folder_is_refused(files):
+    root = files(*pairs("a"), "../outside.nii.gz", content=msd("a"))
+    (root / "imagesTr" / "a.nii.gz").unlink()
+    (root / "imagesTr" / "a.nii.gz").symlink_to(root.parent / "outside.nii.gz")
+    assert "outside the folder" in refusal(root)
+
+
+def test_a_case_listed_twice_is_refused(files):
+    assert "'a' is listed twice" in refusal(files(*pairs("a"), content=msd("a", "a")))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"training": []},
+        {"channel_names": {"0": "T1"}, "labels": {"a": 1}},
+    ],
+)
+def test_a_dataset_without_cases_is_refused(files, content):
+    root = files(content=content)
+    (root / "labelsTr").mkdir()
+    assert "no labelled cases" in refusal(root)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ([1, 2], "object"),
+        ({"name": "x"}, "channel_names"),
+        ({"training": {"image": "a"}}, "'training' must be a list"),
+        ({"training": ["imagesTr/a.nii.gz"]}, "training[0]"),
+        ({"training": [{"image": "imagesTr/a.nii.gz"}]}, "training[0]"),
+        (msd("a", modality=["MRI"]), "'modality'"),
+        (msd("a", modality={"first": "MRI"}), "'modality'"),
+        (msd("a", labels=["tumour"]), "'labels'"),
+        (msd("a", labels={"tumour": "1"}), "'labels'"),
+        ({"channel_names": {"T1": "0"}, "labels": {"a": 1}}, "'channel_names'"),
+        ({"channel_names": ["T1"], "labels": {"a": 1}}, "'channel_names'"),
+    ],
+)
+def test_a_dataset_json_of_another_form_is_refused(files, content, word):
+    message = refusal(files(*pairs("a"), "imagesTr/a_0000.nii.gz", content=content))
+    assert "dataset.json" in message
+    assert word in message
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00"])
+def test_a_dataset_json_that_is_no_json_is_refused(files, content):
+    root = files(*pairs("a"))
+    (root / "dataset.json").write_bytes(content)
+    assert "not readable JSON" in refusal(root)
+
+
+@pytest.mark.parametrize(
+    ("case", "patient"),
+    [
+        ("patient003_frame15", "patient003"),
+        ("SC-HF-I-02_ph06", "SC-HF-I-02"),
+        ("A0S9V9_ED", "A0S9V9"),
+        ("sub-01_ses-2_run-1", "sub-01"),
+        ("p1_visit2_t03", "p1"),
+        ("hippocampus_003", "hippocampus_003"),
+        ("brats_2013_pat0001_1", "brats_2013_pat0001_1"),
+        ("treated_12", "treated_12"),
+        ("scan_07", "scan_07"),
+        ("_frame01", "_frame01"),
+    ],
+)
+def test_the_patient_is_the_name_without_frame_phase_or_visit(case, patient):
+    assert patient_of(case) == patient
+
+
+def test_a_pattern_names_the_patient_by_its_first_group():
+    assert patient_of("site2-007-b", r"site\d-(\d+)") == "007"
+    assert patient_of("site2-007-b", r"\d{3}") == "007"
+
+
+def test_the_pattern_reaches_every_case(files):
+    dataset = open_dataset(files(*pairs("x1_a", "x1_b"), content=msd("x1_a", "x1_b")), patient_pattern=r"x\d")
+    assert set(dataset.patients.values()) == {"x1"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [("(", "not a regular expression"), (r"site(\d)", "does not match the case 'a'"), (r"(b)?a", "'a'")],
+)
+def test_a_pattern_that_names_no_patient_is_refused(files, pattern, words):
+    message = refusal(files(*pairs("a"), content=msd("a")), patient_pattern=pattern)
+    assert words in message
+    assert "data.patient_pattern" in message
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("task", "num_cases", "num_patients", "num_channels", "num_classes"),
+    [
+        ("Task04_Hippocampus", 200, 200, 1, 2),
+        ("Task101_ACDC", 80, 40, 1, 3),
+        ("Task103_BRATS2015x6", 4, 4, 2, 4),
+        ("Task104_SunnybrookLV", 68, 34, 1, 1),
+    ],
+)
+def test_real_tasks_have_their_cases_patients_and_channels(
+    data_root, task, num_cases, num_patients, num_channels, num_classes
+):
+    dataset = open_dataset(data_root / task)
+    assert len(dataset.cases) == num_cases
+    assert len(set(dataset.patients.values())) == num_patients
+    assert (len(dataset.channels), len(dataset.classes)) == (num_channels, num_classes)
+    assert fingerprint(dataset, only=()).num_channels == num_channels
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("task", ["Task101_ACDC", "Task104_SunnybrookLV"])
+def test_real_end_diastole_and_end_systole_never_part(data_root, task):
+    patients = open_dataset(data_root / task).patients
+    assert patients.get("patient003_frame01", "patient003") == patients.get(
+        "patient003_frame15", "patient003"
+    )
+    counts = [list(patients.values()).count(patient) for patient in set(patients.values())]
+    assert set(counts) == {2}
+    splits = make_splits(patients)
+    for fold in range(len(splits.folds)):
+        parts = select(splits, patients, fold=fold)
+        owners = [{patients[case] for case in part} for part in (parts.train, parts.validation, parts.test)]
+        assert sum(map(len, owners)) == len(set.union(*owners)) == len(counts)

@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from medvisionllama.data.planning import Plan
+from medvisionllama.inference.windows import native_mask, predict_probabilities
+
+CROP = (8, 8, 4)
+
+
+def _plan(**changes):
+    facts = {
+        "channels": ("CT", "PET"),
+        "classes": {1: "liver", 2: "tumour"},
+        "merged": False,
+        "resize": False,
+        "spacing_mm": (1.0, 1.0, 2.0),
+        "crop_size": CROP,
+        "strides": ((2, 2, 1), (2, 2, 2), (2, 2, 2)),
+        "flip_axes": (0,),
+    }
+    return Plan(**facts | changes)
+
+
+class _Voxelwise(nn.Module):
+    """Looks at one voxel at a time, and notes the windows it was given."""
+
+    def __init__(self, num_outputs):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv3d(2, num_outputs, 1)
+        self.shapes = []
+
+    def forward(self, windows):
+        self.shapes.append(tuple(windows.shape))
+        return self.conv(windows)
+
+
+class _OneSided(nn.Module):
+    """Its logits depend on where in the window a voxel lies."""
+
+    def forward(self, windows):
+        ramp = torch.linspace(-2, 2, windows.shape[2]).view(1, 1, -1, 1, 1)
+        return torch.cat([windows[:, :1], windows[:, 1:] + ramp, windows[:, :1] * ramp], dim=1)
+
+
+def _image(shape):
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("shape", [(21, 9, 11), (8, 8, 4), (5, 20, 4), (3, 2, 1)])
+@pytest.mark.parametrize("overlap", [0.0, 0.5])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_voxelwise_network_sees_no_windows(shape, overlap, flip):
+    network = _Voxelwise(3)
+    found = predict_probabilities(network, _image(shape), _plan(), overlap=overlap, flip=flip)
+    assert set(network.shapes) == {(1, 2, *CROP)}
+    expected = network(_image(shape)[None])[0].softmax(dim=0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_more_overlap_means_more_windows():
+    counts = []
+    for overlap in (0.0, 0.5):
+        network = _Voxelwise(3)
+        predict_probabilities(network, _image((16, 16, 8)), _plan(), overlap=overlap, flip=False)
+        counts.append(len(network.shapes))
+    assert counts == [8, 27]
+
+
+def test_merged_classes_are_background_and_foreground():
+    network = _Voxelwise(1)
+    plan = _plan(merged=True)
+    found = predict_probabilities(network, _image((10, 9, 5)), plan, overlap=0.5, flip=False)
+    foreground = network(_image((10, 9, 5))[None])[0].sigmoid()
+    torch.testing.assert_close(found, torch.cat([1 - foreground, foreground]), atol=1e-5, rtol=1e-5)
+
+
+def test_probabilities_carry_no_gradient():
+    assert not predict_probabilities(
+        _Voxelwise(3), _image(CROP), _plan(), overlap=0.5, flip=True
+    ).requires_grad
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 4), (13, 9, 6), (6, 8, 4)])
+def test_averaging_over_mirrored_images_makes_a_one_sided_network_fair(shape):
+    def predict(image, flip):
+        return predict_probabilities(_OneSided(), image, _plan(), overlap=0.5, flip=flip)
+
+    image = _image(shape)
+    torch.testing.assert_close(predict(image.flip(1), True), predict(image, True).flip(1))
+    assert not torch.allclose(predict(image.flip(1), False), predict(image, False).flip(1), atol=1e-2)
+    torch.testing.assert_close(predict(image, True).sum(dim=0), torch.ones(shape))
+
+
+def test_axes_that_training_does_not_mirror_are_not_mirrored():
+    plan, image = _plan(flip_axes=()), _image((13, 9, 6))
+    once = predict_probabilities(_OneSided(), image, plan, overlap=0.5, flip=False)
+    assert torch.equal(predict_probabilities(_OneSided(), image, plan, overlap=0.5, flip=True), once)
+
+
+@pytest.mark.parametrize(
+    ("classes", "merged", "values", "dtype"),
+    [
+        ({1: "liver", 2: "tumour"}, False, [0, 1, 2], np.uint8),
+        ({255: "a", 4: "b"}, False, [0, 255, 4], np.uint8),
+        ({1: "a", 256: "b"}, False, [0, 1, 256], np.uint16),
+        ({3: "a", 300: "b"}, True, [0, 1], np.uint8),
+    ],
+)
+def test_masks_hold_label_values_in_the_smallest_type_that_fits(classes, merged, values, dtype):
+    winners = torch.arange(24).view(2, 3, 4) % len(values)
+    probabilities = nn.functional.one_hot(winners, len(values)).movedim(-1, 0).float()
+    mask = native_mask(probabilities, (2, 3, 4), _plan(classes=classes, merged=merged))
+    assert mask.dtype == dtype
+    assert mask.shape == (2, 3, 4)
+    assert np.array_equal(mask, np.array(values)[winners.numpy()])
+
+
+def test_masks_come_back_to_the_scans_own_grid():
+    probabilities = torch.zeros(3, 4, 4, 4)
+    probabilities[0] = 1
+    probabilities[:, 2:] = torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1, 1)
+    mask = native_mask(probabilities, (8, 6, 2), _plan())
+    assert mask.shape == (8, 6, 2)
+    assert (mask[:4] == 0).all()
+    assert (mask[4:] == 2).all()
