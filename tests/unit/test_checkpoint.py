@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from medvisionllama import checkpoint
 from medvisionllama.checkpoint import copy_into, frozen, load_tensors, save_tensors, trainable
 from medvisionllama.errors import CheckpointError
 
@@ -121,12 +120,12 @@ def test_a_save_that_fails_keeps_the_last_one_and_leaves_nothing_behind(tmp_path
     path = tmp_path / "best.safetensors"
     save_tensors(path, {"w": torch.zeros(1)}, {"step": 1})
 
-    def fill_the_disk(content, temporary, metadata):
-        Path(temporary).write_bytes(b"half")
+    def fill_the_disk(descriptor):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fill_the_disk)
-    with pytest.raises(OSError, match="no space"):
-        save_tensors(path, {"w": torch.ones(1)}, {"step": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fill_the_disk)
+        with pytest.raises(OSError, match="no space"):
+            save_tensors(path, {"w": torch.ones(1)}, {"step": 2})
     assert load_tensors(path)[1] == {"step": 1}
     assert list(tmp_path.iterdir()) == [path]

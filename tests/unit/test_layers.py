@@ -22,7 +22,8 @@ LAYERS = (
     {"experiments", "export", "reports"},
     {"api"},
     {"serving"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 )
 ROOTS = {path.stem for path in SOURCE.glob("*.py")} | {
     path.name for path in SOURCE.iterdir() if path.is_dir()

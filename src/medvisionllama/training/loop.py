@@ -49,6 +49,8 @@ class LoopState:
     elapsed_seconds: float = 0.0
     validation_seconds: float = 0.0
     """Length of the last validation, kept free at the end of a limited run."""
+    validated_step: int = 0
+    validated_seconds: float = 0.0
     dices: list[float] = field(default_factory=list)
 
     @property
@@ -95,14 +97,8 @@ class TrainingLoop:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is over, by steps or by time, whichever is further."""
-        shares = [0.0]
-        if self.total_steps is not None:
-            shares.append(self.state.step / self.total_steps)
-        if self.config.max_minutes is not None:
-            limit = 60 * self.config.max_minutes - self.state.validation_seconds
-            shares.append(self.state.elapsed_seconds / max(limit, 1e-9))
-        return min(1.0, max(shares))
+        """Share of the run that is over."""
+        return self._progress_at(self.state.step, self.state.elapsed_seconds)
 
     def run(self, progress: Progress) -> bool:
         """Train to the end; return False if interrupted, with everything saved."""
@@ -197,8 +193,25 @@ class TrainingLoop:
         self.state.step += 1
         return total
 
+    def _progress_at(self, step: int, seconds: float) -> float:
+        """Share by steps or by time, whichever is further."""
+        shares = [0.0]
+        if self.total_steps is not None:
+            shares.append(step / self.total_steps)
+        if self.config.max_minutes is not None:
+            limit = 60 * self.config.max_minutes - self.state.validation_seconds
+            shares.append(seconds / max(limit, 1e-9))
+        return min(1.0, max(shares))
+
     def _validation_due(self) -> bool:
-        return self.progress >= (len(self.state.dices) + 1) / self.config.num_validations - 1e-9
+        """True when the run has passed another of its evenly spread marks since the last validation.
+
+        Both ends are measured by the limits in force now, so a run that goes on with a longer limit is validated
+        on as before.
+        """
+        number = self.config.num_validations
+        before = self._progress_at(self.state.validated_step, self.state.validated_seconds)
+        return math.floor(self.progress * number + 1e-9) > math.floor(before * number + 1e-9)
 
     def _validate(self, loss: float) -> None:
         before = time.monotonic()
@@ -207,9 +220,6 @@ class TrainingLoop:
         record = self.validate(self.network)
         improved = record["dice"] > self.state.best
         self.state.dices.append(record["dice"])
-        # Short runs may be due more than one validation after a step; one segmentation serves them all.
-        while len(self.state.dices) < self.config.num_validations and self._validation_due():
-            self.state.dices.append(record["dice"])
         if improved and self.accelerator.is_main_process:
             facts = {**self.facts, "step": self.state.step, "validation_dice": record["dice"]}
             save_tensors(self.run_dir.best, self.parameters, facts)
@@ -217,6 +227,7 @@ class TrainingLoop:
             self.average.swap()
         self._tick()
         self.state.validation_seconds = time.monotonic() - before
+        self.state.validated_step, self.state.validated_seconds = self.state.step, self.state.elapsed_seconds
         if self.accelerator.is_main_process:
             self.run_dir.append_history(
                 {

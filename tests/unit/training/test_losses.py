@@ -84,10 +84,10 @@ class _Coarse(nn.Module):
     def __init__(self):
         super().__init__()
         self.full = nn.Parameter(torch.randn(1, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0)))
-        self.half = nn.Parameter(torch.randn(1, 2, 2, 2, 2, generator=torch.Generator().manual_seed(1)))
+        self.coarse = nn.Parameter(torch.randn(1, 2, 2, 2, 2, generator=torch.Generator().manual_seed(1)))
 
     def forward_all(self, images):
-        return self.full, [self.half]
+        return self.full, [self.coarse]
 
 
 def test_coarser_logits_are_compared_with_shares_of_their_voxels():
@@ -95,7 +95,7 @@ def test_coarser_logits_are_compared_with_shares_of_their_voxels():
     network = _Coarse()
     full = dice_ce_loss(network.full, targets(labels, 2))
     foreground = labels.float().view(2, 2, 2, 2, 2, 2).mean(dim=(1, 3, 5))
-    half = dice_ce_loss(network.half, torch.stack([1 - foreground, foreground])[None])
+    half = dice_ce_loss(network.coarse, torch.stack([1 - foreground, foreground])[None])
     for weight in (0.0, 0.3):
         model = SupervisedSegmenter(network, num_outputs=2, auxiliary_weight=weight)
         torch.testing.assert_close(model(torch.zeros(1), labels), full + weight * half)

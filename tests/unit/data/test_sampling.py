@@ -1,0 +1,146 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from medvisionllama.config import AugmentConfig, DataConfig
+from medvisionllama.data.cache import build_cache, fit_normalisation
+from medvisionllama.data.fingerprint import fingerprint
+from medvisionllama.data.index import open_dataset
+from medvisionllama.data.planning import make_plan
+from medvisionllama.data.sampling import BatchSampler
+
+OFF = AugmentConfig(enabled=False)
+STILL = AugmentConfig(spatial_probability=0, intensity_probability=0)
+
+
+@pytest.fixture
+def sampler(dataset_folder, tmp_path):
+    """Make a sampler over six phantoms, with the crop and settings asked for."""
+    dataset = open_dataset(dataset_folder(values=(2, 5)))
+    plan = make_plan(dataset, fingerprint(dataset), DataConfig(), flip=True, patch_size=None)
+    cases = build_cache(dataset.cases, plan, folder=tmp_path / "cache")
+
+    def make(
+        crop=(16, 16, 8), augment=OFF, foreground_share=0.5, batch_size=2, seed=0, merged=False, **ranks
+    ) -> BatchSampler:
+        changed = plan.model_copy(
+            update={
+                "crop_size": crop,
+                "merged": merged,
+                "flip_axes": () if augment is STILL else plan.flip_axes,
+                "normalisation": fit_normalisation(cases, plan.channels),
+            }
+        )
+        data = DataConfig(foreground_share=foreground_share)
+        return BatchSampler(cases, changed, data, augment, batch_size=batch_size, seed=seed, **ranks)
+
+    return make
+
+
+def test_a_batch_has_the_shape_and_types_of_training(sampler):
+    images, labels = sampler(augment=AugmentConfig()).batch(0)
+    assert (tuple(images.shape), images.dtype) == ((2, 1, 16, 16, 8), torch.float32)
+    assert (tuple(labels.shape), labels.dtype) == ((2, 16, 16, 8), torch.int64)
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone(sampler):
+    fresh, used = sampler(augment=AugmentConfig()), sampler(augment=AugmentConfig())
+    for step in (0, 1, 2):
+        used.batch(step)
+    for wanted, got in zip(fresh.batch(7), used.batch(7), strict=True):
+        assert torch.equal(wanted, got)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"rank": 1, "num_ranks": 2}])
+def test_another_seed_or_rank_gives_another_batch(sampler, other):
+    assert not torch.equal(sampler().batch(3)[0], sampler(**other).batch(3)[0])
+
+
+def test_another_step_gives_another_batch(sampler):
+    assert not torch.equal(sampler().batch(0)[0], sampler().batch(1)[0])
+
+
+def test_an_epoch_shows_every_case_once_in_a_new_order(sampler):
+    made = sampler()
+    epochs = [[n for step in range(3 * e, 3 * e + 3) for n in made._case_numbers(step)] for e in range(4)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+    assert made.steps_per_epoch == 3
+
+
+def test_ranks_share_an_epoch_without_overlap(sampler):
+    made = [sampler(rank=rank, num_ranks=3) for rank in range(3)]
+    assert sorted(n for one in made for n in one._case_numbers(0)) == list(range(6))
+    assert made[0].steps_per_epoch == 1
+
+
+def test_a_batch_larger_than_the_dataset_wraps_into_the_next_epoch(sampler):
+    made = sampler(batch_size=8)
+    assert made.steps_per_epoch == 1
+    assert sorted(made._case_numbers(0)[:6]) == list(range(6))
+    assert len(made.batch(0)[0]) == 8
+
+
+def test_label_values_become_class_numbers(sampler):
+    labels = torch.cat([sampler(foreground_share=1.0).batch(step)[1] for step in range(6)])
+    assert labels.unique().tolist() == [0, 1, 2]
+
+
+def test_label_and_image_come_from_the_same_place(sampler):
+    images, labels = sampler(foreground_share=1.0, batch_size=6).batch(0)
+    means = [images[:, 0][labels == number].mean().item() for number in range(3)]
+    assert means[0] < means[1] < means[2]
+
+
+def test_merged_classes_are_one(sampler):
+    labels = torch.cat([sampler(merged=True, foreground_share=1.0).batch(step)[1] for step in range(6)])
+    assert labels.unique().tolist() == [0, 1]
+
+
+def test_foreground_crops_are_centred_on_a_class_and_classes_take_turns(sampler):
+    made = sampler(crop=(6, 6, 6), foreground_share=1.0)
+    middles = torch.cat([made.batch(step)[1][:, 3, 3, 3] for step in range(30)])
+    counts = torch.bincount(middles, minlength=3).tolist()
+    assert counts[0] == 0
+    assert min(counts[1:]) > 15
+
+
+def test_crops_anywhere_are_mostly_background(sampler):
+    made = sampler(crop=(6, 6, 6), foreground_share=0.0)
+    middles = torch.cat([made.batch(step)[1][:, 3, 3, 3] for step in range(30)])
+    assert (middles == 0).sum() > 15
+
+
+def test_foreground_crops_are_still_centred_when_augmented(sampler):
+    made = sampler(crop=(6, 6, 6), foreground_share=1.0, augment=AugmentConfig(translation=0))
+    middles = torch.cat([made.batch(step)[1][:, 2:4, 2:4, 2:4].flatten(1).amax(1) for step in range(20)])
+    assert middles.min() > 0
+
+
+def test_crops_stay_inside_scans_that_are_large_enough(sampler):
+    images, _ = sampler(crop=(16, 16, 16), batch_size=6).batch(0)
+    assert images.ne(0).all()
+
+
+def test_a_small_scan_is_padded_with_zero_and_background(sampler):
+    images, labels = sampler(crop=(32, 32, 24)).batch(0)
+    assert images[:, :, :4].eq(0).all()
+    assert labels[:, :4].eq(0).all()
+    assert images[:, :, 10:20, 10:20, 10:14].ne(0).all()
+
+
+@pytest.mark.parametrize("crop", [(16, 16, 8), (12, 10, 4), (20, 12, 6), (8, 14, 2)])
+def test_augmentation_that_changes_nothing_gives_the_plain_crop(sampler, crop):
+    plain, still = sampler(crop=crop).batch(4), sampler(crop=crop, augment=STILL).batch(4)
+    torch.testing.assert_close(still[0], plain[0], atol=1e-4, rtol=0)
+    assert torch.equal(still[1], plain[1])
+
+
+def test_a_case_without_labels_is_cut_anywhere(sampler):
+    made = sampler(foreground_share=1.0, batch_size=1)
+    empty = replace(made.cases[0])
+    made.cases = [empty]
+    centre = made._centre((30, 30, 30), np.zeros((0, 4), np.int32), np.random.default_rng(0))
+    assert all(size // 2 <= place <= 30 - size // 2 for place, size in zip(centre, (16, 16, 8), strict=True))

@@ -1,0 +1,227 @@
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import map_coordinates
+
+from medvisionllama.config import AugmentConfig
+from medvisionllama.data.transforms import Augmentation, Parameters, apply_affine, apply_intensity
+
+CROP = (12, 10, 8)
+REGION = (16, 14, 10)
+EFFECTS = ("brightness", "contrast", "gamma", "noise", "blur", "low_resolution")
+
+
+def random_batch(num_cases: int = 1, num_classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels of blocks, and the labels themselves as images: one channel a class."""
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randint(0, num_classes, (num_cases, 4, 5, 5), generator=generator)
+    labels = small.repeat_interleave(4, 1).repeat_interleave(3, 2).repeat_interleave(2, 3)[:, :, :14]
+    assert labels.shape[1:] == REGION
+    images = torch.stack([(labels == value).float() for value in range(num_classes)], dim=1)
+    return images, labels
+
+
+def augmentation(spacing=(1.0, 1.0, 1.0), flip_axes=(), **settings) -> Augmentation:
+    return Augmentation(AugmentConfig(**settings), spacing, CROP, flip_axes)
+
+
+def still(**changes) -> Parameters:
+    values = {"matrix": np.eye(3), "shift": np.zeros(3), "effects": {}, "noise_seed": 0}
+    return Parameters(**{**values, **changes})
+
+
+def middle(batch: torch.Tensor) -> torch.Tensor:
+    return batch[..., 2:14, 2:12, 1:9]
+
+
+def angles_of(drawn: Parameters, spacing) -> np.ndarray:
+    turn = np.diag(spacing) @ drawn.matrix @ np.diag(1 / np.asarray(spacing))
+    x, y, z = (
+        np.arctan2(-turn[1, 2], turn[2, 2]),
+        np.arcsin(turn[0, 2]),
+        np.arctan2(-turn[0, 1], turn[0, 0]),
+    )
+    return np.rad2deg(np.abs([x, y, z]))
+
+
+def largest_angles(spacing, degrees: float = 20.0) -> np.ndarray:
+    made = augmentation(spacing, rotation_degrees=degrees, scale=(1.0, 1.0), spatial_probability=1.0)
+    rng = np.random.default_rng(0)
+    return np.max([angles_of(made.draw(rng), spacing) for _ in range(200)], axis=0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_image_and_label_move_together(seed):
+    images, labels = random_batch(2)
+    made = augmentation(
+        (1.0, 1.0, 2.0), (0,), rotation_degrees=45.0, spatial_probability=1.0, intensity_probability=0.0
+    )
+    moved, classes = made(images, labels, np.random.default_rng(seed))
+    assert torch.equal(moved.argmax(dim=1), classes)
+    assert not torch.equal(classes, middle(labels))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_images_are_sampled_where_the_parameters_say(seed):
+    rng = np.random.default_rng(seed)
+    image = rng.normal(size=REGION).astype(np.float32)
+    drawn = still(matrix=np.eye(3) + rng.normal(scale=0.3, size=(3, 3)), shift=rng.normal(scale=2.0, size=3))
+    offsets = np.indices(CROP).reshape(3, -1) - (np.array(CROP)[:, None] - 1) / 2
+    points = drawn.matrix @ offsets + drawn.shift[:, None] + (np.array(REGION)[:, None] - 1) / 2
+    expected = map_coordinates(image, points, order=1, mode="grid-constant").reshape(CROP)
+    batch = torch.from_numpy(image)[None, None]
+    moved, _ = apply_affine(batch, torch.zeros(1, *REGION, dtype=torch.int64), [drawn], CROP)
+    np.testing.assert_allclose(moved[0, 0].numpy(), expected, atol=1e-4)
+
+
+def test_identity_parameters_give_the_middle_crop():
+    images, labels = random_batch()
+    moved, classes = apply_affine(images, labels, [still()], CROP)
+    torch.testing.assert_close(moved, middle(images), atol=1e-5, rtol=0)
+    assert torch.equal(classes, middle(labels))
+
+
+def test_a_whole_voxel_shift_moves_the_crop_by_that_much():
+    images, labels = random_batch()
+    _, classes = apply_affine(images, labels, [still(shift=np.array([2.0, -1.0, 1.0]))], CROP)
+    assert torch.equal(classes, labels[:, 4:16, 1:11, 2:10])
+
+
+def test_outside_the_region_is_zero_and_background():
+    images, labels = random_batch()
+    moved, classes = apply_affine(images, labels + 1, [still(shift=np.array([100.0, 0, 0]))], CROP)
+    assert moved.eq(0).all()
+    assert classes.eq(0).all()
+
+
+def test_each_case_has_its_own_parameters():
+    images, labels = random_batch(2)
+    parameters = [still(), still(shift=np.array([1.0, 0.0, 0.0]))]
+    moved, classes = apply_affine(images, labels, parameters, CROP)
+    torch.testing.assert_close(moved[0], middle(images)[0], atol=1e-5, rtol=0)
+    assert torch.equal(classes[1], labels[1, 3:15, 2:12, 1:9])
+
+
+def test_augmentation_that_is_off_cuts_the_middle_exactly():
+    images, labels = random_batch(2)
+    cut, classes = augmentation(enabled=False)(images, labels, np.random.default_rng(0))
+    assert torch.equal(cut, middle(images))
+    assert torch.equal(classes, middle(labels))
+
+
+def test_the_same_generator_state_gives_the_same_batch():
+    images, labels = random_batch(3)
+    made = augmentation(flip_axes=(0,), intensity_probability=1.0)
+    first, second, third = (made(images, labels, np.random.default_rng(seed)) for seed in (5, 5, 6))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(first[0], third[0])
+
+
+def test_inputs_are_left_as_they_were():
+    images, labels = random_batch()
+    before = images.clone(), labels.clone()
+    augmentation(flip_axes=(0,), intensity_probability=1.0)(images, labels, np.random.default_rng(0))
+    assert torch.equal(images, before[0])
+    assert torch.equal(labels, before[1])
+
+
+def test_a_flip_mirrors_its_axis_about_half_the_time():
+    images, labels = random_batch()
+    made = augmentation(flip_axes=(0,), spatial_probability=0.0, intensity_probability=0.0)
+    rng = np.random.default_rng(0)
+    results = [made(images, labels, rng)[1] for _ in range(40)]
+    mirrored = sum(torch.equal(result, middle(labels).flip(1)) for result in results)
+    assert mirrored + sum(torch.equal(result, middle(labels)) for result in results) == 40
+    assert 8 < mirrored < 32
+
+
+def test_nothing_is_mirrored_where_flips_are_not_allowed():
+    made, rng = augmentation(spatial_probability=1.0), np.random.default_rng(0)
+    assert all(np.linalg.det(made.draw(rng).matrix) > 0 for _ in range(100))
+
+
+def test_isotropic_scans_turn_by_the_full_angle_about_every_axis():
+    angles = largest_angles((1.0, 1.0, 1.0))
+    assert (angles <= 20).all()
+    assert (angles > 15).all()
+
+
+@pytest.mark.parametrize("thick", range(3))
+def test_thick_slices_turn_freely_only_in_their_plane(thick):
+    spacing = [1.5, 1.5, 1.5]
+    spacing[thick] = 10.0
+    angles = largest_angles(spacing)
+    assert 15 < angles[thick] <= 20
+    assert (np.delete(angles, thick) <= 5 + 1e-6).all()
+    assert (np.delete(angles, thick) > 3).all()
+
+
+def test_two_coarse_axes_turn_freely_only_into_each_other():
+    angles = largest_angles((1.0, 5.0, 5.0))
+    assert 15 < angles[0] <= 20
+    assert (angles[1:] <= 5 + 1e-6).all()
+
+
+def test_rotations_are_rigid_in_millimetres():
+    spacing = np.array([1.0, 2.0, 2.5])
+    made = augmentation(tuple(spacing), rotation_degrees=90.0, scale=(1.0, 1.0), spatial_probability=1.0)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        turn = np.diag(spacing) @ made.draw(rng).matrix @ np.diag(1 / spacing)
+        np.testing.assert_allclose(turn @ turn.T, np.eye(3), atol=1e-12)
+
+
+def test_zoom_and_shift_stay_in_their_ranges():
+    made, rng = augmentation(scale=(0.5, 2.0), translation=0.1, spatial_probability=1.0), np.random.default_rng(0)
+    drawn = [made.draw(rng) for _ in range(200)]
+    zooms = np.array([np.linalg.det(one.matrix) ** (-1 / 3) for one in drawn])
+    shifts = np.abs([one.shift for one in drawn]).max(axis=0)
+    assert zooms.min() >= 0.5
+    assert zooms.max() <= 2.0
+    assert abs(np.mean(zooms < 1) - 0.5) < 0.15
+    assert (shifts <= 0.1 * np.array(CROP)).all()
+    assert (shifts > 0.08 * np.array(CROP)).all()
+
+
+def test_a_zoom_above_one_enlarges():
+    image = torch.zeros(1, 1, *REGION)
+    image[:, :, 6:10, 5:9, 3:7] = 1
+    moved, _ = apply_affine(image, image[:, 0].long(), [still(matrix=np.eye(3) / 1.5)], CROP)
+    assert moved.sum() == pytest.approx(64 * 1.5**3, rel=0.1)
+
+
+@pytest.mark.parametrize("effect", EFFECTS)
+@pytest.mark.parametrize("strength", [-1.0, 0.5, 1.0])
+def test_every_effect_changes_the_image_a_little_and_reproducibly(effect, strength):
+    image = torch.randn(2, 12, 10, 8, generator=torch.Generator().manual_seed(0))
+    drawn = still(effects={effect: strength}, noise_seed=3)
+    changed = apply_intensity(image, drawn)
+    assert changed.shape == image.shape
+    assert changed.isfinite().all()
+    assert not torch.equal(changed, image)
+    assert (changed - image).abs().mean() < 1.5
+    assert torch.equal(changed, apply_intensity(image, drawn))
+
+
+@pytest.mark.parametrize("effect", EFFECTS)
+def test_every_effect_survives_a_constant_image_of_one_slice(effect):
+    changed = apply_intensity(torch.ones(1, 6, 6, 1), still(effects={effect: 1.0}))
+    assert changed.shape == (1, 6, 6, 1)
+    assert changed.isfinite().all()
+
+
+def test_contrast_and_gamma_keep_mean_and_range():
+    image = torch.randn(2, 12, 10, 8, generator=torch.Generator().manual_seed(0))
+    contrast = apply_intensity(image, still(effects={"contrast": 1.0}))
+    torch.testing.assert_close(contrast.mean(dim=(1, 2, 3)), image.mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(contrast.std(dim=(1, 2, 3)), 1.5 * image.std(dim=(1, 2, 3)))
+    gamma = apply_intensity(image, still(effects={"gamma": -1.0}))
+    torch.testing.assert_close(gamma.amax(), image.amax())
+    torch.testing.assert_close(gamma.amin(), image.amin())
+
+
+def test_intensity_effects_are_drawn_with_their_probability():
+    rng = np.random.default_rng(0)
+    assert all(not augmentation(intensity_probability=0.0).draw(rng).effects for _ in range(20))
+    assert set(augmentation(intensity_probability=1.0).draw(rng).effects) == set(EFFECTS)
