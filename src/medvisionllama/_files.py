@@ -3,21 +3,11 @@
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-
-def _read_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-# Reading the mask means setting it, which two threads must not do at once; so it is read here, once.
-_UMASK = _read_umask()
 
 
 @contextmanager
@@ -27,14 +17,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The temporary name keeps the suffixes, since nibabel and numpy choose the format by them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".partial-", suffix="-" + path.name, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".partial-{secrets.token_hex(8)}-{path.name}"
+    # The kernel reduces 0666 by the umask; asking for the umask would mean changing it for every thread.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -64,6 +64,7 @@ def copy_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) 
             raise CheckpointError(
                 f"{where}: {name} has shape {tuple(tensors[name].shape)}, the network needs {tuple(parameter.shape)}; config.yaml belongs to another run"
             )
+    for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
 
 

@@ -40,6 +40,8 @@ def apply_overrides(settings: dict[str, Any], overrides: Sequence[str] | Mapping
         section = result
         for parent in parents:
             section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{key} cannot be set: {parent} is {section!r}, not a group of settings")
         section[last] = value
     return result
 

@@ -7,9 +7,11 @@ built, before a scan is read or a weight allocated.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Size = tuple[Positive, Positive, Positive]
 
@@ -29,7 +31,7 @@ class DataConfig(Section):
     """Segment every class (softmax), or all of them merged to one foreground (sigmoid), as published."""
     geometry: Literal["native", "resize"] = "native"
     """Crop at the dataset's median spacing, or squeeze the whole volume into `crop_size`, as published."""
-    spacing_mm: tuple[float, float, float] | None = None
+    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     """Spacing of training in x, y, z; by default the fingerprint's median."""
     crop_size: Size | None = None
     """Voxels of a training crop in x, y, z; by default from the fingerprint and `max_crop_voxels`."""
@@ -40,7 +42,7 @@ class DataConfig(Section):
     phases, visits and time points."""
     splits: Path | None = None
     """A splits file to use instead of drawing one."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Seed of the split; equal seeds give equal splits whatever the model."""
     fold: Annotated[int, Field(ge=0)] = 0
     """Which fold validates."""
@@ -56,7 +58,7 @@ class AugmentConfig(Section):
     enabled: bool = True
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 20.0
     """Largest rotation about each axis; out-of-plane axes of anisotropic scans turn a quarter as far."""
-    scale: tuple[float, float] = (0.8, 1.25)
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.8, 1.25)
     """Range of isotropic zoom, drawn evenly in its logarithm."""
     translation: Share = 0.1
     """Largest shift as a share of the crop."""
@@ -66,11 +68,18 @@ class AugmentConfig(Section):
     intensity_probability: Share = 0.3
     """Probability of each of brightness, contrast, gamma, noise, blur and low resolution, per case."""
 
+    @field_validator("scale")
+    @classmethod
+    def _ascends(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if scale[0] > scale[1]:
+            raise ValueError("the range runs backwards; write it as [smaller, larger]")
+        return scale
+
 
 class BlockConfig(Section):
     source: str = "smollm2-135m"
     """A name of the catalogue (`medvisionllama llm list`) or a local folder of safetensors."""
-    layers: tuple[int, ...] = (-1,)
+    layers: Annotated[tuple[int, ...], Field(min_length=1)] = (-1,)
     """Which layers, counted from the front, or from the back if negative."""
     weights: Literal["pretrained", "random"] = "pretrained"
     rotary: bool = False
@@ -149,7 +158,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` takes bf16 where the hardware multiplies it natively, else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _ends(self) -> "TrainConfig":

@@ -34,7 +34,12 @@ def index_nnunet(root: Path, content: dict[str, Any], patient_pattern: str | Non
             _one_of(root / "imagesTr", f"{case_id}_{channel:04d}") for channel in range(num_channels)
         )
         cases.append(Case(case_id, patient_of(case_id, patient_pattern), images, label))
-    channels = tuple(str(names[key]) for key in sorted(names, key=int))
+    try:
+        channels = tuple(str(names[key]) for key in sorted(names, key=int))
+    except ValueError:
+        raise DataError(
+            f"{where}: 'channel_names' must map channel numbers to names, as {{'0': 'T1'}}"
+        ) from None
     return Dataset(
         root.name, root, tuple(cases), channels, {value: classes[value] for value in sorted(classes) if value}
     )

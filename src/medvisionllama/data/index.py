@@ -83,11 +83,12 @@ def patient_of(case_id: str, pattern: str | None = None) -> str:
         match = re.search(pattern, case_id)
     except re.error as error:
         raise DataError(f"data.patient_pattern={pattern!r} is not a regular expression: {error}") from None
-    if match is None:
+    patient = match and (match.group(1) if match.groups() else match.group(0))
+    if not patient:
         raise DataError(
             f"data.patient_pattern={pattern!r} does not match the case {case_id!r}; every case needs a patient"
         )
-    return match.group(1) if match.groups() else match.group(0)
+    return patient
 
 
 def _check(dataset: Dataset) -> None:

@@ -1,5 +1,6 @@
 """Training batches as a pure function of seed and step: nothing to save, nothing to replay after a resume."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,8 +12,8 @@ from medvisionllama.data.planning import Plan
 from medvisionllama.data.transforms import Augmentation
 from medvisionllama.types import ImageBatch, LabelBatch, Triple
 
-_MARGIN = 1.25
-"""A region this much larger than the crop is cut out, so that rotation and zoom bring in tissue, not padding."""
+_MARGIN = 0.25
+"""A region larger by this share is cut out, so that rotation and zoom bring in tissue, not padding."""
 
 
 class BatchSampler:
@@ -42,8 +43,9 @@ class BatchSampler:
         self.rank = rank
         self.num_ranks = num_ranks
         self.augmentation = Augmentation(augment, plan.spacing_mm, plan.crop_size, plan.flip_axes)
-        scale = 1.0 if plan.resize or not augment.enabled else _MARGIN
-        x, y, z = (int(np.ceil(size * scale)) for size in plan.crop_size)
+        margin = 0.0 if plan.resize or not augment.enabled else _MARGIN
+        # Equal whole margins on both sides, or an unmoved crop would fall between voxels and blur.
+        x, y, z = (size + 2 * math.ceil(size * margin / 2) for size in plan.crop_size)
         self.region: Triple = (x, y, z)
         self.class_of = _lookup(plan)
 

@@ -76,10 +76,8 @@ class Augmentation:
 
     def _axis_freedom(self) -> np.ndarray:
         """Share of the full angle allowed about each axis: turning thick slices into the plane makes stairs."""
-        thick = self.spacing_mm > _IN_PLANE_RATIO * self.spacing_mm.min()
-        if not thick.any():
-            return np.ones(3)
-        return np.where(thick, 1.0, 0.25)
+        planes = [np.delete(self.spacing_mm, axis) for axis in range(3)]
+        return np.array([0.25 if plane.max() > _IN_PLANE_RATIO * plane.min() else 1.0 for plane in planes])
 
 
 def apply_affine(

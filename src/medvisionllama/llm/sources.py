@@ -84,15 +84,17 @@ def _homes(folder: Path) -> dict[str, str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            homes = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            homes = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError):
             raise BlockError(f"{index} is damaged; download it again") from None
+        if not homes or not all(isinstance(name, str) for name in homes.values()):
+            raise BlockError(f"{index} is damaged; download it again")
         for name in set(homes.values()):
             if Path(name).name != name:
                 raise BlockError(
                     f"{index} names the file {name!r} outside its folder; download the checkpoint again"
                 )
-        return dict(homes)
+        return homes
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = next(folder.glob("*.bin"), None)

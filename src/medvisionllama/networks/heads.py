@@ -30,7 +30,8 @@ class UpsampleHead(nn.Module):
         modules: list[nn.Module] = []
         while patch_size > 2 and patch_size % 2 == 0:
             modules += [
-                nn.ConvTranspose3d(width, width // 2, 2, stride=2),
+                # The norm takes any bias away again.
+                nn.ConvTranspose3d(width, width // 2, 2, stride=2, bias=False),
                 nn.InstanceNorm3d(width // 2, affine=True),
                 nn.GELU(),
             ]

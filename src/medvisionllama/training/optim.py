@@ -115,4 +115,6 @@ def restore_optimizer(
     for full, value in tensors.items():
         name, _, key = full.rpartition("::")
         parameter = parameters[name]
-        optimizer.state[parameter][key] = value.to(parameter.device) if value.ndim else value
+        # Fused kernels walk memory, not indices: each moment needs its weight's layout, and the step its device.
+        like = parameter.detach() if value.ndim else parameter.detach().new_empty((), dtype=value.dtype)
+        optimizer.state[parameter][key] = torch.empty_like(like).copy_(value)

@@ -15,7 +15,7 @@ from medvisionllama.data.planning import (
     total_stride,
 )
 
-ISOTROPIC = Fingerprint({"a": (35, 50, 36), "b": (37, 48, 35)}, {name: (1.0, 1.0, 1.0) for name in "ab"}, 1)
+ISOTROPIC = Fingerprint({"a": (35, 50, 36), "b": (37, 48, 35)}, dict.fromkeys("ab", (1.0, 1.0, 1.0)), 1)
 
 
 def dataset(tmp_path, *names: str) -> Dataset:
@@ -130,7 +130,8 @@ def test_a_plan_survives_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("channel", "expected"), [("CT", True), (" ct ", True), ("CTNormalization", True), ("MRI", False), ("T1c", False)]
+    ("channel", "expected"),
+    [("CT", True), (" ct ", True), ("CTNormalization", True), ("MRI", False), ("T1c", False)],
 )
 def test_computed_tomography_is_told_by_its_channel_name(channel, expected):
     assert is_ct(channel) is expected

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -138,9 +136,15 @@ def test_augmentation_that_changes_nothing_gives_the_plain_crop(sampler, crop):
     assert torch.equal(still[1], plain[1])
 
 
-def test_a_case_without_labels_is_cut_anywhere(sampler):
-    made = sampler(foreground_share=1.0, batch_size=1)
-    empty = replace(made.cases[0])
-    made.cases = [empty]
-    centre = made._centre((30, 30, 30), np.zeros((0, 4), np.int32), np.random.default_rng(0))
-    assert all(size // 2 <= place <= 30 - size // 2 for place, size in zip(centre, (16, 16, 8), strict=True))
+def test_cases_without_labels_are_cut_anywhere(dataset_folder, write_nifti, tmp_path):
+    root = dataset_folder(num_cases=1)
+    dataset = open_dataset(root)
+    found = fingerprint(dataset)
+    write_nifti(dataset.cases[0].label, np.zeros(found.shapes["case_000"]), dtype=np.uint8)
+    plan = make_plan(dataset, found, DataConfig(crop_size=(8, 8, 8)), flip=False, patch_size=None)
+    cases = build_cache(dataset.cases, plan, folder=tmp_path / "cache")
+    plan = plan.model_copy(update={"normalisation": fit_normalisation(cases, plan.channels)})
+    made = BatchSampler(cases, plan, DataConfig(foreground_share=1.0), OFF, batch_size=2, seed=0)
+    images, labels = made.batch(0)
+    assert images.ne(0).all()
+    assert labels.eq(0).all()

@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_smaller_fractions_are_subsets_of_larger_ones(fold):
     chosen = [
         set(select(splits, patients, fold=fold, fraction=share).train) for share in (0.05, 0.1, 0.3, 0.7, 1.0)
     ]
-    assert all(small < large for small, large in zip(chosen, chosen[1:], strict=False))
+    assert all(small < large for small, large in pairwise(chosen))
 
 
 def test_fractions_are_rounded_up_to_whole_patients():

@@ -173,7 +173,10 @@ def test_rotations_are_rigid_in_millimetres():
 
 
 def test_zoom_and_shift_stay_in_their_ranges():
-    made, rng = augmentation(scale=(0.5, 2.0), translation=0.1, spatial_probability=1.0), np.random.default_rng(0)
+    made, rng = (
+        augmentation(scale=(0.5, 2.0), translation=0.1, spatial_probability=1.0),
+        np.random.default_rng(0),
+    )
     drawn = [made.draw(rng) for _ in range(200)]
     zooms = np.array([np.linalg.det(one.matrix) ** (-1 / 3) for one in drawn])
     shifts = np.abs([one.shift for one in drawn]).max(axis=0)

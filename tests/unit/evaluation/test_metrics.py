@@ -48,8 +48,8 @@ def test_precision_and_recall_are_not_swapped():
 
 
 def test_nsd_of_a_shifted_cube_counts_the_surface_voxels_that_coincide():
-    # A cube of edge 10 has 1000 - 512 = 488 surface voxels. Shifted by one along x, nine of its ten rings of 36
-    # lie on the other's surface.
+    # A cube of edge 10 has 1000 - 512 = 488 surface voxels. Shifted by one along x, nine of its ten rings of
+    # 36 lie on the other's surface.
     result = measured(cube(shift=(1, 0, 0)), cube(), tolerance=0.5)
     assert result.nsd == pytest.approx(9 * 36 / 488)
 

@@ -162,7 +162,7 @@ def test_a_config_that_is_none_is_refused(folder, content):
 @pytest.mark.parametrize("value", ["many", None, -1, 30])
 def test_a_config_with_an_impossible_width_is_refused(folder, value):
     _rewrite_config(folder, hidden_size=value)
-    with pytest.raises(BlockError):
+    with pytest.raises(BlockError, match=r"hidden.size"):
         FrozenBlock.from_pretrained(folder)
 
 
