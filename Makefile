@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check format bench clean
+.PHONY: help install demo test test-slow test-all check format bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ check: install  ## Lint, format, types
 format: install  ## Fix what the formatter can
 	$(BIN)/ruff check --fix src tests benchmarks
 	$(BIN)/ruff format src tests benchmarks
+
+test-slow: install  ## Only the slow tests
+	$(BIN)/python -m pytest -m slow
 
 bench: install  ## The benchmarks behind the README's numbers (hours; see benchmarks/README.md)
 	$(BIN)/python benchmarks/paper_step.py

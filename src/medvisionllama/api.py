@@ -155,7 +155,7 @@ def evaluate(
 
 
 def demo(
-    *, out: Path | str = "demo", minutes: float = 1.5, seed: int = 0, progress: Progress | None = None
+    *, out: Path | str = "demo", minutes: float = 1.25, seed: int = 0, progress: Progress | None = None
 ) -> Path:
     """Do the whole job on phantoms: generate, train, predict, evaluate, report.
 

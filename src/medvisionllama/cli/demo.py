@@ -8,10 +8,10 @@ import typer
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder that gets one numbered folder per demo.")] = Path("demo"),
-    minutes: Annotated[float, typer.Option(min=0.1, help="Minutes of training.")] = 1.5,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Minutes of training.")] = 1.25,
     seed: Annotated[int, typer.Option(help="Seed of phantoms and training.")] = 0,
 ) -> None:
-    """Do the whole job on artificial scans: train, predict, evaluate, report; about three minutes on a CPU.
+    """Do the whole job on artificial scans: train, predict, evaluate, report; about two minutes on a CPU.
 
     The last line printed is the path of the report.
     """

@@ -29,6 +29,7 @@ app.add_typer(llm.app, name="llm")
 @app.callback()
 def options(
     version: bool = typer.Option(False, "--version", help="Print the version."),
+    offline: bool = typer.Option(False, "--offline", help="Download nothing; may stand anywhere."),
     debug: bool = typer.Option(
         False, "--debug", help="Show tracebacks and library warnings; may stand anywhere."
     ),
@@ -42,7 +43,9 @@ def options(
 def main() -> None:
     """Run the command line; exit codes: 0 done, 2 something to fix, 130 interrupted."""
     debug = "--debug" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    if "--offline" in sys.argv:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    sys.argv = [argument for argument in sys.argv if argument not in {"--debug", "--offline"}]
     if not debug:
         warnings.filterwarnings("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

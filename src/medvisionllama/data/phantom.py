@@ -16,7 +16,7 @@ from medvisionllama.types import Triple
 CLASSES = {1: "head", 2: "tail"}
 
 
-def write_phantoms(folder: Path, *, num_cases: int = 30, shape: Triple = (44, 52, 40), seed: int = 0) -> Path:
+def write_phantoms(folder: Path, *, num_cases: int = 30, shape: Triple = (32, 40, 32), seed: int = 0) -> Path:
     """Write a labelled dataset in MSD layout and return its folder."""
     entries = []
     for number in range(num_cases):
@@ -42,12 +42,12 @@ def write_phantoms(folder: Path, *, num_cases: int = 30, shape: Triple = (44, 52
     return folder
 
 
-def make_phantom(rng: np.random.Generator, shape: Triple = (44, 52, 40)) -> tuple[np.ndarray, np.ndarray]:
+def make_phantom(rng: np.random.Generator, shape: Triple = (32, 40, 32)) -> tuple[np.ndarray, np.ndarray]:
     """Return an image (float32) and its label (uint8): 1 in front of a tilted cut, 2 behind it."""
     grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij"))
-    warped = grid + np.stack([_smooth_noise(rng, shape, sigma=8.0, size=0.12) for _ in range(3)])
+    warped = grid + np.stack([_smooth_noise(rng, shape, sigma=6.0, size=0.1) for _ in range(3)])
     centre = rng.uniform(-0.15, 0.15, 3)
-    body = _ellipsoid(warped, centre, radii=rng.uniform([0.22, 0.45, 0.2], [0.32, 0.62, 0.3])) < 1
+    body = _ellipsoid(warped, centre, radii=rng.uniform([0.3, 0.5, 0.3], [0.42, 0.68, 0.42])) < 1
     direction = np.array([rng.uniform(-0.3, 0.3), 1.0, rng.uniform(-0.3, 0.3)])
     front = np.tensordot(direction, warped - centre[:, None, None, None], axes=1) > rng.uniform(-0.1, 0.1)
     label = np.where(body, np.where(front, 1, 2), 0).astype(np.uint8)

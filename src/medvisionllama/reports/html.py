@@ -55,7 +55,7 @@ def write_report(run: Path) -> Path:
         cases=None if table is None else table.to_dict(orient="records"),
         dots=None if table is None else plots.dice_by_case(table),
         pictures=[] if table is None else _pictures(run_dir, config, table),
-        empties=[] if table is None else table[table["empty"] != ""].to_dict(orient="records"),
+        colours=plots.COLOURS,
         best=max((record["dice"] for record in history), default=None),
         tolerance=config.inference.tolerance_mm,
     )

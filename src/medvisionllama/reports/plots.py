@@ -27,7 +27,7 @@ def curves(history: Sequence[dict[str, Any]]) -> str:
     left, right = figure.subplots(1, 2)
     steps = [record["step"] for record in history]
     left.plot(steps, [record["loss"] for record in history], marker="o", color="#555555")
-    left.set(xlabel="step", ylabel="training loss")
+    left.set(xlabel="step", ylabel="mean training loss")
     for index, name in enumerate(history[0]["dice_per_class"]):
         values = [record["dice_per_class"][name] for record in history]
         right.plot(steps, values, marker="o", label=name, color=COLOURS[index % len(COLOURS)])

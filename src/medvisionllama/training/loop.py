@@ -52,6 +52,8 @@ class LoopState:
     validated_step: int = 0
     validated_seconds: float = 0.0
     dices: list[float] = field(default_factory=list)
+    loss_sum: float = 0.0
+    """Of the steps since the last validation."""
 
     @property
     def best(self) -> float:
@@ -105,10 +107,11 @@ class TrainingLoop:
         with _interruptible() as interrupted, progress.track("training", 1.0) as advance:
             while self.progress < 1.0 or not self.state.dices:
                 loss = self._step()
+                self.state.loss_sum += loss
                 self._tick()
                 advance(self.progress, self._note(loss))
                 if self._validation_due():
-                    self._validate(loss)
+                    self._validate()
                     self.save()
                 elif interrupted() or time.monotonic() - self._saved_at > self.config.save_seconds:
                     self.save()
@@ -213,7 +216,7 @@ class TrainingLoop:
         before = self._progress_at(self.state.validated_step, self.state.validated_seconds)
         return math.floor(self.progress * number + 1e-9) > math.floor(before * number + 1e-9)
 
-    def _validate(self, loss: float) -> None:
+    def _validate(self) -> None:
         before = time.monotonic()
         if self.average:
             self.average.swap()
@@ -227,6 +230,8 @@ class TrainingLoop:
             self.average.swap()
         self._tick()
         self.state.validation_seconds = time.monotonic() - before
+        loss = self.state.loss_sum / max(1, self.state.step - self.state.validated_step)
+        self.state.loss_sum = 0.0
         self.state.validated_step, self.state.validated_seconds = self.state.step, self.state.elapsed_seconds
         if self.accelerator.is_main_process:
             self.run_dir.append_history(

@@ -1,0 +1,66 @@
+"""The command line itself: light to start, verbs that only look."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from medvisionllama.config import PRESETS
+
+
+@pytest.mark.parametrize("module", ["medvisionllama", "medvisionllama.cli.main"])
+def test_starting_loads_nothing_heavy(module):
+    code = f"import sys, {module}; print(sorted({{'torch', 'monai', 'transformers', 'numpy', 'pandas'}} & set(sys.modules)))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "verb", [[], ["demo"], ["train"], ["predict"], ["evaluate"], ["data"], ["data", "split"], ["llm", "pull"]]
+)
+def test_every_verb_explains_itself(verb, cli):
+    outcome = cli(*verb, "--help")
+    assert outcome.code == 0
+    assert "Usage" in outcome.out
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_settings_are_listed_with_their_meaning(preset, cli):
+    listed = cli("train", "--help-settings", "--preset", preset).out
+    assert "network.insert = " in listed
+    assert "What sits between encoder and decoder." in listed
+
+
+def test_fingerprint_describes_a_dataset(phantoms, cli):
+    facts = json.loads(cli("data", "fingerprint", phantoms, "--json").out)
+    assert facts["cases"] == facts["patients"] == 8
+    assert facts["classes"] == {"1": "head", "2": "tail"}
+    assert facts["planned_crop"] == [24, 24, 16]
+
+
+def test_split_file_is_obeyed_by_a_run(phantoms, tmp_path, cli):
+    from .conftest import settings
+
+    splits = tmp_path / "splits.json"
+    assert cli("data", "split", phantoms, "--out", splits, "--seed", 7).code == 0
+    arguments = ["--epochs", 1, "--no-test", *settings(data__splits=splits)]
+    assert cli("train", phantoms, "--out", tmp_path / "run", *arguments).code == 0
+    assert (tmp_path / "run" / "splits.json").read_text() == splits.read_text()
+
+
+def test_catalogue_is_listed_and_unknown_names_are_refused(cli):
+    assert "smollm2-135m" in cli("llm", "list").out
+    assert "hidden_size" in cli("llm", "show", "llama-3.1-8b").out
+    refused = cli("llm", "pull", "gpt-9")
+    assert refused.code == 2
+    assert "known: smollm2-135m" in refused.err
+
+
+def test_offline_refuses_to_fetch(cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDVISIONLLAMA_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    outcome = cli("llm", "pull", "smollm2-135m", "--offline")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert outcome.code == 2
+    assert "downloads are off" in outcome.err
