@@ -1,4 +1,4 @@
-"""The main job on real scans of each kind: many channels, thick slices, odd orientations. Skipped without the data."""
+"""The main job on real scans: many channels, thick slices, odd orientations. Skipped without the data."""
 
 import json
 
