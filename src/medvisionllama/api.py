@@ -108,7 +108,7 @@ def predict(
                 f"{target} already exists; choose another --out, or give --overwrite to replace masks"
             )
     predictor = Predictor.from_run(run_dir.path, device=device)  # type: ignore[arg-type] # checked by the command line
-    names = {1: "foreground"} if predictor.plan.merged else predictor.plan.classes
+    names = predictor.plan.mask_classes
     records = []
     with (progress or Silent()).track("segmenting", len(scans)) as advance:
         for number, (scan, target) in enumerate(zip(scans, targets, strict=True), start=1):

@@ -6,6 +6,7 @@ come from the training cases of a fold while all folds share one cache.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from medvisionllama.data.volume import Volume, to_ras
 from medvisionllama.errors import DataError
 from medvisionllama.types import ImageArray, LabelArray, SpacingMm
 
-_FORMAT = 3
+_FORMAT = 4
 _CENTRES_PER_CLASS = 1000
 _SAMPLES = 10_000
 
@@ -165,9 +166,44 @@ def image_moments(image: ImageArray) -> list[tuple[float, float]]:
         voxels = channel[channel != 0]
         if voxels.size == 0:
             voxels = channel.ravel()
-        mean, std = float(voxels.mean(dtype=np.float64)), float(voxels.std(dtype=np.float64))
+        mean, std = _moments(voxels)
         moments.append((mean, std if std > 1e-8 else 1.0))
     return moments
+
+
+def describe(cases: Sequence[CachedCase], plan: Plan) -> dict[str, Any]:
+    """The fingerprint's second half, from the voxels of `cases`: volumes by class, intensities by channel.
+
+    Quartiles over cases; foreground intensities leave out cases without a labelled voxel.
+    """
+    volumes = {
+        name: [
+            case.facts["class_voxels"].get(str(value), 0) * math.prod(case.native_spacing_mm) / 1000
+            for case in cases
+        ]
+        for value, name in plan.classes.items()
+    }
+    labelled = [case for case in cases if len(case.centres)]
+    return {
+        "class_volume_ml": {name: _quartiles(values) for name, values in volumes.items()},
+        "intensity_mean": {
+            channel: {
+                "scan": _quartiles([case.facts["moments"][index][0] for case in cases]),
+                "foreground": _quartiles([case.facts["foreground_moments"][index][0] for case in labelled]),
+            }
+            for index, channel in enumerate(plan.channels)
+        },
+    }
+
+
+def _quartiles(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.4g}") for value in np.percentile(values, [25, 50, 75])] if len(values) else []
+
+
+def _moments(voxels: np.ndarray) -> tuple[float, float]:
+    if voxels.size == 0:
+        return 0.0, 0.0
+    return float(voxels.mean(dtype=np.float64)), float(voxels.std(dtype=np.float64))
 
 
 def to_grid(volume: Volume, plan: Plan) -> ImageArray:
@@ -218,6 +254,7 @@ def _write_arrays(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
         "resampled": resampled,
         "spacing_mm": image.spacing_mm,
         "moments": image_moments(image.array),
+        "foreground_moments": [_moments(channel[native.array > 0]) for channel in image.array],
         "class_voxels": {str(value): int(count) for value, count in zip(values, counts, strict=True)},
         "foreground_samples": _foreground_samples(image.array, native.array)
         if any(map(is_ct, plan.channels))

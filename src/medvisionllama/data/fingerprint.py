@@ -12,6 +12,7 @@ from nibabel.orientations import io_orientation
 
 from medvisionllama.data.index import Case, Dataset
 from medvisionllama.data.readers import Header, read_header
+from medvisionllama.data.volume import same_place
 from medvisionllama.errors import DataError
 from medvisionllama.types import SpacingMm, Triple
 
@@ -82,7 +83,7 @@ def check_case(case: Case) -> tuple[int, Triple, SpacingMm]:
             raise DataError(
                 f"{case.label} has shape {label.shape}, its image {case.images[0].name} has {first.shape}; redraw or resample the label on the image's grid"
             )
-        if not np.allclose(label.affine, first.affine, atol=1e-2 * min(first.spacing_mm), rtol=1e-3):
+        if not same_place(first.affine, label.affine):
             raise DataError(
                 f"{case.label} has another affine than its image {case.images[0].name}; if the voxels do match, copy the image's header to the label"
             )

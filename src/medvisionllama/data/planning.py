@@ -65,6 +65,11 @@ class Plan(BaseModel):
         return 1 if self.merged else len(self.classes) + 1
 
     @property
+    def mask_classes(self) -> dict[int, str]:
+        """Class names by the value that a mask stores."""
+        return {1: "foreground"} if self.merged else self.classes
+
+    @property
     def network_sizes(self) -> NetworkSizes:
         """What a network must fit."""
         return {
@@ -77,7 +82,7 @@ class Plan(BaseModel):
     @property
     def output_values(self) -> tuple[int, ...]:
         """Label value that a mask stores for each class after background."""
-        return (1,) if self.merged else tuple(self.classes)
+        return tuple(self.mask_classes)
 
 
 def make_plan(

@@ -44,6 +44,11 @@ def spacing_of(affine: AffineMatrix) -> SpacingMm:
     return (x, y, z)
 
 
+def same_place(affine: AffineMatrix, other: AffineMatrix) -> bool:
+    """True if two matrices place voxels alike, to a hundredth of a voxel: headers store single precision."""
+    return bool(np.allclose(affine, other, atol=1e-2 * min(spacing_of(affine)), rtol=1e-3))
+
+
 def to_ras(volume: Volume) -> Volume:
     """Permute and mirror the axes so that they run right, anterior, superior, as nearly as axes can."""
     transform = ornt_transform(io_orientation(volume.affine), RAS)

@@ -15,7 +15,7 @@ from medvisionllama.data.index import open_dataset, patient_of
 from medvisionllama.data.msd import read_dataset_json
 from medvisionllama.data.readers import is_scan, read_label, stem_of
 from medvisionllama.data.splits import read_splits, select
-from medvisionllama.data.volume import Volume
+from medvisionllama.data.volume import Volume, same_place
 from medvisionllama.errors import DataError
 from medvisionllama.evaluation.metrics import measure
 from medvisionllama.inference.predictor import Predictor
@@ -39,9 +39,17 @@ class Pair:
 
 
 def evaluate_files(
-    pairs: Sequence[Pair], classes: dict[int, str], *, tolerance_mm: float, progress: Progress | None = None
+    pairs: Sequence[Pair],
+    classes: dict[int, str],
+    *,
+    merged: bool = False,
+    tolerance_mm: float,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Measure every pair: one row per case and class, and one for all classes merged.
+
+    Args:
+        merged: the predictions know one foreground only, so the labels' classes are merged before comparing.
 
     Raises:
         DataError: a prediction on another grid than its label.
@@ -51,6 +59,8 @@ def evaluate_files(
         for number, pair in enumerate(pairs, start=1):
             predicted, truth = read_label(pair.prediction), read_label(pair.label)
             _same_grid(pair, predicted, truth)
+            if merged:
+                truth = Volume((truth.array > 0).astype(np.uint8), truth.affine)
             names = {"case_id": pair.case_id, "patient_id": pair.patient_id}
             rows += [
                 {**names, **row}
@@ -125,13 +135,12 @@ def evaluate_run(run: Path, *, split: Split = "test", progress: Progress | None 
             write_mask(path, predictor.predict(case.images).mask.array, case.images[0])
             pairs.append(Pair(case.case_id, case.patient_id, path, case.label))
             advance(number)
-    merged = predictor.plan.merged
-    table = (
-        _evaluate_merged(pairs, config.inference.tolerance_mm)
-        if merged
-        else evaluate_files(
-            pairs, predictor.plan.classes, tolerance_mm=config.inference.tolerance_mm, progress=progress
-        )
+    table = evaluate_files(
+        pairs,
+        predictor.plan.mask_classes,
+        merged=predictor.plan.merged,
+        tolerance_mm=config.inference.tolerance_mm,
+        progress=progress,
     )
     write_table(table, run_dir.evaluation if split == "test" else run_dir.path / f"evaluation-{split}.csv")
     return table
@@ -172,25 +181,12 @@ def mean_class_dice(table: pd.DataFrame) -> pd.Series:
     return (table if classes.empty else classes).groupby("case_id")["dice"].mean()
 
 
-def _evaluate_merged(pairs: Sequence[Pair], tolerance_mm: float) -> pd.DataFrame:
-    rows = []
-    for pair in pairs:
-        predicted, truth = read_label(pair.prediction), read_label(pair.label)
-        merged = Volume((truth.array > 0).astype(np.uint8), truth.affine)
-        names = {"case_id": pair.case_id, "patient_id": pair.patient_id}
-        rows += [
-            {**names, **row}
-            for row in measure_classes(predicted, merged, {1: FOREGROUND}, tolerance_mm=tolerance_mm)
-        ]
-    return pd.DataFrame(rows)
-
-
 def _same_grid(pair: Pair, predicted: Volume, truth: Volume) -> None:
     if predicted.shape != truth.shape:
         raise DataError(
             f"{pair.prediction} has shape {predicted.shape}, its label {truth.shape}; a mask must lie on its scan's own grid"
         )
-    if not np.allclose(predicted.affine, truth.affine, atol=1e-2 * min(truth.spacing_mm), rtol=1e-3):
+    if not same_place(truth.affine, predicted.affine):
         raise DataError(
             f"{pair.prediction} has another affine than its label {pair.label}; a mask must lie on its scan's own grid"
         )

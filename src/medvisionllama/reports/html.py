@@ -109,7 +109,6 @@ def _overlay(run_dir: RunDir, case: Case) -> str:
     plan = read_plan(run_dir)
     truth = to_ras(read_label(case.label)).array
     predicted = to_ras(read_label(run_dir.path / "predictions" / "test" / f"{case.case_id}.nii.gz")).array
-    classes = {1: "foreground"} if plan.merged else plan.classes
     if plan.merged:
         truth = (truth > 0).astype(np.uint8)
-    return plots.overlay(to_ras(read_image(case.images)), truth, predicted, classes)
+    return plots.overlay(to_ras(read_image(case.images)), truth, predicted, plan.mask_classes)

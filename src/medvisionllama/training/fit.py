@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from medvisionllama._files import canonical_hash, write_json, write_text
 from medvisionllama.checkpoint import frozen, trainable
 from medvisionllama.config import Config, write_config
-from medvisionllama.data.cache import CachedCase, build_cache, fit_normalisation, found_classes
+from medvisionllama.data.cache import CachedCase, build_cache, describe, fit_normalisation, found_classes
 from medvisionllama.data.fingerprint import fingerprint
 from medvisionllama.data.index import Dataset, open_dataset
 from medvisionllama.data.planning import Plan, make_plan
@@ -81,7 +81,13 @@ def fit(config: Config, *, resume: bool = False, progress: Progress | None = Non
     network = channels_last(build_network(config.network, **plan.network_sizes, seed=config.train.seed))
     facts = network_facts(network)
     if accelerator.is_main_process:
-        about = {**data_facts, "precision": accelerator.mixed_precision, "network": facts}
+        training = describe([cases[name] for name in selection.train], plan)
+        about = {
+            **data_facts,
+            "fingerprint": training,
+            "precision": accelerator.mixed_precision,
+            "network": facts,
+        }
         write_run_files(run_dir, config, plan, splits, selection, about)
     loop = TrainingLoop(
         SupervisedSegmenter(

@@ -39,7 +39,7 @@ def validate_cases(
                 ]
             )
     per_class = np.mean(rows, axis=0)
-    names = ["foreground"] if plan.merged else list(plan.classes.values())
+    names = plan.mask_classes.values()
     record: dict[str, Any] = {
         "dice": float(per_class.mean()),
         "dice_per_class": dict(zip(names, map(float, per_class), strict=True)),

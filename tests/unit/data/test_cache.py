@@ -9,6 +9,7 @@ from medvisionllama.config import DataConfig
 from medvisionllama.data import cache
 from medvisionllama.data.cache import (
     build_cache,
+    describe,
     fit_normalisation,
     found_classes,
     image_moments,
@@ -261,3 +262,15 @@ def test_ct_numbers_come_from_the_foreground_of_the_training_cases(dataset_folde
     assert mr.kind == "image"
     assert (ct.low, ct.high) == pytest.approx((low, high))
     assert (ct.mean, ct.std) == pytest.approx((voxels.clip(low, high).mean(), voxels.clip(low, high).std()))
+
+
+def test_description_gives_volumes_in_ml_and_foreground_intensities(dataset_folder):
+    root = dataset_folder("described", num_cases=3, spacing_mm=(1.0, 1.0, 2.0))
+    dataset = open_dataset(root)
+    plan = make_plan(dataset, fingerprint(dataset), DataConfig(), flip=True, patch_size=None)
+    cases = build_cache(dataset.cases, plan)
+    facts = describe(cases, plan)
+    voxels = [int((case.native_label == 1).sum()) for case in cases]
+    assert facts["class_volume_ml"]["Anterior"][1] == pytest.approx(np.median(voxels) * 2 / 1000, rel=1e-3)
+    means = [float(case.image[0][np.asarray(case.label) > 0].mean()) for case in cases]
+    assert facts["intensity_mean"]["MRI"]["foreground"][1] == pytest.approx(np.median(means), rel=1e-3)
