@@ -12,7 +12,7 @@ import pandas as pd
 
 from medvisionllama import api
 from medvisionllama.cli._progress import TerminalProgress
-from medvisionllama.evaluation.evaluate import mean_class_dice
+from medvisionllama.evaluation.evaluate import mean_class_dice, read_table
 from medvisionllama.evaluation.statistics import bootstrap_interval
 from medvisionllama.run_dir import RunDir
 
@@ -36,7 +36,7 @@ def main() -> None:
             )  # fmt: skip
         if not run.evaluation.is_file():
             api.evaluate(run.path, progress=TerminalProgress())
-        tables[arm] = pd.read_csv(run.evaluation, keep_default_na=False)
+        tables[arm] = read_table(run.evaluation)
         RESULTS.mkdir(parents=True, exist_ok=True)
         tables[arm].to_csv(RESULTS / f"{arm}.csv", index=False)
     summary = [summarise(arm, table, tables["block"], arguments.runs) for arm, table in tables.items()]

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medvisionllama.config import load_config, read_config
-from medvisionllama.errors import DataError
+from medvisionllama.config.load import parse_overrides
+from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir
 
@@ -35,7 +36,8 @@ def train(
     Args:
         out: the run folder.
         overrides: further settings, as `["network.insert=none"]`.
-        resume: go on with the run in `out`, whose own settings then hold; only the time limit may change.
+        resume: go on with the run in `out`, whose own settings then hold; limits, learning rate, precision and the
+            like may change, what defines the run may not.
         test: False leaves the test cases unopened, for development.
 
     Raises:
@@ -45,25 +47,24 @@ def train(
     from medvisionllama.reports.html import write_report
     from medvisionllama.training.fit import fit
 
-    limits: dict[str, Any] = {"train.max_minutes": max_minutes, "train.epochs": epochs}
-    chosen: dict[str, Any] = {key: value for key, value in limits.items() if value is not None}
     out = Path(out)
+    chosen: dict[str, Any] = {"data.path": Path(data), "out": out}
+    limits = {"train.max_minutes": max_minutes, "train.epochs": epochs}
+    chosen |= {key: value for key, value in limits.items() if value is not None}
+    if epochs is not None and max_minutes is None:
+        # A limit that the user did not ask for would cut the run short.
+        chosen["train.max_minutes"] = None
+    parts = {"data.fold": fold, "data.fraction": fraction, "data.num_cases": cases}
+    chosen |= {key: value for key, value in parts.items() if value is not None}
+    chosen |= parse_overrides(overrides)
     if resume:
         RunDir(out).check_resumable()
-        config = read_config(
-            RunDir(out).config, {**chosen, "data.path": Path(data).resolve(), "out": out.resolve()}
-        )
+        _check_changeable(chosen)
+        config = read_config(RunDir(out).config, chosen)
     else:
-        if epochs is not None and max_minutes is None:
-            # A limit that the user did not ask for would cut the run short.
-            chosen["train.max_minutes"] = None
-        parts = {"data.fold": fold, "data.fraction": fraction, "data.num_cases": cases}
-        chosen |= {key: value for key, value in parts.items() if value is not None}
-        chosen |= {"data.path": Path(data).resolve(), "out": out.resolve()}
-        extra = dict(overrides) if isinstance(overrides, Mapping) else list(overrides)
-        config = load_config(preset, _merged(chosen, extra))
+        config = load_config(preset, chosen)
     result = fit(config, resume=resume, progress=progress)
-    if result.finished:
+    if result.finished and result.is_main:
         if test:
             evaluate_run(result.path, split="test", progress=progress)
         write_report(result.path)
@@ -88,11 +89,14 @@ def predict(
     Returns:
         One record per scan: case, mask file, volume of each class in millilitres.
     """
+    from medvisionllama.data.readers import SUFFIXES
     from medvisionllama.inference.inputs import collect_scans
     from medvisionllama.inference.predictor import Predictor, read_plan
     from medvisionllama.inference.writers import write_mask
     from medvisionllama.progress import Silent
 
+    if Path(out).name.endswith(SUFFIXES):
+        raise DataError(f"--out is a folder for masks, not a file: {out}; give a folder's name")
     run_dir = RunDir(Path(run))
     run_dir.check()
     scans = collect_scans([Path(path) for path in inputs], channels=read_plan(run_dir).channels)
@@ -125,7 +129,8 @@ def evaluate(
     labels: Path | str | None = None,
     *,
     split: str = "test",
-    tolerance_mm: float = 1.0,
+    merged: bool = False,
+    tolerance_mm: float | None = None,
     out: Path | str | None = None,
     progress: Progress | None = None,
 ) -> "pd.DataFrame":
@@ -134,21 +139,28 @@ def evaluate(
     Args:
         predictions: a folder of masks; or, without `labels`, a run folder.
         split: `test` or `validation`, of a run.
-        out: where to write the table of masks against labels; a run's goes to its folder.
+        merged: the masks know one foreground only; the labels' classes are merged before comparing.
+        tolerance_mm: of NSD; by default 1, or a run's own setting.
+        out: where to write the table; a run's goes to its folder too.
 
     Returns:
         One row per case and class.
     """
-    from medvisionllama.evaluation.evaluate import evaluate_folders, evaluate_run, write_table
+    from medvisionllama.evaluation.evaluate import Split, evaluate_folders, evaluate_run, write_table
     from medvisionllama.reports.html import write_report
 
     if labels is None:
-        table = evaluate_run(
-            Path(predictions), split="validation" if split == "validation" else "test", progress=progress
-        )
+        part: Split = "validation" if split == "validation" else "test"
+        table = evaluate_run(Path(predictions), split=part, tolerance_mm=tolerance_mm, progress=progress)
         write_report(Path(predictions))
-        return table
-    table = evaluate_folders(Path(predictions), Path(labels), tolerance_mm=tolerance_mm, progress=progress)
+    else:
+        table = evaluate_folders(
+            Path(predictions),
+            Path(labels),
+            merged=merged,
+            tolerance_mm=tolerance_mm or 1.0,
+            progress=progress,
+        )
     if out is not None:
         write_table(table, Path(out))
     return table
@@ -170,7 +182,7 @@ def demo(
     root = _next_folder(Path(out))
     data = write_phantoms(root / "phantoms", num_cases=30, seed=seed)
     run = root / "run"
-    train(
+    result = train(
         data,
         out=run,
         preset="small",
@@ -178,16 +190,22 @@ def demo(
         overrides={"train.num_validations": 4, "train.seed": seed},
         progress=progress,
     )
+    if not result.finished:
+        raise KeyboardInterrupt
     new = write_phantoms(root / "new", num_cases=3, seed=seed + 1)
     predict(run, [new / "imagesTr"], out=root / "masks", progress=progress)
     evaluate(root / "masks", new / "labelsTr", out=root / "masks" / "evaluation.csv", progress=progress)
     return RunDir(run).report
 
 
-def _merged(chosen: dict[str, Any], extra: dict[str, Any] | list[str]) -> dict[str, Any]:
-    from medvisionllama.config.load import parse_overrides
-
-    return {**chosen, **parse_overrides(extra)}
+def _check_changeable(settings: Mapping[str, Any]) -> None:
+    """Refuse to resume with settings that would make it another run."""
+    fixed = {"train.seed", "train.optimizer", "train.ema_decay", "train.batch_size", "train.accumulate"}
+    for key in settings.keys() - {"data.path", "out"}:
+        if key in fixed or not key.startswith(("train.", "inference.")):
+            raise ConfigError(
+                f"{key} is fixed when a run begins and cannot change by --resume; start a new run"
+            )
 
 
 def _next_folder(root: Path) -> Path:

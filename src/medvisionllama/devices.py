@@ -20,7 +20,9 @@ def choose_device(wanted: DeviceChoice) -> torch.device:
         ConfigError: a GPU was asked for and there is none.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device=cuda, but PyTorch sees no GPU here; use train.device=cpu or auto")
+        raise ConfigError(
+            "cuda was asked for, but PyTorch sees no GPU here; use cpu or auto (--device, train.device)"
+        )
     return torch.device("cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
@@ -42,5 +44,5 @@ def channels_last(network: N) -> N:
 
 
 def autocast(wanted: PrecisionChoice, device: torch.device) -> AbstractContextManager[None]:
-    """Context in which a network predicts as it trained."""
+    """Context in which a network predicts: in the precision that training would use on this machine."""
     return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(wanted, device))

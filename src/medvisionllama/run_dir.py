@@ -59,7 +59,9 @@ class RunDir:
         Raises:
             CheckpointError: it already holds a run, which would be overwritten.
         """
-        if self.config.exists():
+        if self.path.is_file():
+            raise CheckpointError(f"{self.path} is a file; --out must name a folder for the run")
+        if any(path.exists() for path in (self.config, self.state, self.best)):
             raise CheckpointError(
                 f"{self.path} already holds a run; go on with it by --resume, or choose another --out"
             )
@@ -71,12 +73,7 @@ class RunDir:
 
     def check_same_data(self, facts: dict[str, Any]) -> None:
         """Raise CheckpointError if the manifest's hashes of data and splits are not those given."""
-        try:
-            before = json.loads(self.manifest.read_text())
-        except (OSError, json.JSONDecodeError):
-            raise CheckpointError(
-                f"{self.manifest} is missing or damaged; restore it or start a new run"
-            ) from None
+        before = self.read_manifest()
         for key, value in facts.items():
             if before.get(key) != value:
                 part = key.removesuffix("_sha256")
@@ -94,6 +91,16 @@ class RunDir:
             raise CheckpointError(
                 f"{self.path} has no best.safetensors yet; finish it with: medvisionllama train DATA --out {self.path} --resume"
             )
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Read manifest.json, or raise CheckpointError."""
+        try:
+            manifest: dict[str, Any] = json.loads(self.manifest.read_text())
+        except (OSError, ValueError):
+            raise CheckpointError(
+                f"{self.manifest} is missing or damaged; restore it or start a new run"
+            ) from None
+        return manifest
 
     def read_history(self) -> list[dict[str, Any]]:
         """Lines of history.jsonl; a line cut short by a kill is dropped."""

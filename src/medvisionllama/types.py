@@ -11,7 +11,6 @@ from torch import Tensor
 ImageArray = Float32[np.ndarray, "channel x y z"]
 LabelArray = Integer[np.ndarray, "x y z"]
 MaskArray = Bool[np.ndarray, "x y z"]
-ProbabilityArray = Float32[np.ndarray, "class x y z"]
 AffineMatrix = Float[np.ndarray, "4 4"]
 
 ImageBatch = Float[Tensor, "batch channel x y z"]

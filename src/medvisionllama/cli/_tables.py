@@ -6,12 +6,12 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from medvisionllama.evaluation.evaluate import mean_class_dice, summarise
+from medvisionllama.evaluation.evaluate import mean_class_dice, read_table, summarise
 
 
 def print_summary(source: Path | pd.DataFrame) -> None:
     """Print each class's mean, interval, median and quartiles."""
-    table = source if isinstance(source, pd.DataFrame) else pd.read_csv(source, keep_default_na=False)
+    table = source if isinstance(source, pd.DataFrame) else read_table(source)
     shown = Table(
         title=f"{table['case_id'].nunique()} cases, mean class Dice {mean_class_dice(table).mean():.3f}",
         title_justify="left",

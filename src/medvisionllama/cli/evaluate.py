@@ -12,9 +12,14 @@ def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder of masks; or a run folder, without LABELS.")],
     labels: Annotated[Path | None, typer.Argument(help="Folder of labels with the same file names.")] = None,
     split: Annotated[Literal["test", "validation"], typer.Option(help="Which cases of a run.")] = "test",
+    merged: Annotated[
+        bool,
+        typer.Option("--merged", help="The masks know one foreground only (presets paper and reference)."),
+    ] = False,
     tolerance_mm: Annotated[
-        float, typer.Option(min=0.0, help="Distance within which NSD counts a surface as matched.")
-    ] = 1.0,
+        float | None,
+        typer.Option(min=0.0, help="Distance within which NSD counts a surface as matched; default 1."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the table of cases here as CSV.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -28,7 +33,13 @@ def evaluate(
     from medvisionllama.evaluation.evaluate import to_json
 
     table = api.evaluate(
-        predictions, labels, split=split, tolerance_mm=tolerance_mm, out=out, progress=TerminalProgress()
+        predictions,
+        labels,
+        split=split,
+        merged=merged,
+        tolerance_mm=tolerance_mm,
+        out=out,
+        progress=TerminalProgress(),
     )
     if as_json:
         typer.echo(to_json(table))

@@ -1,6 +1,7 @@
 """`medvisionllama`: assembles the verbs, and turns errors into one line and an exit code."""
 
 import errno
+import logging
 import os
 import sys
 import warnings
@@ -26,18 +27,24 @@ app.add_typer(data.app, name="data")
 app.add_typer(llm.app, name="llm")
 
 
+def print_version(asked: bool) -> None:
+    """Print the version and stop."""
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def options(
-    version: bool = typer.Option(False, "--version", help="Print the version."),
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=print_version, help="Print the version."
+    ),
     offline: bool = typer.Option(False, "--offline", help="Download nothing; may stand anywhere."),
     debug: bool = typer.Option(
         False, "--debug", help="Show tracebacks and library warnings; may stand anywhere."
     ),
 ) -> None:
-    """Take the options that every verb has."""
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
+    """Take the options that every verb has; `main` has acted on them already."""
 
 
 def main() -> None:
@@ -49,14 +56,21 @@ def main() -> None:
     if not debug:
         warnings.filterwarnings("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("medvisionllama").setLevel(logging.INFO)
     try:
         app()
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     except MedVisionLlamaError as error:
         if debug:
             raise
         _fail(str(error), error.exit_code)
+    except MemoryError:
+        if debug:
+            raise
+        _fail(
+            "out of memory: use smaller scans, a smaller --set data.max_crop_voxels, or a machine with more",
+            2,
+        )
     except OSError as error:
         if debug or error.errno not in _FIXABLE:
             raise
@@ -68,6 +82,9 @@ _FIXABLE = {
     errno.ENOSPC: "the disk is full: free some space, then go on (a run goes on with --resume)",
     errno.EDQUOT: "the disk quota is used up: free some space, then go on (a run goes on with --resume)",
     errno.EACCES: "not allowed to read or write there: check the permissions or choose another folder",
+    errno.EEXIST: "a file is where a folder should be: choose another name",
+    errno.ENOTDIR: "a file is where a folder should be: choose another name",
+    errno.EISDIR: "a folder is where a file should be: choose another name",
     errno.EROFS: "that disk is read-only: choose another folder",
 }
 

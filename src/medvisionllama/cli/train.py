@@ -74,6 +74,8 @@ def train(
         test=test,
         progress=TerminalProgress(),
     )
+    if not result.is_main:
+        return
     run_dir = RunDir(result.path)
     if not result.finished:
         typer.echo(

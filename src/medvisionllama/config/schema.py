@@ -27,12 +27,15 @@ class Section(BaseModel):
 class DataConfig(Section):
     path: Path | None = None
     """An MSD folder, an nnU-Net raw folder, or a folder with images/ and labels/."""
+    modality: tuple[str, ...] | None = None
+    """Names of the channels, in order; `CT` is scaled by its units, all else scan by scan. By default as the
+    dataset says; a folder with images/ and labels/ cannot say, so give --set data.modality=[CT] there."""
     labels: Literal["all", "foreground"] = "all"
     """Segment every class (softmax), or all of them merged to one foreground (sigmoid), as published."""
     geometry: Literal["native", "resize"] = "native"
     """Crop at the dataset's median spacing, or squeeze the whole volume into `crop_size`, as published."""
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    """Spacing of training in x, y, z; by default the fingerprint's median."""
+    """Spacing of training in x, y, z; by default the fingerprint's median. No effect with geometry=resize."""
     crop_size: Size | None = None
     """Voxels of a training crop in x, y, z; by default from the fingerprint and `max_crop_voxels`."""
     max_crop_voxels: Positive = 131_072
@@ -138,7 +141,7 @@ class TrainConfig(Section):
     """Stop training after so many minutes from the start, preprocessing and validation included."""
     batch_size: Positive = 2
     accumulate: Positive = 1
-    """Batches whose gradients are summed before a step."""
+    """Batches whose gradients are averaged before a step."""
     optimizer: Literal["adam", "adamw"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.02

@@ -7,6 +7,7 @@ come from the training cases of a fold while all folds share one cache.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from medvisionllama.types import ImageArray, LabelArray, SpacingMm
 _FORMAT = 4
 _CENTRES_PER_CLASS = 1000
 _SAMPLES = 10_000
+_WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def build_cache(
         on_case()
         return result
 
-    with ThreadPoolExecutor() as pool:
+    # Each worker holds a few copies of a whole scan, so their number must not grow with the cores.
+    with ThreadPoolExecutor(max_workers=min(_WORKERS, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(prepare, case) for case in cases]
         try:
             return tuple(future.result() for future in futures)

@@ -83,7 +83,7 @@ def check_case(case: Case) -> tuple[int, Triple, SpacingMm]:
             raise DataError(
                 f"{case.label} has shape {label.shape}, its image {case.images[0].name} has {first.shape}; redraw or resample the label on the image's grid"
             )
-        if not same_place(first.affine, label.affine):
+        if not same_place(first.affine, label.affine, first.shape):
             raise DataError(
                 f"{case.label} has another affine than its image {case.images[0].name}; if the voxels do match, copy the image's header to the label"
             )

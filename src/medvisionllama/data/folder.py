@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from medvisionllama.data.index import Case, Dataset, patient_of
-from medvisionllama.data.readers import SUFFIXES, is_scan, stem_of
+from medvisionllama.data.readers import SUFFIXES, is_scan, read_header, stem_of
 from medvisionllama.errors import DataError
 
 
@@ -21,6 +21,10 @@ def index_nnunet(root: Path, content: dict[str, Any], patient_pattern: str | Non
         raise DataError(f"{where} needs 'training' (MSD), or 'channel_names' and 'labels' (nnU-Net)")
     classes: dict[int, str] = {}
     for name, value in labels.items():
+        if name == "ignore":
+            raise DataError(
+                f"{where}: the label 'ignore' is not supported; give those voxels a class, or leave the cases out"
+            )
         if not isinstance(value, int):
             raise DataError(
                 f"{where}: the class {name!r} is {value!r}; region-based classes are not supported, give one number each"
@@ -66,12 +70,8 @@ def index_plain(root: Path, patient_pattern: str | None) -> Dataset:
         Case(case_id, patient_of(case_id, patient_pattern), tuple(images), labels[case_id])
         for case_id, images in sorted(groups.items())
     )
-    num_channels = {len(case.images) for case in cases}
-    if len(num_channels) > 1:
-        raise DataError(
-            f"{root}/images: cases have {sorted(num_channels)} channel files; every case needs the same number"
-        )
-    channels = tuple(f"channel {number}" for number in range(max(num_channels, default=1)))
+    num_channels = sum(read_header(path).num_channels for path in cases[0].images) if cases else 1
+    channels = tuple(f"channel {number}" for number in range(num_channels))
     return Dataset(root.name, root, cases, channels, {})
 
 

@@ -78,7 +78,9 @@ def patient_of(case_id: str, pattern: str | None = None) -> str:
     ('patient003', 'SC-HF-I-02', 'hippocampus_003')
     """
     if pattern is None:
-        return re.sub(_SUFFIXES, "", case_id, flags=re.IGNORECASE) or case_id
+        stripped = re.sub(_SUFFIXES, "", case_id, flags=re.IGNORECASE)
+        # What is left must still number somebody: scan_001 and scan_002 are two patients, not one called "scan".
+        return stripped if re.search(r"\d", stripped) else case_id
     try:
         match = re.search(pattern, case_id)
     except re.error as error:

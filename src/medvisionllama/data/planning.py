@@ -94,6 +94,14 @@ def make_plan(
         patch_size: edge of a cubic token patch, or None where a stem with planned strides makes the tokens.
     """
     spacing = data.spacing_mm or found.median_spacing_mm
+    if data.geometry == "resize":
+        assert data.crop_size is not None, "checked with the configuration"
+        # Voxels of a squeezed scan are this large, and rotations must know it.
+        x, y, z = (
+            round(extent / size, 4)
+            for extent, size in zip(found.median_extent_mm, data.crop_size, strict=True)
+        )
+        spacing = (x, y, z)
     strides = plan_strides(spacing) if patch_size is None else ((patch_size,) * 3, (1, 1, 1), (1, 1, 1))
     unit = total_stride(strides)
     if data.crop_size is not None:

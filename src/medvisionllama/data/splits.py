@@ -120,6 +120,11 @@ def select(
     if num_cases is not None:
         train = _first_patients(chosen.train, cases, num_cases)
     parts = (train, chosen.validation, splits.test)
+    for name, part in zip(("train", "validation", "test"), parts, strict=True):
+        if not any(patient in cases for patient in part):
+            raise DataError(
+                f"no patient of the {name} part of the splits is in this dataset; draw new splits for it"
+            )
     return Selection(
         *(tuple(sorted(case for patient in part for case in cases.get(patient, ()))) for part in parts)
     )

@@ -82,11 +82,19 @@ def measure_classes(
 
 
 def evaluate_folders(
-    predictions: Path, labels: Path, *, tolerance_mm: float = 1.0, progress: Progress | None = None
+    predictions: Path,
+    labels: Path,
+    *,
+    merged: bool = False,
+    tolerance_mm: float = 1.0,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Measure masks against labels of the same names.
 
     Class names come from a dataset.json beside the labels folder, if there is one.
+
+    Args:
+        merged: the masks know one foreground only, as those of the presets `paper` and `reference`.
 
     Raises:
         DataError: no file in common, or a prediction without a label.
@@ -105,17 +113,23 @@ def evaluate_folders(
     left_out = len(truth.keys() - predicted.keys())
     if left_out and progress:
         progress.say(f"{left_out} labels in {labels} have no prediction and are left out")
-    return evaluate_files(pairs, _classes_of(labels, pairs), tolerance_mm=tolerance_mm, progress=progress)
+    classes = {1: FOREGROUND} if merged else _classes_of(labels, pairs)
+    return evaluate_files(pairs, classes, merged=merged, tolerance_mm=tolerance_mm, progress=progress)
 
 
-def evaluate_run(run: Path, *, split: Split = "test", progress: Progress | None = None) -> pd.DataFrame:
+def evaluate_run(
+    run: Path, *, split: Split = "test", tolerance_mm: float | None = None, progress: Progress | None = None
+) -> pd.DataFrame:
     """Segment a split with the run's best weights, measure it on the scans' own grids, and write the table.
 
     The masks are kept in the run's `predictions/` folder; the test split's table is evaluation.csv.
 
+    Args:
+        tolerance_mm: of NSD; by default the run's own setting.
+
     Raises:
         CheckpointError: not a finished run.
-        DataError: the dataset has moved or changed.
+        DataError: the dataset has moved, or has patients that the run's splits do not know.
     """
     progress = progress or Silent()
     run_dir = RunDir(Path(run))
@@ -125,7 +139,7 @@ def evaluate_run(run: Path, *, split: Split = "test", progress: Progress | None 
     dataset = open_dataset(config.data.path, patient_pattern=config.data.patient_pattern)
     chosen = select(read_splits(run_dir.splits), dataset.patients, fold=config.data.fold)
     names = set(chosen.test if split == "test" else chosen.validation)
-    predictor = Predictor.from_run(run_dir.path, device=config.train.device)
+    predictor = Predictor.from_run(run_dir.path)
     cases = [case for case in dataset.cases if case.case_id in names]
     pairs = []
     with progress.track(f"segmenting the {split} cases", len(cases)) as advance:
@@ -139,7 +153,7 @@ def evaluate_run(run: Path, *, split: Split = "test", progress: Progress | None 
         pairs,
         predictor.plan.mask_classes,
         merged=predictor.plan.merged,
-        tolerance_mm=config.inference.tolerance_mm,
+        tolerance_mm=tolerance_mm or config.inference.tolerance_mm,
         progress=progress,
     )
     write_table(table, run_dir.evaluation if split == "test" else run_dir.path / f"evaluation-{split}.csv")
@@ -149,6 +163,12 @@ def evaluate_run(run: Path, *, split: Split = "test", progress: Progress | None 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as CSV, whole or not at all."""
     write_text(path, table.to_csv(index=False, float_format="%.6f"))
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a table of `write_table`; names of digits (case 007) stay names."""
+    names = dict.fromkeys(("case_id", "patient_id", "class", "empty"), str)
+    return pd.read_csv(path, keep_default_na=False, dtype=names)
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -186,7 +206,7 @@ def _same_grid(pair: Pair, predicted: Volume, truth: Volume) -> None:
         raise DataError(
             f"{pair.prediction} has shape {predicted.shape}, its label {truth.shape}; a mask must lie on its scan's own grid"
         )
-    if not same_place(truth.affine, predicted.affine):
+    if not same_place(truth.affine, predicted.affine, truth.shape):
         raise DataError(
             f"{pair.prediction} has another affine than its label {pair.label}; a mask must lie on its scan's own grid"
         )
@@ -205,7 +225,7 @@ def _classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
     if description.is_file():
         declared = read_dataset_json(description).get("labels", {})
         by_value = {}
-        for key, value in declared.items():
+        for key, value in declared.items() if isinstance(declared, dict) else ():
             # MSD maps values to names, nnU-Net names to values.
             number, name = (value, key) if isinstance(value, int) else (key, value)
             if str(number).isdigit():
@@ -229,8 +249,9 @@ def to_json(table: pd.DataFrame) -> str:
     return json.dumps(
         {
             "mean_class_dice": float(mean_class_dice(table).mean()),
-            "classes": summarise(table).to_dict(orient="records"),
-            "cases": table.to_dict(orient="records"),
+            # pandas writes what is not a number as null, which JSON has, and not as NaN, which it has not.
+            "classes": json.loads(summarise(table).to_json(orient="records")),
+            "cases": json.loads(table.to_json(orient="records")),
         },
         indent=2,
     )

@@ -27,22 +27,17 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
     Raises:
         DataError: nothing there, two scans of one name, or another number of channels.
     """
+    files = list({path.resolve(): path for path in _files(inputs)}.values())
+    groups: dict[tuple[Path, str], list[Path]] = {}
+    for path in files:
+        groups.setdefault((path.parent, _case_of(path, files, len(channels))), []).append(path)
     scans: dict[str, Scan] = {}
-    for path in _files(inputs):
-        case_id = (
-            re.sub(r"_\d{4}$", "", stem_of(path))
-            if _is_one_channel_of_many(path, channels)
-            else stem_of(path)
-        )
-        known = scans.get(case_id)
-        if known is None:
-            scans[case_id] = Scan(case_id, (path,))
-        elif known.images[0].parent == path.parent and case_id != stem_of(path):
-            scans[case_id] = Scan(case_id, (*known.images, path))
-        else:
+    for (_, case_id), paths in groups.items():
+        if case_id in scans:
             raise DataError(
-                f"{path} and {known.images[0]} would both become {case_id}.nii.gz; predict them into two folders"
+                f"{paths[0]} and {scans[case_id].images[0]} would both become {case_id}.nii.gz; predict them into two folders"
             )
+        scans[case_id] = Scan(case_id, tuple(sorted(paths, key=stem_of)))
     if not scans:
         raise DataError(
             f"{', '.join(map(str, inputs))}: no .nii or .nii.gz file there; give scans or folders of scans"
@@ -52,6 +47,11 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
         if found != len(channels):
             raise DataError(
                 f"{scan.images[0]} has {found} channels, the run was trained on {len(channels)} ({', '.join(channels)}); give scans like those"
+            )
+        numbers = [int(stem_of(path)[-4:]) for path in scan.images] if len(scan.images) > 1 else [0]
+        if numbers != list(range(len(numbers))):
+            raise DataError(
+                f"{scan.images[0]}: the channel files of {scan.case_id} must end in _0000 to _{len(channels) - 1:04d}"
             )
     return list(scans.values())
 
@@ -68,8 +68,18 @@ def _files(inputs: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _is_one_channel_of_many(path: Path, channels: Sequence[str]) -> bool:
-    if not re.search(r"_\d{4}$", stem_of(path)):
-        return False
-    # A single-channel scan may be called scan_0001; only nnU-Net's _0000 is dropped there.
-    return len(channels) > 1 or (len(channels) == 1 and stem_of(path).endswith("_0000"))
+def _case_of(path: Path, files: Sequence[Path], num_channels: int) -> str:
+    """Name of a file's case: nnU-Net's channel number is dropped, a number that is part of the name is not."""
+    stem = stem_of(path)
+    case_id = re.sub(r"_\d{4}$", "", stem)
+    if case_id == stem or read_header(path).num_channels == num_channels > 1:
+        return stem
+    if num_channels > 1:
+        return case_id
+    # One channel: img_0000 alone is nnU-Net's img; beside img_0001 it is one scan of a numbered series.
+    series = [
+        other
+        for other in files
+        if other.parent == path.parent and re.sub(r"_\d{4}$", "", stem_of(other)) == case_id
+    ]
+    return case_id if stem.endswith("_0000") and len(series) == 1 else stem

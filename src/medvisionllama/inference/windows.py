@@ -27,11 +27,11 @@ def predict_probabilities(
         overlap: share of a window that its neighbour covers too.
         flip: average with the prediction of the mirrored image, along the axes that training mirrors.
     """
-    batch = image[None].to(device)
-    total = _probabilities(network, batch, plan, overlap)
+    batch = image[None]
+    total = _probabilities(network, batch, plan, overlap, device)
     turns = [(axis + 2,) for axis in plan.flip_axes] if flip else []
     for axes in turns:
-        total = total + _probabilities(network, batch.flip(axes), plan, overlap).flip(axes)
+        total = total + _probabilities(network, batch.flip(axes), plan, overlap, device).flip(axes)
     return (total / (1 + len(turns)))[0]
 
 
@@ -46,7 +46,9 @@ def native_mask(probabilities: Tensor, shape: Sequence[int], plan: Plan) -> np.n
     return values.astype(np.uint8 if values.max() < 256 else np.uint16)[winner]
 
 
-def _probabilities(network: nn.Module, batch: Tensor, plan: Plan, overlap: float) -> Tensor:
+def _probabilities(
+    network: nn.Module, batch: Tensor, plan: Plan, overlap: float, device: torch.device | str
+) -> Tensor:
     from monai.inferers import sliding_window_inference
 
     def logits(windows: Tensor) -> LogitBatch:
@@ -54,8 +56,17 @@ def _probabilities(network: nn.Module, batch: Tensor, plan: Plan, overlap: float
         result: Tensor = network(windows.contiguous(memory_format=torch.channels_last_3d))
         return result.float()
 
+    # Windows visit the device one by one; the scan itself, which may be large, stays in main memory.
     blended = sliding_window_inference(
-        batch, plan.crop_size, 1, logits, overlap=overlap, mode="gaussian", sigma_scale=0.125
+        batch,
+        plan.crop_size,
+        1,
+        logits,
+        overlap=overlap,
+        mode="gaussian",
+        sigma_scale=0.125,
+        sw_device=device,
+        device="cpu",
     )
     assert isinstance(blended, Tensor)
     if plan.num_outputs == 1:

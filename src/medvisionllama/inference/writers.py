@@ -20,14 +20,16 @@ def write_mask(path: Path, mask: LabelArray, like: Path) -> None:
     """
     if not path.name.endswith((".nii", ".nii.gz")):
         raise DataError(f"{path}: masks are written as .nii or .nii.gz; choose such a name")
-    header = nib.load(like).header.copy()
-    header.set_data_dtype(np.uint8 if mask.max(initial=0) < 256 else np.uint16)
+    scan = nib.load(like)
+    header = scan.header.copy()
+    dtype = np.uint8 if mask.max(initial=0) < 256 else np.uint16
+    header.set_data_dtype(dtype)
     header.set_slope_inter(1, 0)
     header["cal_max"] = header["cal_min"] = 0
-    # Free text and extensions of a hospital's file can name the patient; a mask needs neither.
-    for field in ("descrip", "aux_file", "db_name", "intent_name"):
+    # Free text and extensions of a hospital's file can name the patient; a mask needs neither. NIfTI-2 lacks some.
+    for field in {"descrip", "aux_file", "db_name", "data_type", "intent_name"} & set(header.keys()):
         header[field] = b""
     header.extensions.clear()
-    image = nib.Nifti1Image(np.ascontiguousarray(mask, dtype=header.get_data_dtype()), None, header)
+    image = type(scan)(np.ascontiguousarray(mask, dtype=dtype), None, header)
     with atomic_path(path) as temporary:
         nib.save(image, temporary)

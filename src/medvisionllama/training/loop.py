@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from medvisionllama.checkpoint import copy_into, load_tensors, save_tensors, trainable
@@ -113,9 +114,9 @@ class TrainingLoop:
                 if self._validation_due():
                     self._validate()
                     self.save()
-                elif interrupted() or time.monotonic() - self._saved_at > self.config.save_seconds:
+                elif time.monotonic() - self._saved_at > self.config.save_seconds:
                     self.save()
-                if interrupted():
+                if self._agreed(interrupted()):
                     self.save()
                     return False
         return True
@@ -144,7 +145,8 @@ class TrainingLoop:
         """
         where = self.run_dir.state
         if not where.is_file():
-            self.run_dir.rewind_history(0)
+            if self.accelerator.is_main_process:
+                self.run_dir.rewind_history(0)
             return
         tensors, facts = load_tensors(where)
         if facts.get("frozen_sha256") != self.facts["frozen_sha256"]:
@@ -185,12 +187,12 @@ class TrainingLoop:
             self.accelerator.backward(loss)
             total += float(loss.detach())
         self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if not math.isfinite(total):
             raise CheckpointError(
-                f"the loss became {total} at step {self.state.step}; lower train.learning_rate, or set train.precision=fp32, and go on with --resume"
+                f"the loss became {total} at step {self.state.step}; go on from the last save with --resume and a lower --set train.learning_rate, or --set train.precision=fp32"
             )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         if self.average:
             self.average.update(self.state.step)
         self.state.step += 1
@@ -221,6 +223,7 @@ class TrainingLoop:
         if self.average:
             self.average.swap()
         record = self.validate(self.network)
+        record["dice"] = self._agreed(record["dice"])
         improved = record["dice"] > self.state.best
         self.state.dices.append(record["dice"])
         if improved and self.accelerator.is_main_process:
@@ -229,7 +232,7 @@ class TrainingLoop:
         if self.average:
             self.average.swap()
         self._tick()
-        self.state.validation_seconds = time.monotonic() - before
+        self.state.validation_seconds = self._agreed(time.monotonic() - before)
         loss = self.state.loss_sum / max(1, self.state.step - self.state.validated_step)
         self.state.loss_sum = 0.0
         self.state.validated_step, self.state.validated_seconds = self.state.step, self.state.elapsed_seconds
@@ -248,7 +251,13 @@ class TrainingLoop:
         return f"step {self.state.step}  loss {loss:.3f}{validated}"
 
     def _tick(self) -> None:
-        self.state.elapsed_seconds = time.monotonic() - self._clock
+        self.state.elapsed_seconds = self._agreed(time.monotonic() - self._clock)
+
+    def _agreed(self, value: float) -> float:
+        """The first process's value: processes that judged time for themselves would part ways and wait forever."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return float(broadcast(torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)))
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)

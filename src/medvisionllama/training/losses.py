@@ -48,9 +48,9 @@ class SupervisedSegmenter(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             target = targets(labels, self.num_outputs)
             loss = dice_ce_loss(logits.float(), target)
-            if self.auxiliary_weight:
-                for coarse in auxiliary:
-                    x, y, z = coarse.shape[2:]
-                    shares = F.adaptive_avg_pool3d(target, (x, y, z))
-                    loss = loss + self.auxiliary_weight * dice_ce_loss(coarse.float(), shares)
+            # Also with weight zero: a layer without a gradient would make distributed training wait for one.
+            for coarse in auxiliary:
+                x, y, z = coarse.shape[2:]
+                shares = F.adaptive_avg_pool3d(target, (x, y, z))
+                loss = loss + self.auxiliary_weight * dice_ce_loss(coarse.float(), shares)
         return loss

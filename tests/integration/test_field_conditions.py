@@ -1,0 +1,209 @@
+"""What datasets and habits look like in the field: names of digits, odd files, options that do not go together."""
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from medvisionllama import api
+from medvisionllama.data.index import patient_of
+from medvisionllama.inference.inputs import collect_scans
+from medvisionllama.run_dir import RunDir
+
+from .conftest import TINY, settings
+
+
+@pytest.fixture(scope="module")
+def plain(phantoms, tmp_path_factory):
+    """The phantoms as images/ and labels/, named 001 to 008."""
+    root = tmp_path_factory.mktemp("plain")
+    for ours, theirs in (("images", "imagesTr"), ("labels", "labelsTr")):
+        (root / ours).mkdir()
+        for number, path in enumerate(sorted((phantoms / theirs).iterdir()), start=1):
+            shutil.copy(path, root / ours / f"{number:03d}.nii.gz")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(plain, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "plain"
+    api.train(plain, out=path, epochs=1, overrides={**TINY, "network.insert": "none"})
+    return RunDir(path)
+
+
+def test_cases_named_by_digits_keep_their_names(run):
+    assert run.report.is_file()
+    [test] = json.loads(run.splits.read_text())["test"]
+    assert f"<td>{test}</td>" in run.report.read_text()
+
+
+def test_one_test_patient_gives_valid_json_without_an_interval(run, cli):
+    content = json.loads(cli("evaluate", run.path, "--json").out)
+    assert content["classes"][0]["dice_low"] is None
+
+
+def test_report_shows_hostile_names_as_text(plain, phantoms, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(phantoms, data)
+    content = json.loads((data / "dataset.json").read_text())
+    content["labels"]["1"] = "<script>alert(1)</script>"
+    (data / "dataset.json").write_text(json.dumps(content))
+    api.train(data, out=tmp_path / "run", epochs=1, overrides={**TINY, "network.insert": "none"})
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_a_run_can_be_used_from_any_folder(plain, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(plain.parent)
+    outcome = cli(
+        "train",
+        plain.name,
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        1,
+        "--no-test",
+        *settings(network__insert="none"),
+    )
+    assert outcome.code == 0, outcome.err
+    monkeypatch.chdir(tmp_path)
+    assert cli("evaluate", "run").code == 0
+
+
+def test_nifti2_scans_get_nifti2_masks(run, plain, tmp_path, cli):
+    source = nib.load(plain / "images" / "001.nii.gz")
+    nib.save(nib.Nifti2Image(np.asarray(source.dataobj), source.affine), tmp_path / "two.nii.gz")
+    assert cli("predict", run.path, tmp_path / "two.nii.gz", "--out", tmp_path / "masks").code == 0
+    mask = nib.load(tmp_path / "masks" / "two.nii.gz")
+    assert isinstance(mask, nib.Nifti2Image)
+    assert np.array_equal(mask.affine, source.affine)
+
+
+def test_a_scan_named_twice_is_segmented_once(run, plain, tmp_path, cli):
+    scans = plain / "images"
+    outcome = cli("predict", run.path, scans / "001.nii.gz", scans, "--out", tmp_path / "masks", "--json")
+    assert len(json.loads(outcome.out)) == 8
+
+
+def test_a_numbered_series_keeps_its_names(tmp_path, write_nifti):
+    for name in ("img_0000", "img_0001"):
+        write_nifti(tmp_path / f"{name}.nii.gz", np.zeros((4, 4, 4), np.float32))
+    assert [scan.case_id for scan in collect_scans([tmp_path], channels=["MRI"])] == ["img_0000", "img_0001"]
+    assert [scan.case_id for scan in collect_scans([tmp_path / "img_0000.nii.gz"], channels=["MRI"])] == [
+        "img"
+    ]
+
+
+def test_channel_files_are_put_in_order_and_gaps_are_refused(tmp_path, write_nifti, run, cli):
+    paths = [write_nifti(tmp_path / f"a_{n:04d}.nii.gz", np.zeros((4, 4, 4), np.float32)) for n in (1, 0, 2)]
+    [scan] = collect_scans(paths[:2], channels=["T1", "T2"])
+    assert [path.name for path in scan.images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
+    with pytest.raises(ValueError, match="must end in _0000 to _0001"):
+        collect_scans([paths[1], paths[2]], channels=["T1", "T2"])
+
+
+def test_4d_scans_with_numbers_in_their_names_stay_apart(tmp_path, write_nifti):
+    for name in ("case_0001", "case_0002"):
+        write_nifti(tmp_path / f"{name}.nii.gz", np.zeros((4, 4, 4, 2), np.float32))
+    assert [scan.case_id for scan in collect_scans([tmp_path], channels=["T1", "T2"])] == [
+        "case_0001",
+        "case_0002",
+    ]
+
+
+def test_numbered_scans_of_one_site_are_patients_of_their_own():
+    assert patient_of("mri_scan_001") == "mri_scan_001"
+    assert patient_of("patient003_frame15") == "patient003"
+    assert patient_of("sub-07_ses-2") == "sub-07"
+
+
+@pytest.mark.parametrize(
+    "change", [["--fold", "1"], ["--set", "network.width=48"], ["--set", "train.seed=3"]]
+)
+def test_resume_refuses_what_would_make_it_another_run(change, run, plain, cli):
+    outcome = cli("train", plain, "--out", run.path, "--resume", *change)
+    assert outcome.code == 2
+    assert "is fixed when a run begins" in outcome.err
+
+
+def test_resume_takes_a_longer_limit_and_another_learning_rate(run, plain, tmp_path, cli):
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(run.path, copy.path)
+    before = copy.read_history()[-1]["step"]
+    outcome = cli(
+        "train", plain, "--out", copy.path, "--resume", "--epochs", 3, "--set", "train.learning_rate=0.001"
+    )
+    assert outcome.code == 0, outcome.err
+    assert copy.read_history()[-1]["step"] == 3 * before
+
+
+def test_masks_of_a_merged_run_are_scored_against_merged_labels(plain, tmp_path, cli):
+    overrides = {**TINY, "network.insert": "none", "data.labels": "foreground"}
+    api.train(plain, out=tmp_path / "run", epochs=1, overrides=overrides, test=False)
+    assert cli("predict", tmp_path / "run", plain / "images", "--out", tmp_path / "masks").code == 0
+    rows = json.loads(cli("evaluate", tmp_path / "masks", plain / "labels", "--merged", "--json").out)[
+        "cases"
+    ]
+    assert {row["class"] for row in rows} == {"foreground"}
+    label = np.asarray(nib.load(plain / "labels" / f"{rows[0]['case_id']}.nii.gz").dataobj)
+    assert rows[0]["volume_ml"] == pytest.approx((label > 0).sum() / 1000)
+
+
+def test_evaluation_of_a_run_takes_tolerance_and_file(run, tmp_path, cli):
+    strict = json.loads(
+        cli("evaluate", run.path, "--tolerance-mm", 0.5, "--out", tmp_path / "t.csv", "--json").out
+    )
+    loose = json.loads(cli("evaluate", run.path, "--tolerance-mm", 20, "--json").out)
+    assert (tmp_path / "t.csv").is_file()
+    assert sum(row["nsd"] for row in strict["cases"]) < sum(row["nsd"] for row in loose["cases"])
+
+
+def test_splits_of_another_dataset_are_refused(plain, phantoms, tmp_path, cli):
+    assert cli("data", "split", phantoms, "--out", tmp_path / "splits.json").code == 0
+    outcome = cli("train", plain, "--out", tmp_path / "run", *settings(data__splits=tmp_path / "splits.json"))
+    assert outcome.code == 2
+    assert "splits" in outcome.err
+
+
+def test_modality_can_be_given_where_the_folder_cannot_say(plain, tmp_path):
+    overrides = {**TINY, "network.insert": "none", "data.modality": ["CT"]}
+    api.train(plain, out=tmp_path / "run", epochs=1, overrides=overrides, test=False)
+    [rule] = json.loads((tmp_path / "run" / "plan.json").read_text())["normalisation"]
+    assert rule["kind"] == "dataset"
+    assert rule["low"] < rule["mean"] < rule["high"]
+
+
+def test_wrong_kinds_of_paths_are_one_line(run, plain, tmp_path, cli):
+    (tmp_path / "file").write_text("x")
+    for arguments in (
+        ["train", plain, "--out", tmp_path / "file"],
+        ["predict", run.path, plain / "images", "--out", tmp_path / "mask.nii.gz"],
+        ["predict", run.path, plain / "images", "--out", tmp_path / "file"],
+        ["evaluate", run.path, "--out", tmp_path],
+    ):
+        outcome = cli(*arguments)
+        assert outcome.code == 2, arguments
+        assert "Traceback" not in outcome.err
+        assert "medvisionllama: " in outcome.err
+
+
+def test_version_is_printed(cli):
+    from medvisionllama import __version__
+
+    assert cli("--version").out.strip() == __version__
+
+
+def test_squeezed_scans_are_turned_in_their_own_millimetres(plain, tmp_path):
+    shape = {"data.geometry": "resize", "data.crop_size": [16, 24, 16]}
+    api.train(
+        plain,
+        out=tmp_path / "run",
+        epochs=1,
+        overrides={**TINY, **shape, "network.insert": "none"},
+        test=False,
+    )
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["spacing_mm"] == [20 / 16, 1.0, 1.0]
