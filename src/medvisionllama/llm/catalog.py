@@ -25,7 +25,6 @@ from medvisionllama.errors import BlockError
 from medvisionllama.llm.gguf import read_gguf
 from medvisionllama.llm.sources import LayerTensors, resolve_layers
 
-
 logger = logging.getLogger(__name__)
 
 
