@@ -1,8 +1,7 @@
 """`fit`: from a configuration to a run folder. Reads top to bottom: data, network, loop."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from medvisionllama._files import canonical_hash, write_json, write_text
+from medvisionllama._files import write_json, write_text
 from medvisionllama.checkpoint import frozen, trainable
 from medvisionllama.config import Config, write_config
-from medvisionllama.data.cache import CachedCase, build_cache, describe, fit_normalisation, found_classes
-from medvisionllama.data.fingerprint import fingerprint
-from medvisionllama.data.index import Dataset, open_dataset
-from medvisionllama.data.planning import Plan, make_plan
+from medvisionllama.data.cache import describe
 from medvisionllama.data.sampling import BatchSampler
-from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select, write_splits
+from medvisionllama.data.splits import write_splits
 from medvisionllama.devices import channels_last, choose_device, use_bf16
 from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.inference.predictor import read_plan
@@ -30,6 +26,7 @@ from medvisionllama.progress import Progress, Silent
 from medvisionllama.run_dir import RunDir, machine_facts
 from medvisionllama.training.loop import TrainingLoop
 from medvisionllama.training.losses import SupervisedSegmenter
+from medvisionllama.training.prepare import PreparedData, prepare_data
 from medvisionllama.training.validation import validate_cases
 
 
@@ -74,39 +71,21 @@ def fit(config: Config, *, resume: bool = False, progress: Progress | None = Non
         run_dir.check_resumable()
     else:
         run_dir.check_unused()
-    dataset, splits, selection = divide(config, drawn=run_dir.splits if resume else config.data.splits)
-    plan, cases = prepare(config, dataset, splits, selection, progress)
-    data_facts = {
-        "splits_sha256": splits.sha256,
-        "data_sha256": canonical_hash({name: cases[name].content_sha256 for name in sorted(cases)}),
-    }
+    data = prepare_data(config, drawn=run_dir.splits if resume else config.data.splits, progress=progress)
     if resume:
-        run_dir.check_same_data(data_facts)
-        if plan != read_plan(run_dir):
-            raise CheckpointError(
-                f"the dataset's scans changed since {run_dir.path} began, so that its plan differs; start a new run"
-            )
+        check_unchanged(run_dir, data)
     accelerator = make_accelerator(config)
     torch.manual_seed(config.train.seed)
-    network = channels_last(build_network(config.network, **plan.network_sizes, seed=config.train.seed))
+    network = channels_last(build_network(config.network, **data.plan.network_sizes, seed=config.train.seed))
     facts = network_facts(network)
     if accelerator.is_main_process:
-        training = describe([cases[name] for name in selection.train], plan)
-        about = {
-            **data_facts,
-            "fingerprint": training,
-            "precision": accelerator.mixed_precision,
-            "network": facts,
-        }
-        write_run_files(run_dir, config, plan, splits, selection, about)
+        write_run_files(run_dir, config, data, {"precision": accelerator.mixed_precision, "network": facts})
     loop = TrainingLoop(
         SupervisedSegmenter(
-            network, num_outputs=plan.num_outputs, auxiliary_weight=config.train.auxiliary_weight
+            network, num_outputs=data.plan.num_outputs, auxiliary_weight=config.train.auxiliary_weight
         ),
-        make_sampler(config, plan, [cases[name] for name in selection.train], accelerator),
-        lambda module: validate_cases(
-            module, [cases[name] for name in selection.validation], plan, config, accelerator
-        ),
+        make_sampler(config, data, accelerator),
+        lambda module: validate_cases(module, data.validation, data.plan, config, accelerator),
         config.train,
         run_dir,
         accelerator,
@@ -142,69 +121,13 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"data": data, "network": network, "out": absolute(config.out)})
 
 
-def divide(config: Config, *, drawn: Path | None = None) -> tuple[Dataset, Splits, Selection]:
-    """Open the dataset and say who trains, validates and is kept for the test.
-
-    Args:
-        drawn: a splits file to obey; without one, splits are drawn by `data.split_seed`.
-    """
-    assert config.data.path is not None, "checked by the caller"
-    dataset = open_dataset(config.data.path, patient_pattern=config.data.patient_pattern)
-    if config.data.modality is not None:
-        if len(config.data.modality) != len(dataset.channels):
-            raise ConfigError(
-                f"data.modality names {len(config.data.modality)} channels, the dataset has {len(dataset.channels)}; name each"
-            )
-        dataset = replace(dataset, channels=config.data.modality)
-    patients = dataset.patients
-    splits = read_splits(drawn) if drawn else make_splits(patients, seed=config.data.split_seed)
-    return (
-        dataset,
-        splits,
-        select(
-            splits,
-            patients,
-            fold=config.data.fold,
-            fraction=config.data.fraction,
-            num_cases=config.data.num_cases,
-        ),
-    )
-
-
-def prepare(
-    config: Config, dataset: Dataset, splits: Splits, selection: Selection, progress: Progress
-) -> tuple[Plan, dict[str, CachedCase]]:
-    """Plan from the cases that are not kept for the test, and preprocess this run's."""
-    seen = [case for case in dataset.cases if case.case_id not in set(selection.test)]
-    found = fingerprint(dataset, only={case.case_id for case in seen})
-    patch = None if config.network.head == "skip" else config.network.patch_size
-    plan = make_plan(
-        dataset,
-        found,
-        config.data,
-        flip=config.augment.enabled and config.augment.flip == "auto",
-        patch_size=patch,
-    )
-    wanted = {*selection.train, *selection.validation}
-    chosen = [case for case in seen if case.case_id in wanted]
-    progress.say(
-        f"{dataset.name}: {len(dataset.cases)} cases of {len(set(dataset.patients.values()))} patients; "
-        f"{len(selection.train)} train, {len(selection.validation)} validate, {len(selection.test)} are kept for the test"
-    )
-    with progress.track("preparing scans", len(chosen)) as advance:
-        counter = iter(range(1, len(chosen) + 1))
-        cached = build_cache(chosen, plan, on_case=lambda: advance(next(counter)))
-    cases = {case.case_id: case for case in cached}
-    if not plan.classes:
-        plan = plan.model_copy(update={"classes": found_classes(cached)})
-    rules = fit_normalisation([cases[name] for name in selection.train], plan.channels)
-    plan = plan.model_copy(update={"normalisation": rules})
-    size, spacing = "×".join(map(str, plan.crop_size)), " × ".join(f"{edge:g}" for edge in plan.spacing_mm)
-    progress.say(
-        f"{'whole scans resized to' if plan.resize else 'crops of'} {size} voxels"
-        + ("" if plan.resize else f" of {spacing} mm")
-    )
-    return plan, cases
+def check_unchanged(run_dir: RunDir, data: PreparedData) -> None:
+    """Raise CheckpointError if a run that is to go on would see other data than it began with."""
+    run_dir.check_same_data(data.hashes)
+    if data.plan != read_plan(run_dir):
+        raise CheckpointError(
+            f"the dataset's scans changed since {run_dir.path} began, so that its plan differs; start a new run"
+        )
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -216,13 +139,11 @@ def make_accelerator(config: Config) -> Accelerator:
     return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device.type == "cpu")
 
 
-def make_sampler(
-    config: Config, plan: Plan, cases: Sequence[CachedCase], accelerator: Accelerator
-) -> BatchSampler:
+def make_sampler(config: Config, data: PreparedData, accelerator: Accelerator) -> BatchSampler:
     """Batches of the training cases; processes of one run share each epoch's cases out among them."""
     return BatchSampler(
-        cases,
-        plan,
+        data.train,
+        data.plan,
         config.data,
         config.augment,
         batch_size=config.train.batch_size,
@@ -245,19 +166,20 @@ def network_facts(network: TokenSegmenter) -> dict[str, Any]:
     }
 
 
-def write_run_files(
-    run_dir: RunDir, config: Config, plan: Plan, splits: Splits, selection: Selection, about: dict[str, Any]
-) -> None:
+def write_run_files(run_dir: RunDir, config: Config, data: PreparedData, about: dict[str, Any]) -> None:
     """Write everything that does not change while training; config.yaml last, as it makes the folder a run."""
-    parts = {"train": selection.train, "validation": selection.validation, "test": selection.test}
+    chosen = data.selection
+    parts = {"train": chosen.train, "validation": chosen.validation, "test": chosen.test}
     manifest = {
         **machine_facts(),
         "seed": config.train.seed,
+        **data.hashes,
+        "fingerprint": describe(data.train, data.plan),
         **about,
         "num_cases": {part: len(names) for part, names in parts.items()},
         "cases": parts,
     }
-    write_splits(splits, run_dir.splits)
-    write_text(run_dir.plan, plan.model_dump_json(indent=2) + "\n")
+    write_splits(data.splits, run_dir.splits)
+    write_text(run_dir.plan, data.plan.model_dump_json(indent=2) + "\n")
     write_json(run_dir.manifest, manifest)
     write_config(config, run_dir.config)

@@ -1,0 +1,108 @@
+"""From a dataset's folder to what training needs: division, plan, and preprocessed cases."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from medvisionllama._files import canonical_hash
+from medvisionllama.config import Config
+from medvisionllama.data.cache import CachedCase, build_cache, fit_normalisation, found_classes
+from medvisionllama.data.fingerprint import fingerprint
+from medvisionllama.data.index import Dataset, open_dataset
+from medvisionllama.data.planning import Plan, make_plan
+from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select
+from medvisionllama.errors import ConfigError
+from medvisionllama.progress import Progress
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Everything a run sees of its data; the test cases appear by name only."""
+
+    splits: Splits
+    selection: Selection
+    plan: Plan
+    train: tuple[CachedCase, ...]
+    validation: tuple[CachedCase, ...]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """What must be equal for a run to go on, and for two runs to be compared."""
+        content = {case.case_id: case.content_sha256 for case in (*self.train, *self.validation)}
+        return {"splits_sha256": self.splits.sha256, "data_sha256": canonical_hash(content)}
+
+
+def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> PreparedData:
+    """Divide, plan from the cases that are not kept for the test, and preprocess this run's.
+
+    Args:
+        drawn: a splits file to obey; without one, splits are drawn by `data.split_seed`.
+
+    Raises:
+        DataError: the dataset cannot be used as it is.
+    """
+    dataset, splits, selection = divide(config, drawn=drawn)
+    seen = [case for case in dataset.cases if case.case_id not in set(selection.test)]
+    found = fingerprint(dataset, only={case.case_id for case in seen})
+    patch = None if config.network.head == "skip" else config.network.patch_size
+    plan = make_plan(
+        dataset,
+        found,
+        config.data,
+        flip=config.augment.enabled and config.augment.flip == "auto",
+        patch_size=patch,
+    )
+    wanted = {*selection.train, *selection.validation}
+    chosen = [case for case in seen if case.case_id in wanted]
+    progress.say(
+        f"{dataset.name}: {len(dataset.cases)} cases of {len(set(dataset.patients.values()))} patients; "
+        f"{len(selection.train)} train, {len(selection.validation)} validate, {len(selection.test)} are kept for the test"
+    )
+    with progress.track("preparing scans", len(chosen)) as advance:
+        counter = iter(range(1, len(chosen) + 1))
+        cached = build_cache(chosen, plan, on_case=lambda: advance(next(counter)))
+    cases = {case.case_id: case for case in cached}
+    if not plan.classes:
+        plan = plan.model_copy(update={"classes": found_classes(cached)})
+    rules = fit_normalisation([cases[name] for name in selection.train], plan.channels)
+    plan = plan.model_copy(update={"normalisation": rules})
+    size, spacing = "×".join(map(str, plan.crop_size)), " × ".join(f"{edge:g}" for edge in plan.spacing_mm)
+    progress.say(
+        f"{'whole scans resized to' if plan.resize else 'crops of'} {size} voxels"
+        + ("" if plan.resize else f" of {spacing} mm")
+    )
+    return PreparedData(
+        splits,
+        selection,
+        plan,
+        train=tuple(cases[name] for name in selection.train),
+        validation=tuple(cases[name] for name in selection.validation),
+    )
+
+
+def divide(config: Config, *, drawn: Path | None) -> tuple[Dataset, Splits, Selection]:
+    """Open the dataset and say who trains, validates and is kept for the test.
+
+    Args:
+        drawn: a splits file to obey; without one, splits are drawn by `data.split_seed`.
+    """
+    assert config.data.path is not None, "checked by the caller"
+    dataset = open_dataset(config.data.path, patient_pattern=config.data.patient_pattern)
+    if config.data.modality is not None:
+        if len(config.data.modality) != len(dataset.channels):
+            raise ConfigError(
+                f"data.modality names {len(config.data.modality)} channels, the dataset has {len(dataset.channels)}; name each"
+            )
+        dataset = replace(dataset, channels=config.data.modality)
+    patients = dataset.patients
+    splits = read_splits(drawn) if drawn else make_splits(patients, seed=config.data.split_seed)
+    return (
+        dataset,
+        splits,
+        select(
+            splits,
+            patients,
+            fold=config.data.fold,
+            fraction=config.data.fraction,
+            num_cases=config.data.num_cases,
+        ),
+    )
