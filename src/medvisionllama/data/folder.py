@@ -70,7 +70,15 @@ def index_plain(root: Path, patient_pattern: str | None) -> Dataset:
         Case(case_id, patient_of(case_id, patient_pattern), tuple(images), labels[case_id])
         for case_id, images in sorted(groups.items())
     )
-    num_channels = sum(read_header(path).num_channels for path in cases[0].images) if cases else 1
+    counts = {len(case.images) for case in cases}
+    if len(counts) > 1:
+        raise DataError(
+            f"{root}/images: cases have {sorted(counts)} channel files; every case needs the same number"
+        )
+    num_channels = max(counts, default=1)
+    if num_channels == 1 and cases:
+        # One file a case may still be 4-D.
+        num_channels = read_header(cases[0].images[0]).num_channels
     channels = tuple(f"channel {number}" for number in range(num_channels))
     return Dataset(root.name, root, cases, channels, {})
 

@@ -2,6 +2,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from medvisionllama.data.fingerprint import fingerprint
@@ -12,7 +13,7 @@ from medvisionllama.errors import DataError
 
 @pytest.fixture
 def files(tmp_path: Path) -> Callable[..., Path]:
-    """Make empty files in a folder, and its dataset.json; an index looks at names only."""
+    """Make empty files in a folder, and its dataset.json; an index looks at names, and at one header of a plain folder."""
 
     def make(*names: str, content: object = None) -> Path:
         root = tmp_path / "Task"
@@ -83,12 +84,19 @@ def test_an_nnunet_folder_with_two_channels_is_indexed(files):
     assert dataset.cases[0].label == root / names[2]
 
 
-def test_a_plain_folder_is_indexed(files):
+def test_a_plain_folder_is_indexed(files, write_nifti):
     root = files("images/b.nii.gz", "images/a.nii", "labels/a.nii.gz", "labels/b.nii.gz", "images/notes.txt")
+    write_nifti(root / "images" / "a.nii", np.zeros((3, 4, 5), np.float32))
     dataset = open_dataset(root)
     assert [case.case_id for case in dataset.cases] == ["a", "b"]
     assert dataset.cases[0].images == (root / "images" / "a.nii",)
     assert (dataset.channels, dataset.classes) == (("channel 0",), {})
+
+
+def test_a_plain_folder_of_4d_scans_has_their_channels(files, write_nifti):
+    root = files("images/a.nii.gz", "labels/a.nii.gz")
+    write_nifti(root / "images" / "a.nii.gz", np.zeros((3, 4, 5, 2), np.float32))
+    assert open_dataset(root).channels == ("channel 0", "channel 1")
 
 
 def test_a_plain_folder_with_two_channels_is_indexed(files):
