@@ -13,7 +13,7 @@ from medvisionllama.errors import DataError
 
 @pytest.fixture
 def files(tmp_path: Path) -> Callable[..., Path]:
-    """Make empty files in a folder, and its dataset.json; an index looks at names, and at one header of a plain folder."""
+    """Make empty files in a folder, and its dataset.json; an index looks at names, and at few headers."""
 
     def make(*names: str, content: object = None) -> Path:
         root = tmp_path / "Task"
