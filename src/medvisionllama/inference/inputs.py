@@ -1,6 +1,7 @@
 """Which scans a list of files and folders names."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,11 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
         DataError: nothing there, two scans of one name, or another number of channels.
     """
     files = list({path.resolve(): path for path in _files(inputs)}.values())
+    series = Counter((path.parent, _base(path)) for path in files)
     groups: dict[tuple[Path, str], list[Path]] = {}
     for path in files:
-        groups.setdefault((path.parent, _case_of(path, files, len(channels))), []).append(path)
+        alone = series[path.parent, _base(path)] == 1
+        groups.setdefault((path.parent, _case_of(path, len(channels), alone=alone)), []).append(path)
     scans: dict[str, Scan] = {}
     for (_, case_id), paths in groups.items():
         if case_id in scans:
@@ -68,18 +71,21 @@ def _files(inputs: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _case_of(path: Path, files: Sequence[Path], num_channels: int) -> str:
-    """Name of a file's case: nnU-Net's channel number is dropped, a number that is part of the name is not."""
-    stem = stem_of(path)
-    case_id = re.sub(r"_\d{4}$", "", stem)
-    if case_id == stem or read_header(path).num_channels == num_channels > 1:
+def _base(path: Path) -> str:
+    """A file's stem without a four-digit number at its end."""
+    return re.sub(r"_\d{4}$", "", stem_of(path))
+
+
+def _case_of(path: Path, num_channels: int, *, alone: bool) -> str:
+    """Name of a file's case: nnU-Net's channel number is dropped, a number that is part of the name is not.
+
+    Args:
+        alone: no other file beside it differs in the number only.
+    """
+    stem, base = stem_of(path), _base(path)
+    if base == stem or read_header(path).num_channels == num_channels > 1:
         return stem
     if num_channels > 1:
-        return case_id
+        return base
     # One channel: img_0000 alone is nnU-Net's img; beside img_0001 it is one scan of a numbered series.
-    series = [
-        other
-        for other in files
-        if other.parent == path.parent and re.sub(r"_\d{4}$", "", stem_of(other)) == case_id
-    ]
-    return case_id if stem.endswith("_0000") and len(series) == 1 else stem
+    return base if stem.endswith("_0000") and alone else stem
