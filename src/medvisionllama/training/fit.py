@@ -115,8 +115,9 @@ def with_absolute_paths(config: Config) -> Config:
     assert config.out is not None, "checked by the caller"
     data = config.data.model_copy(update={"path": absolute(config.data.path)})
     block = config.network.block
-    if block.source not in CATALOG:
-        block = block.model_copy(update={"source": str(absolute(Path(block.source)))})
+    local = Path(block.source).expanduser()
+    if block.source not in CATALOG and local.exists():
+        block = block.model_copy(update={"source": str(absolute(local))})
     network = config.network.model_copy(update={"block": block})
     return config.model_copy(update={"data": data, "network": network, "out": absolute(config.out)})
 

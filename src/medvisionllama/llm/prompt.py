@@ -1,0 +1,72 @@
+"""Class-label guidance: a few words as embedding rows of the language model, to stand before the visual tokens.
+
+The rows are those of the model's embedding matrix, scaled as the model scales them; no positions are added. The
+controls ask what about the words matters.
+"""
+
+import hashlib
+import random
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from medvisionllama.errors import BlockError
+from medvisionllama.llm.controls import moment_matched, stream
+from medvisionllama.llm.families import family_of
+from medvisionllama.llm.sources import Source, open_source
+
+PromptControl = Literal["text", "shuffled", "random"]
+PromptRows = Float[Tensor, "token width"]
+
+
+def embed_prompt(
+    source: str | Source, text: str, *, control: PromptControl = "text", seed: int = 0
+) -> PromptRows:
+    """Turn words into embedding rows, reading only the rows of their tokens.
+
+    Args:
+        source: as for `FrozenBlock.from_pretrained`, or one already open.
+        control: `text` as written; `shuffled` the text with its letters in random order, cut or repeated to as many
+            tokens: real rows that mean nothing; `random` normal values with the rows' mean and deviation.
+        seed: of the control.
+
+    Raises:
+        BlockError: nothing to embed, no tokenizer, or embeddings narrower than the layers.
+
+    >>> embed_prompt("smollm2-135m", "left ventricle in cardiac MRI").shape  # doctest: +SKIP
+    torch.Size([7, 576])
+    """
+    opened = open_source(source) if isinstance(source, str) else source
+    family = family_of(opened.settings["model_type"])
+    config = family.make_config(opened.settings)
+    tokenizer = opened.tokenizer()
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if not ids:
+        raise BlockError(f"the prompt {text!r} has no token; write words, or leave the prompt empty")
+    if control == "shuffled":
+        nonsense = tokenizer.encode(shuffled(text, seed=seed), add_special_tokens=False).ids
+        ids = [nonsense[place % len(nonsense)] for place in range(len(ids))]
+    rows = opened.embedding_rows(ids, family)
+    if rows.shape[1] != config.hidden_size:
+        raise BlockError(
+            f"{opened.name}'s embeddings have width {rows.shape[1]}, its layers {config.hidden_size}; it cannot take a prompt"
+        )
+    if family.scales_embeddings and getattr(config, "scale_embedding", True):
+        rows = rows * config.hidden_size**0.5
+    if control == "random":
+        rows = moment_matched(rows, torch.Generator().manual_seed(stream(seed, text)))
+    return rows
+
+
+def shuffled(text: str, *, seed: int) -> str:
+    """Put a text's letters into random order; blanks stay where they are.
+
+    >>> sorted(shuffled("left atrium", seed=0)) == sorted("left atrium")
+    True
+    """
+    letters = [letter for letter in text if not letter.isspace()]
+    random.Random(hashlib.sha256(f"{seed}/{text}".encode()).digest()).shuffle(letters)
+    rest = iter(letters)
+    return "".join(letter if letter.isspace() else next(rest) for letter in text)
