@@ -39,6 +39,8 @@ test-slow: install  ## Only the slow tests
 	$(BIN)/python -m pytest -m slow
 
 bench: install  ## The benchmarks behind the README's numbers (hours; see benchmarks/README.md)
+	$(BIN)/python benchmarks/block.py
+	$(BIN)/python benchmarks/block_source.py
 	$(BIN)/python benchmarks/paper_step.py
 	$(BIN)/python benchmarks/hippocampus.py
 
