@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from medvisionllama.errors import BlockError
-from medvisionllama.llm import FrozenBlock
+from medvisionllama.llm import FrozenBlock, feed_forward
 from tiny_models import (
     FAMILIES,
     PREFIXES,
@@ -180,6 +181,28 @@ def test_forwards_and_backwards_leave_the_block_as_it_was(saved, name, native):
     assert block.sha256() == before
     assert all(torch.equal(value, state[key]) for key, value in block.state_dict().items())
     assert torch.equal(_output(block), output)
+
+
+@every_family
+def test_a_long_sequence_in_pieces_gives_the_same(saved, name, monkeypatch):
+    outputs, gradients, sizes = [], [], []
+    for numbers in (1 << 22, 32 * 10):  # of 48 tokens, five pieces
+        monkeypatch.setattr(feed_forward, "_PIECE", numbers)
+        block = _block(saved(name), layers=(0, 1), native=True, lora_rank=2)
+        seen = []
+        for module in block.layers.modules():
+            if isinstance(module, torch.nn.Linear | Conv1D):
+                module.register_forward_pre_hook(lambda _, given, to=seen: to.append(given[0].numel() // 32))
+        tokens = _tokens().requires_grad_()
+        outputs.append(block(tokens))
+        gradients.append(torch.autograd.grad((outputs[-1] * _tokens(seed=9)).sum(), tokens)[0])
+        sizes.append(seen)
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-5)
+    assert 8 not in sizes[0]
+    assert (8 in sizes[1]) == (
+        name not in {"opt", "biogpt", "bert", "roberta"}
+    )  # the fifth piece has eight tokens
 
 
 @every_family

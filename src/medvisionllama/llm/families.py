@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from medvisionllama.errors import BlockError
+from medvisionllama.llm.feed_forward import in_pieces
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Family:
     """Angles differ between layers with and without a window."""
     causal: bool = True
     """The language model lets a token see only those before it."""
+    feed_forward: str = ""
+    """The layer's module that maps each token alone, if it is one module: long sequences pass it in pieces."""
     layer_prefixes: tuple[str, ...]
     """Candidates of what stands before the names of layer {i}'s tensors; the first one found counts."""
     norm_prefixes: tuple[str, ...] = ()
@@ -84,6 +87,8 @@ class Family:
     def make_layer(self, config: Any, index: int) -> nn.Module:
         """Build layer `index` of the model: some families' layers differ by their place."""
         layer: nn.Module = self.load_class(self.layer_class)(config, layer_idx=index)
+        if self.feed_forward:
+            in_pieces(layer.get_submodule(self.feed_forward))
         return layer
 
     def make_norm(self, config: Any) -> nn.Module | None:
@@ -142,6 +147,7 @@ def _decoder(name: str, stem: str, **changes: Any) -> Family:
         "base_class": f"{stem}PreTrainedModel",
         "norm": Norm(f"{stem}RMSNorm", {"eps": "rms_norm_eps"}),
         "rotary_class": f"{stem}RotaryEmbedding",
+        "feed_forward": "mlp",
         "layer_prefixes": ("model.layers.{i}.", "layers.{i}."),
         "norm_prefixes": ("model.norm.", "norm."),
         "embedding_names": ("model.embed_tokens.weight", "embed_tokens.weight"),
@@ -214,6 +220,7 @@ FAMILIES = (
         layer_class="GPT2Block",
         base_class="GPT2PreTrainedModel",
         norm=Norm("LayerNorm", {"eps": "layer_norm_epsilon"}),
+        feed_forward="mlp",
         layer_prefixes=("transformer.h.{i}.", "h.{i}."),
         norm_prefixes=("transformer.ln_f.", "ln_f."),
         embedding_names=("transformer.wte.weight", "wte.weight"),
@@ -267,6 +274,7 @@ FAMILIES = (
         rotary_class="ModernBertRotaryEmbedding",
         rotary_by_kind=True,
         causal=False,
+        feed_forward="mlp",
         layer_prefixes=("model.layers.{i}.", "layers.{i}."),
         norm_prefixes=("model.final_norm.", "final_norm."),
         embedding_names=("model.embeddings.tok_embeddings.weight", "embeddings.tok_embeddings.weight"),

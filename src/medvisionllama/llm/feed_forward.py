@@ -1,0 +1,47 @@
+"""A long sequence goes through a layer's feed-forward network in pieces, and keeps less of it.
+
+The network sees each token alone, so nothing changes but memory: its activations are several times wider than the
+tokens. Those that only pass by, forward and backward, then exist for one piece at a time; and of a gate's, all but
+its two inputs are computed again in the backward pass, which costs no matrix product.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from medvisionllama.types import Tokens
+
+_PIECE = 1 << 22
+"""Numbers in a piece: 1,024 tokens of width 4,096, at which matrix products are as fast as at any length."""
+
+
+def in_pieces(network: nn.Module) -> None:
+    """Let `network` take its tokens piece by piece, in place; parameters and their names stay."""
+    network.forward = partial(_forward, network, network.forward)
+
+
+def _forward(network: Any, whole: Callable[[Tokens], Tokens], tokens: Tokens) -> Tokens:
+    if tokens.numel() <= _PIECE:
+        return whole(tokens)
+    # The gate of Llama and its kin, whose parts have these names.
+    if hasattr(network, "gate_proj") and hasattr(network, "act_fn"):
+        whole = partial(_gated, network)
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    pieces = rows.split(max(1, _PIECE // tokens.shape[-1]))
+    return torch.cat([whole(piece) for piece in pieces]).view_as(tokens)
+
+
+def _gated(network: Any, tokens: Tensor) -> Tensor:
+    gate, up = network.gate_proj(tokens), network.up_proj(tokens)
+    product = checkpoint(_product, network.act_fn, gate, up, use_reentrant=False, preserve_rng_state=False)
+    mapped: Tensor = network.down_proj(product)
+    return mapped
+
+
+def _product(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    opened: Tensor = activation(gate) * up
+    return opened
