@@ -104,6 +104,9 @@ class BlockConfig(Section):
     """Rank of the LoRA update inside the block; 0 leaves it out."""
     lora_targets: tuple[str, ...] = ()
     """Projections that LoRA updates; by default query and value."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the block is kept; `bfloat16` takes half the memory, and loses nothing of a checkpoint
+    in bfloat16, as most are."""
     storage: Literal["full", "int8"] = "full"
     """`int8` keeps the frozen matrices as 8-bit integers."""
     gradient_checkpointing: bool = False

@@ -162,11 +162,14 @@ class FrozenBlock(nn.Module):
         return self.mode == "3d" and self.rotary is not None
 
     def forward(self, tokens: Tokens, *, positions: Tensor | None = None) -> Tokens:
-        """Map `[b, n, width]` to `[b, n, width]`.
+        """Map `[b, n, width]` to `[b, n, width]`, in the tokens' own precision whatever the block is kept in.
 
         Args:
             positions: places `[n]` in a sequence (by default 0 to n - 1), or `[n, 3]` along x, y, z for `3d`.
         """
+        given = tokens.dtype
+        if not torch.is_autocast_enabled(tokens.device.type):
+            tokens = tokens.to(self._kept_dtype(given))
         angles = self._angles(tokens, positions)
         for layer, window, kind in zip(self.layers, self._windows, self._kinds, strict=True):
             mask, is_causal = self._visibility(tokens.shape[1], window, tokens.device)
@@ -176,7 +179,7 @@ class FrozenBlock(nn.Module):
             run = partial(layer, **known)
             keeps = not (self.gradient_checkpointing and self.training and torch.is_grad_enabled())
             tokens = run(tokens) if keeps else checkpoint(run, tokens, use_reentrant=False)
-        return tokens if self.norm is None else self.norm(tokens)
+        return (tokens if self.norm is None else self.norm(tokens)).to(given)
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - PyTorch's signature
         """Set the mode of the block; its layers stay in evaluation, where they drop nothing out."""
@@ -195,6 +198,11 @@ class FrozenBlock(nn.Module):
     def sha256(self) -> str:
         """Hash of these tensors' names and bytes."""
         return tensors_sha256(self.frozen_tensors())
+
+    def _kept_dtype(self, default: torch.dtype) -> torch.dtype:
+        """Precision of the layers, which 8-bit storage leaves to their norms and scales."""
+        dtypes = (value.dtype for value in self.parameters() if value.is_floating_point())
+        return next(dtypes, default)
 
     def _angles(self, tokens: Tensor, positions: Tensor | None) -> dict[str | None, Angles]:
         """Angles for each kind of layer; empty for families that have none."""

@@ -25,7 +25,7 @@ def in_pieces(network: nn.Module) -> None:
 
 
 def _forward(network: Any, whole: Callable[[Tokens], Tokens], tokens: Tokens) -> Tokens:
-    if tokens.numel() <= _PIECE:
+    if tokens.numel() <= _PIECE or _casts_weights(network, tokens.device.type):
         return whole(tokens)
     # The gate of Llama and its kin, whose parts have these names.
     if hasattr(network, "gate_proj") and hasattr(network, "act_fn"):
@@ -33,6 +33,14 @@ def _forward(network: Any, whole: Callable[[Tokens], Tokens], tokens: Tokens) ->
     rows = tokens.reshape(-1, tokens.shape[-1])
     pieces = rows.split(max(1, _PIECE // tokens.shape[-1]))
     return torch.cat([whole(piece) for piece in pieces]).view_as(tokens)
+
+
+def _casts_weights(network: nn.Module, kind: str) -> bool:
+    """Whether autocast converts the weights in each call, so that each piece would keep a copy of them."""
+    if not torch.is_autocast_enabled(kind):
+        return False
+    dtype = torch.get_autocast_dtype(kind)
+    return any(weight.is_floating_point() and weight.dtype != dtype for weight in network.parameters())
 
 
 def _gated(network: Any, tokens: Tensor) -> Tensor:

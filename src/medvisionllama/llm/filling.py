@@ -38,7 +38,8 @@ def filled_layers(
         BlockError: a tensor is missing or has another shape than the configuration implies.
     """
     layers, norm = empty_layers(family, config, positions)
-    tensors = source.layer_tensors(positions, family, dtype=dtype)
+    wanted = {name for layer in layers for name, _ in layer.named_parameters()}
+    tensors = source.layer_tensors(positions, family, dtype=dtype, wanted=wanted)
     parts = [
         (f"layer {p}", layer, held) for p, layer, held in zip(positions, layers, tensors.layers, strict=True)
     ]

@@ -1,7 +1,8 @@
 """Models of the Hugging Face Hub: of a checkpoint, only the byte ranges of the tensors asked for are fetched.
 
-Addresses are those of the Hub, `HF_ENDPOINT/organisation/name/resolve/revision/file`, and nothing but GET requests
-for ranges is needed, so a mirror may be a plain web server. Environment variables are read at each fetch.
+A repository that huggingface_hub or transformers has downloaded whole is read where it lies, without a request.
+Otherwise addresses are those of the Hub, `HF_ENDPOINT/organisation/name/resolve/revision/file`, and nothing but GET
+requests for ranges is needed, so a mirror may be a plain web server. Environment variables are read at each fetch.
 """
 
 import shutil
@@ -13,6 +14,7 @@ from medvisionllama.errors import BlockError
 from medvisionllama.llm.cache import CONFIG, BlockCache, one_at_a_time
 from medvisionllama.llm.catalog import CatalogEntry
 from medvisionllama.llm.fetched import FetchedSource, is_offline
+from medvisionllama.llm.folder import FolderPlace
 from medvisionllama.llm.http import InterruptedFetchError, Repository
 from medvisionllama.llm.ranges import ByteSource
 from medvisionllama.llm.reader import CheckpointReader, read_settings
@@ -78,6 +80,7 @@ def hub_source(
     repo, _, revision = identifier.partition("@")
     revision = revision or "main"
     cache = cache_of(repo, revision)
+    downloaded = _downloaded(repo, revision)
 
     @contextmanager
     def place() -> Iterator[HubPlace]:
@@ -99,27 +102,34 @@ def hub_source(
 
     @contextmanager
     def opened() -> Iterator[Source]:
+        if downloaded:
+            yield CheckpointReader(FolderPlace(downloaded), name=identifier)
+            cache.note(repository=repo, revision=revision, commit=downloaded.name)
+            return
         with place() as files:
             yield CheckpointReader(files, name=identifier)
 
     if entry is None and not cache.has(CONFIG):
-        if is_offline(offline):
+        if downloaded:
+            cache.keep(CONFIG, (downloaded / CONFIG).read_bytes())
+        elif is_offline(offline):
             raise BlockError(
                 f"{identifier} is not in the cache and downloads are off; run `medvisionllama llm pull {identifier}` while online"
             )
-        with one_at_a_time():
-            try:
-                with place() as files:
-                    read_settings(files)
-                    cache.keep(CONFIG, files.content(CONFIG) or b"")
-            finally:
-                cache.tidy()
+        else:
+            with one_at_a_time():
+                try:
+                    with place() as files:
+                        read_settings(files)
+                        cache.keep(CONFIG, files.content(CONFIG) or b"")
+                finally:
+                    cache.tidy()
     return FetchedSource(
         entry.name if entry else identifier,
         entry.settings if entry else read_settings(_Kept(cache)),
         cache,
         opened=opened,
-        offline=offline,
+        offline=False if downloaded else offline,
         checkpoint_bytes=entry.checkpoint_bytes if entry else None,
     )
 
@@ -127,6 +137,20 @@ def hub_source(
 def cache_of(repo: str, revision: str = "main") -> BlockCache:
     """Where the pieces of a repository are kept."""
     return BlockCache("hub", repo.replace("/", "--"), revision.replace("/", "--"))
+
+
+def _downloaded(repo: str, revision: str) -> Path | None:
+    """The folder of a repository that another program has downloaded with all its weights."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo, CONFIG, revision=revision)
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    try:
+        return folder if CheckpointReader(FolderPlace(folder), name=repo).is_whole() else None
+    except BlockError:
+        return None
 
 
 def _delete(parts: Path) -> None:

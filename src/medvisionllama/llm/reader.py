@@ -132,6 +132,14 @@ class CheckpointReader:
             for content in contents
         )
 
+    def is_whole(self) -> bool:
+        """Whether every file of weights is there.
+
+        Raises:
+            BlockError: none is.
+        """
+        return all(self.place.open(file) for file in {stored.file for stored in self._index.tensors.values()})
+
     @cached_property
     def _index(self) -> _Index:
         for files in self.place.weight_files():

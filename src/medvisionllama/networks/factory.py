@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from medvisionllama.config import BlockConfig, NetworkConfig
@@ -97,6 +98,7 @@ def build_block(config: BlockConfig, *, seed: int = 0) -> FrozenBlock:
         lora_rank=config.lora_rank,
         lora_targets=config.lora_targets,
         storage=config.storage,
+        dtype=getattr(torch, config.dtype),
         gradient_checkpointing=config.gradient_checkpointing,
         seed=seed,
     )

@@ -27,9 +27,23 @@ def hub(tmp_path: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     monkeypatch.setattr(http, "_WAITS_S", (0.0, 0.0))
     monkeypatch.setenv("MEDVISIONLLAMA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "huggingface"))
     with serving(tmp_path / "served") as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
+
+
+@pytest.fixture
+def downloaded(tmp_path: Path, checkpoints: Path) -> Callable[[str], Path]:
+    """Lay a repository where huggingface_hub keeps what it has downloaded; returns its snapshot."""
+
+    def lay(name: str) -> Path:
+        repository, commit = tmp_path / "huggingface" / f"models--org--{name}", "c" * 40
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(commit)
+        return Path(shutil.copytree(checkpoints / name, repository / "snapshots" / commit))
+
+    return lay
 
 
 @pytest.fixture

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from medvisionllama.config import load_config
 from medvisionllama.errors import BlockError, ConfigError
-from medvisionllama.llm import FrozenBlock, embed_prompt
+from medvisionllama.llm import FrozenBlock, embed_prompt, feed_forward
 from medvisionllama.llm.prompt import shuffled
 from medvisionllama.llm.rotary import axial_angles, grid_positions, sequence_angles
 from medvisionllama.networks.factory import build_insert
@@ -31,6 +32,11 @@ def folder(tmp_path):
 
 def _tokens(number=24):
     return torch.randn(2, number, 32, generator=torch.Generator().manual_seed(1))
+
+
+def _change(folder, name, change):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: change(tensors[name])}, folder / "model.safetensors")
 
 
 def _insert(folder, **settings):
@@ -161,6 +167,41 @@ def test_int8_storage_is_close_takes_a_quarter_and_passes_gradients_to_the_input
         gradients.append(torch.autograd.grad(y.square().sum(), x)[0])
     for exact, near in (outputs, gradients):
         assert 0 < (exact - near).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.parametrize("storage", ["full", "int8"])
+def test_a_block_kept_in_bfloat16_takes_tokens_of_any_precision(folder, storage):
+    exact = FrozenBlock.from_pretrained(folder)
+    block = FrozenBlock.from_pretrained(folder, dtype=torch.bfloat16, storage=storage)
+    assert block(_tokens()).dtype == torch.float32
+    assert torch.equal(block(_tokens()), block(_tokens().bfloat16()).float())
+    assert (block(_tokens()) - exact(_tokens())).norm() / exact(_tokens()).norm() < 0.05
+
+
+def test_kept_in_bfloat16_the_block_is_the_same_under_autocast(folder):
+    """Matrices are converted anyway; this layer's norms have weights that bfloat16 holds."""
+    for norm in (name for name in load_file(folder / "model.safetensors") if "norm" in name):
+        _change(folder, norm, lambda value: value.bfloat16().float())
+    outputs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(FrozenBlock.from_pretrained(folder, dtype=dtype)(_tokens()))
+    assert torch.equal(*outputs)
+
+
+def test_the_setting_reaches_the_block(folder):
+    block = _insert(folder, dtype="bfloat16").block
+    assert {value.dtype for value in block.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("dtype", "num_pieces"), [(torch.float32, 1), (torch.bfloat16, 3)])
+def test_weights_that_autocast_converts_are_converted_once(folder, monkeypatch, dtype, num_pieces):
+    monkeypatch.setattr(feed_forward, "_PIECE", 32 * 16)
+    block, calls = FrozenBlock.from_pretrained(folder, dtype=dtype), []
+    block.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        block(_tokens())  # 48 tokens
+    assert len(calls) == num_pieces
 
 
 def test_lora_trains_on_top_of_int8_storage(folder):

@@ -71,6 +71,26 @@ def test_what_is_kept_needs_no_server(hub, kept, monkeypatch):
     assert len(hub.asked) == asked
 
 
+@pytest.mark.parametrize("name", ["whole", "sharded", "pickled"])
+def test_what_another_program_has_downloaded_is_read_where_it_lies(
+    hub, checkpoints, downloaded, monkeypatch, name
+):
+    downloaded(name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    block = FrozenBlock.from_pretrained(f"org/{name}", layers=(1,))
+    assert block.sha256() == FrozenBlock.from_pretrained(checkpoints / name, layers=(1,)).sha256()
+    assert hub.asked == []
+
+
+def test_what_another_program_has_downloaded_in_part_is_fetched(hub, downloaded):
+    next(downloaded("sharded").glob("model-*.safetensors")).unlink()
+    FrozenBlock.from_pretrained("org/sharded", layers=(1,))
+    assert hub.asked
+    (downloaded("whole") / "model.safetensors").unlink()
+    FrozenBlock.from_pretrained("org/whole", layers=(1,))
+    assert hub.of("model.safetensors")
+
+
 def test_the_manifest_has_the_checksum_of_every_file_and_the_origin(hub, tmp_path):
     hub.headers["X-Repo-Commit"] = "a" * 40
     FrozenBlock.from_pretrained("org/sharded")
