@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from medvisionllama.llm import FrozenBlock
 from medvisionllama.run_dir import machine_facts
 
-RESULT = Path(__file__).parent / "results" / "block.json"
+RESULTS = Path(__file__).parent / "results"
 WIDTH, HIDDEN, HEADS, KEY_VALUE_HEADS, HEAD = 4096, 14_336, 32, 8, 128
 Step = Callable[[], object]
 
@@ -33,7 +33,8 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, help="by default results/block.json, or block_cuda.json on a GPU")
+    parser.add_argument("--precisions", nargs="+", choices=["float32", "bfloat16"])
     parser.add_argument("--memory-of", choices=["ours", "reference"], help=argparse.SUPPRESS)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -41,16 +42,17 @@ def main() -> None:
     if arguments.memory_of:
         print(peak_gib(arguments.memory_of, arguments.tokens[0], arguments.precision, device))
         return
-    precisions = ["float32", "bfloat16"] if device.type == "cuda" else ["float32"]
+    precisions = arguments.precisions or (["float32", "bfloat16"] if device.type == "cuda" else ["float32"])
     rows = [
         measure(tokens, precision, device, arguments.repeats)
         for tokens in arguments.tokens
         for precision in precisions
     ]
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(
-        json.dumps({"rows": rows, "machine": machine_facts()["hardware"]}, indent=2) + "\n"
-    )
+    result = {"rows": rows, "across_precisions": across_precisions(rows)}
+    print(json.dumps(result["across_precisions"]))
+    out = arguments.out or RESULTS / ("block_cuda.json" if device.type == "cuda" else "block.json")
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps({**result, "machine": machine_facts()["hardware"]}, indent=2) + "\n")
 
 
 def measure(tokens: int, precision: str, device: torch.device, repeats: int) -> dict[str, object]:
@@ -82,6 +84,25 @@ def measure(tokens: int, precision: str, device: torch.device, repeats: int) -> 
         row[f"{name}_peak_gib"] = float(output.stdout.split()[-1])
     print(json.dumps(row), flush=True)
     return row
+
+
+def across_precisions(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Ours in bfloat16 against the reference code as it runs, in float32."""
+    found = {(row["tokens"], row["precision"]): row for row in rows}
+    result = []
+    for tokens in dict.fromkeys(row["tokens"] for row in rows):
+        ours, theirs = found.get((tokens, "bfloat16")), found.get((tokens, "float32"))
+        if ours and theirs:
+            time_ratio = ratio(theirs["reference_s"], ours["ours_s"])
+            memory_ratio = round(ours["ours_peak_gib"] / theirs["reference_peak_gib"], 3)
+            result.append(
+                {
+                    "tokens": tokens,
+                    "reference_float32_over_ours_bfloat16": time_ratio,
+                    "memory_ours_bfloat16_over_reference_float32": memory_ratio,
+                }
+            )
+    return result
 
 
 def ratio(first: list[float], second: list[float]) -> dict[str, float]:
