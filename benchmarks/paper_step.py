@@ -31,8 +31,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--block-dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
-    config = load_config("paper", ["network.block.weights=random"])
+    block = [f"network.block.{setting}" for setting in ("weights=random", f"dtype={arguments.block_dtype}")]
+    config = load_config("paper", block)
     assert config.data.crop_size is not None
     device = choose_device("auto")
     bf16 = use_bf16(arguments.precision, device)
@@ -63,9 +65,9 @@ def main() -> None:
         "system": platform.platform(),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"paper_step_batch{arguments.batch}_{result['precision']}.json").write_text(
-        json.dumps(result, indent=2) + "\n"
-    )
+    kept = "_block_bf16" if arguments.block_dtype == "bfloat16" else ""
+    name = f"paper_step_batch{arguments.batch}_{result['precision']}{kept}.json"
+    (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 

@@ -1,10 +1,11 @@
 """The command line's verbs as functions of the same names and arguments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medvisionllama.config import load_config, read_config
+from medvisionllama.config import Config, load_config, read_config
 from medvisionllama.config.load import parse_overrides
 from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.progress import Progress
@@ -45,7 +46,7 @@ def train(
     """
     from medvisionllama.evaluation.evaluate import evaluate_run
     from medvisionllama.reports.html import write_report
-    from medvisionllama.training.fit import fit
+    from medvisionllama.training.fit import fit, with_absolute_paths
 
     out = Path(out)
     chosen: dict[str, Any] = {"data.path": Path(data), "out": out}
@@ -59,8 +60,8 @@ def train(
     chosen |= parse_overrides(overrides)
     if resume:
         RunDir(out).check_resumable()
-        _check_changeable(chosen)
         config = read_config(RunDir(out).config, chosen)
+        _check_changeable(read_config(RunDir(out).config), with_absolute_paths(config), chosen)
     else:
         config = load_config(preset, chosen)
     result = fit(config, resume=resume, progress=progress)
@@ -198,13 +199,14 @@ def demo(
     return RunDir(run).report
 
 
-def _check_changeable(settings: Mapping[str, Any]) -> None:
+def _check_changeable(before: Config, after: Config, chosen: Iterable[str]) -> None:
     """Refuse to resume with settings that would make it another run."""
     fixed = {"train.seed", "train.optimizer", "train.ema_decay", "train.batch_size", "train.accumulate"}
-    for key in settings.keys() - {"data.path", "out"}:
-        if key in fixed or not key.startswith(("train.", "inference.")):
+    for key in set(chosen) - {"data.path", "out"}:
+        was, now = (reduce(getattr, key.split("."), config) for config in (before, after))
+        if was != now and (key in fixed or not key.startswith(("train.", "inference."))):
             raise ConfigError(
-                f"{key} is fixed when a run begins and cannot change by --resume; start a new run"
+                f"{key} is fixed when a run begins ({was}) and cannot change by --resume (to {now}); start a new run"
             )
 
 

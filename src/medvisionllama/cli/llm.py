@@ -1,6 +1,7 @@
 """`medvisionllama llm`: which blocks are known, what one costs, and fetching one."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -108,6 +109,8 @@ def pull(
     from medvisionllama.llm.filling import empty_layers
     from medvisionllama.llm.sources import open_source, resolve_layers
 
+    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise BlockError(f"--sha256 {sha256[:80]!r} is no checksum; it has 64 digits from 0 to f")
     opened = open_source(source, progress=_Transfers())
     if not isinstance(opened, FetchedSource):
         raise BlockError(f"{source} is on this machine already; use it as network.block.source={source}")
@@ -120,29 +123,25 @@ def pull(
     opened.layer_tensors(positions, family, wanted=wanted)
     block = FrozenBlock.from_pretrained(source, layers=positions)
     if sha256 and block.sha256() != sha256.lower():
-        for position in set(positions) - kept_before:
+        fetched_now = set(positions) - kept_before
+        for position in fetched_now:
             opened.cache.forget(layer_file(position))
+        fate = "was not kept" if fetched_now else f"stays in {opened.cache.folder} from before"
         raise BlockError(
-            f"the block of {source} has sha256 {block.sha256()}, expected was {sha256}; it was not kept, check --layers, the revision and the source"
+            f"the block of {source} has sha256 {block.sha256()}, expected was {sha256}; it {fate}, check --layers, the revision and the source"
         )
     typer.echo(f"layers {', '.join(map(str, positions))} of {opened.name} are in {opened.cache.folder}")
     typer.echo(f"sha256 {block.sha256()}")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """Read `-1`, `0,1` or `28:30`."""
+    from medvisionllama.config.schema import parse_layers
     from medvisionllama.errors import BlockError
 
-    numbers: list[int] = []
     try:
-        for part in text.split(","):
-            first, colon, end = part.partition(":")
-            numbers += range(int(first), int(end)) if colon else [int(first)]
-    except ValueError:
-        numbers = []
-    if not numbers:
-        raise BlockError(f"--layers {text!r} names no layer; write -1, or 0,1, or 28:30 (28 and 29)")
-    return tuple(numbers)
+        return parse_layers(text)
+    except ValueError as error:
+        raise BlockError(f"--layers {error}") from None
 
 
 def _state(entry: "CatalogEntry") -> str:
@@ -151,7 +150,7 @@ def _state(entry: "CatalogEntry") -> str:
 
     kept = (BlockCache(entry.name) if entry.wheel else cache_of(entry.repo)).layers()
     if kept:
-        return f"layer {', '.join(map(str, kept))} cached"
+        return f"cached: {kept[0]}" if len(kept) == 1 else f"{len(kept)} cached"
     return "gated" if entry.gated else "can be pulled"
 
 

@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,8 +20,8 @@ def load_config(preset: str = "small", overrides: Sequence[str] | Mapping[str, A
 
     Args:
         preset: a name of `PRESETS`.
-        overrides: `["network.insert=none"]` as on the command line (values read as YAML), or a mapping from
-            dotted keys to values.
+        overrides: `["network.insert=none"]` as on the command line (words as they are, all else read as YAML;
+            several values as `a,b` or `[a,b]`), or a mapping from dotted keys to values.
 
     Raises:
         ConfigError: an unknown preset or key, a value of the wrong type, or values that contradict each other.
@@ -28,7 +29,10 @@ def load_config(preset: str = "small", overrides: Sequence[str] | Mapping[str, A
     >>> load_config("small", ["network.insert=none", "train.epochs=3"]).network.insert
     'none'
     """
-    return _validated(apply_overrides(preset_settings(preset), overrides), where=f"preset {preset}")
+    parsed = parse_overrides(overrides)
+    return _validated(
+        apply_overrides(preset_settings(preset), parsed), where=f"preset {preset}: ", given=parsed
+    )
 
 
 def apply_overrides(settings: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -74,32 +78,41 @@ def read_config(path: Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -
         raise ConfigError(f"{path} is not readable YAML: {_one_line(error)}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds no settings")
-    return _validated(apply_overrides(settings, overrides), where=str(path))
+    parsed = parse_overrides(overrides)
+    return _validated(apply_overrides(settings, parsed), where=f"{path}: ", given=parsed)
 
 
-def _validated(settings: dict[str, Any], *, where: str) -> Config:
+def _validated(settings: dict[str, Any], *, where: str, given: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "settings"
-        given = "" if isinstance(first["input"], BaseModel | dict) else f" (given: {first['input']!r})"
+        shown = "" if isinstance(first["input"], BaseModel | dict) else f" (given: {first['input']!r})"
         message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where}: {key}: {message}{given}") from None
+        # A preset is not to blame for what was set over it.
+        blamed = "" if any(f"{name}.".startswith(f"{key}.") for name in given) else where
+        raise ConfigError(f"{blamed}{key}: {message}{shown}") from None
 
 
 def _split_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--set {text!r} has no '='; write it as --set section.key=value")
+    key = key.strip()
+    kind = _known_types(Config).get(key)
+    if kind is str:
+        return key, value.strip()
+    if get_origin(kind) is tuple and value.strip() and not value.lstrip().startswith(("[", "null", "~")):
+        value = f"[{','.join(repr(part.strip()) if ':' in part else part for part in value.split(','))}]"
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text!r}: the value is not readable: {_one_line(error)}") from None
 
 
 def _check_key(key: str) -> None:
-    known = _known_keys(Config)
+    known = list(_known_types(Config))
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -108,15 +121,18 @@ def _check_key(key: str) -> None:
         )
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys: list[str] = []
+def _known_types(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Type of every setting by its dotted key; None beside another type is left out."""
+    types: dict[str, Any] = {}
     for name, field in model.model_fields.items():
-        nested = field.annotation
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            keys += _known_keys(nested, f"{prefix}{name}.")
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            types |= _known_types(kind, f"{prefix}{name}.")
         else:
-            keys.append(prefix + name)
-    return keys
+            others = [part for part in get_args(kind) if part is not type(None)]
+            optional = get_origin(kind) is UnionType and len(others) == 1
+            types[prefix + name] = others[0] if optional and others[0] is not str else kind
+    return types
 
 
 def _plain(value: Any) -> Any:

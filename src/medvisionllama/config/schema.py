@@ -5,7 +5,7 @@ built, before a scan is read or a weight allocated.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -14,6 +14,26 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Size = tuple[Positive, Positive, Positive]
+
+
+def parse_layers(text: Any) -> tuple[Any, ...]:
+    """Read `-1`, `0,1` or `28:30`; what is no text stays as it is.
+
+    Raises:
+        ValueError: it names no layer.
+    """
+    if not isinstance(text, str):
+        return (text,)
+    numbers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, colon, end = part.partition(":")
+            numbers += range(int(first), int(end)) if colon else [int(first)]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise ValueError(f"{text!r} names no layer; write -1, or 0,1, or 28:30 (28 and 29)")
+    return tuple(numbers)
 
 
 class Section(BaseModel):
@@ -84,7 +104,7 @@ class BlockConfig(Section):
     """A name of the catalogue (`medvisionllama llm list`), a local folder or file of safetensors or GGUF, or a
     Hub id `organisation/name`."""
     layers: Annotated[tuple[int, ...], Field(min_length=1)] = (-1,)
-    """Which layers, counted from the front, or from the back if negative."""
+    """Which layers, counted from the front, or from the back if negative: -1, or 0,1, or 28:30 (28 and 29)."""
     weights: Literal["pretrained", "random", "moment_matched", "permuted", "identity"] = "pretrained"
     """Controls replace the language model's weights: random from its family's initialiser; random, each tensor with
     its own mean and deviation; each tensor's own values shuffled; or no layer at all."""
@@ -112,10 +132,31 @@ class BlockConfig(Section):
     gradient_checkpointing: bool = False
     """Compute the block's activations again in the backward pass instead of keeping them."""
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _read_layers(cls, value: Any) -> Any:
+        parts = value if isinstance(value, list | tuple) else [value]
+        return tuple(number for part in parts for number in parse_layers(part))
+
+    @field_validator("lora_targets", mode="before")
+    @classmethod
+    def _one_target(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _fits_together(self) -> "BlockConfig":
-        if not self.frozen and (self.lora_rank or self.storage == "int8"):
-            raise ValueError("frozen=false needs neither lora_rank nor storage=int8; give one of them")
+        # Settings without effect would give an arm of a comparison another arm's name.
+        if not self.frozen and (self.lora_rank or self.storage == "int8" or self.dtype != "float32"):
+            raise ValueError(
+                "frozen=false needs float32 without lora_rank and storage=int8; give one of them"
+            )
+        if self.prompt_control != "text" and not self.prompt.strip():
+            raise ValueError("prompt_control has no effect without prompt; give both")
+        altered = self.lora_rank or self.prompt or self.storage == "int8" or not self.frozen
+        if self.weights == "identity" and altered:
+            raise ValueError(
+                "weights=identity has no layer for lora_rank, prompt, storage=int8 or frozen=false"
+            )
         return self
 
 

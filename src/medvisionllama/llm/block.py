@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from medvisionllama.llm.filling import filled_layers, initialised_layers
 from medvisionllama.llm.int8 import store_as_int8
 from medvisionllama.llm.lora import add_lora
 from medvisionllama.llm.rotary import (
+    ROTARY,
     Angles,
     Rotary,
     axial_angles,
@@ -33,6 +34,7 @@ from medvisionllama.llm.sources import open_source, resolve_layers
 from medvisionllama.types import Tokens
 
 Storage = Literal["full", "int8"]
+STORAGE: tuple[Storage, ...] = get_args(Storage)
 
 
 class FrozenBlock(nn.Module):
@@ -75,14 +77,14 @@ class FrozenBlock(nn.Module):
         cls,
         source: str | Path = "smollm2-135m",
         *,
-        layers: Sequence[int] = (-1,),
+        layers: int | Sequence[int] = (-1,),
         rotary: Rotary = False,
         causal: bool = False,
         final_norm: bool = True,
         weights: Weights = "pretrained",
         seed: int = 0,
         lora_rank: int = 0,
-        lora_targets: Sequence[str] = (),
+        lora_targets: str | Sequence[str] = (),
         frozen: bool = True,
         storage: Storage = "full",
         gradient_checkpointing: bool = False,
@@ -118,7 +120,11 @@ class FrozenBlock(nn.Module):
         >>> block(torch.zeros(1, 5, block.width)).shape
         torch.Size([1, 5, 576])
         """
-        _check_options(weights, frozen=frozen, lora_rank=lora_rank, storage=storage)
+        layers = [layers] if isinstance(layers, int) else layers
+        lora_targets = [lora_targets] if isinstance(lora_targets, str) else lora_targets
+        _check_options(
+            weights, rotary, storage=storage, frozen=frozen, lora_rank=lora_rank, dtype=dtype, layers=layers
+        )
         opened = open_source(source)
         family = family_of(opened.settings["model_type"])
         config = family.make_config(opened.settings)
@@ -166,7 +172,12 @@ class FrozenBlock(nn.Module):
 
         Args:
             positions: places `[n]` in a sequence (by default 0 to n - 1), or `[n, 3]` along x, y, z for `3d`.
+
+        Raises:
+            ValueError: tokens or positions of another shape.
         """
+        if tokens.ndim != 3 or tokens.shape[-1] != self.width:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, the block needs [b, n, {self.width}]")
         given = tokens.dtype
         if not torch.is_autocast_enabled(tokens.device.type):
             tokens = tokens.to(self._kept_dtype(given))
@@ -215,6 +226,10 @@ class FrozenBlock(nn.Module):
         if self.rotary is None:
             return dict.fromkeys(self._kinds, no_angles(self._rotary_width, like))
         if positions is None:
+            if self.needs_positions:
+                raise ValueError(
+                    "rotary='3d' needs positions of shape [n, 3]: each token's place along x, y, z"
+                )
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         wanted = (tokens.shape[1], 3) if self.needs_positions else (tokens.shape[1],)
         if tuple(positions.shape) != wanted:
@@ -246,10 +261,32 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _check_options(weights: Weights, *, frozen: bool, lora_rank: int, storage: Storage) -> None:
-    if weights not in WEIGHTS:
-        raise BlockError(f"weights={weights!r} is not known; known: {', '.join(WEIGHTS)}")
-    if not frozen and lora_rank:
+def _check_options(
+    weights: Weights,
+    rotary: Rotary,
+    *,
+    storage: Storage,
+    frozen: bool,
+    lora_rank: int,
+    dtype: torch.dtype,
+    layers: Sequence[int],
+) -> None:
+    choices = (("weights", weights, WEIGHTS), ("rotary", rotary, ROTARY), ("storage", storage, STORAGE))
+    for option, value, known in choices:
+        # 1 equals True, and is no choice.
+        if not any(value is choice or (value == choice and isinstance(value, str)) for choice in known):
+            raise BlockError(f"{option}={value!r} is not known; known: {', '.join(map(repr, known))}")
+    if not all(isinstance(layer, int) for layer in layers):
+        raise BlockError(f"layers={layers!r} is not known; give numbers, as layers=(-1,) or range(28, 30)")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise BlockError(
+            f"dtype={dtype!r} cannot hold a block; give torch.float32, bfloat16, float16 or float64"
+        )
+    if lora_rank < 0:
+        raise BlockError(f"lora_rank={lora_rank} is negative; 0 leaves LoRA out")
+    if frozen:
+        return
+    if lora_rank:
         raise BlockError("an unfrozen block needs no LoRA; give frozen=False or lora_rank, not both")
-    if not frozen and storage == "int8":
+    if storage == "int8":
         raise BlockError("8-bit integers cannot be trained; give frozen=False or storage='int8', not both")

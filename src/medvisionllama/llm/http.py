@@ -143,7 +143,7 @@ class Repository:
                 failures, before = 0, done()
             if failures == len(_WAITS_S):
                 raise InterruptedFetchError(
-                    f"the connection to {self.host} failed while {file} of {self.repo} was fetched ({_short(reason)}); check the network and run the same command again: it goes on where it stopped"
+                    f"the connection to {self.host} failed while {file} of {self.repo} was fetched ({_cause(reason)}); check the network, proxy or HF_ENDPOINT and run the same command again: it goes on where it stopped"
                 ) from None
             time.sleep(_WAITS_S[failures])
             failures += 1
@@ -333,6 +333,12 @@ def _token() -> str | None:
     from huggingface_hub import get_token
 
     return get_token()
+
+
+def _cause(error: object) -> str:
+    """What lies behind an error of `requests`, whose own text repeats the address."""
+    found = re.search(r"Caused by (.*)", str(error))
+    return _short(re.sub(r"<[^>]*>|HTTPS?Connection\([^)]*\):?", "", found[1] if found else str(error)))
 
 
 def _short(error: object) -> str:

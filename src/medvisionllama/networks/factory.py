@@ -85,6 +85,15 @@ def build_insert(config: NetworkConfig, *, grid: Triple, seed: int = 0) -> nn.Mo
     )
 
 
+def check_insert(config: NetworkConfig) -> None:
+    """Build the insert and let it go: what it needs is fetched, or found missing, before scans are prepared.
+
+    Raises:
+        BlockError: a source, layer, projection or prompt that does not exist.
+    """
+    build_insert(config, grid=(1, 1, 1))
+
+
 def build_block(config: BlockConfig, *, seed: int = 0) -> FrozenBlock:
     """Build the frozen block."""
     return FrozenBlock.from_pretrained(

@@ -20,7 +20,7 @@ from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.inference.predictor import read_plan
 from medvisionllama.llm import CATALOG
 from medvisionllama.llm.block import tensors_sha256
-from medvisionllama.networks.factory import build_network
+from medvisionllama.networks.factory import build_network, check_insert
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.run_dir import RunDir, machine_facts
@@ -71,6 +71,7 @@ def fit(config: Config, *, resume: bool = False, progress: Progress | None = Non
         run_dir.check_resumable()
     else:
         run_dir.check_unused()
+    check_insert(config.network)
     data = prepare_data(config, drawn=run_dir.splits if resume else config.data.splits, progress=progress)
     if resume:
         check_unchanged(run_dir, data)
