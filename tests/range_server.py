@@ -44,7 +44,9 @@ class RangeServer:
     honours_if_range: bool = True
     shift: int = 0
     """Added to the first byte of every answered range."""
-    claimed_size: int | None = None
+    claimed_size: int | str | None = None
+    longer: int = 0
+    """Bytes that follow every answered range, announced by Content-Length alone."""
 
     @property
     def served(self) -> int:
@@ -111,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         first += state.shift
         size = state.claimed_size or len(content)
         extra["Content-Range"] = f"bytes {first}-{last}/{size}"
-        self._answer(asked, 206, content[first : last + 1], **extra)
+        self._answer(asked, 206, content[first : last + 1] + bytes(state.longer), **extra)
 
     def _answer(self, asked: Asked, status: int, body: bytes | mmap.mmap, **headers: str) -> None:
         state = self.state

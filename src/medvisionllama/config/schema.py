@@ -28,6 +28,8 @@ def parse_layers(text: Any) -> tuple[Any, ...]:
     try:
         for part in text.split(","):
             first, colon, end = part.partition(":")
+            if len(part) > 12 or (colon and int(end) - int(first) > 10_000):
+                raise ValueError
             numbers += range(int(first), int(end)) if colon else [int(first)]
     except ValueError:
         numbers = []

@@ -70,7 +70,9 @@ class FrozenBlock(nn.Module):
         self._hides_what_follows = causal and family.is_causal(config)
         self._windows = [family.window(config, position) if causal else None for position in positions]
         self._kinds = [family.rotary_kind(config, position) for position in positions]
-        self._rotary_width = 0 if rotary is None else rotary_width(rotary, family.rotary_kind(config, 0))
+        with family.refusing_nonsense():
+            kind = family.rotary_kind(config, 0)
+            self._rotary_width = 0 if rotary is None else rotary_width(rotary, kind)
 
     @classmethod
     def from_pretrained(

@@ -6,6 +6,7 @@ The manifest has the SHA-256 of each file; it is verified whenever the file is u
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ NORM, ROWS, TOKENIZER, CONFIG, MANIFEST = (
     "config.json",
     "manifest.json",
 )
+_LAYER = re.compile(r"layer-([0-9]{3,5})\.safetensors")
 
 
 class BlockCache:
@@ -37,8 +39,8 @@ class BlockCache:
 
     def layers(self) -> tuple[int, ...]:
         """Positions of the layers that are kept."""
-        paths = self.folder.glob("layer-*.safetensors")
-        return tuple(sorted(int(path.stem.removeprefix("layer-")) for path in paths))
+        found = (_LAYER.fullmatch(path.name) for path in self.folder.glob("layer-*.safetensors"))
+        return tuple(sorted(int(match[1]) for match in found if match))
 
     def has(self, file: str) -> bool:
         return (self.folder / file).is_file()
@@ -60,8 +62,9 @@ class BlockCache:
         write_json(self.folder / MANIFEST, self._manifest() | facts)
 
     def noted(self, key: str, default: Any = None) -> Any:
-        """Look up a fact in the manifest."""
-        return self._manifest().get(key, default)
+        """Look up a fact in the manifest; one of another type than `default` counts as unknown."""
+        value = self._manifest().get(key, default)
+        return value if default is None or isinstance(value, type(default)) else default
 
     def sha256(self, file: str) -> str:
         """Checksum of a kept file."""
@@ -119,7 +122,7 @@ class BlockCache:
     def _manifest(self) -> dict[str, Any]:
         try:
             manifest = json.loads((self.folder / MANIFEST).read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
         return manifest if isinstance(manifest, dict) else {}
 

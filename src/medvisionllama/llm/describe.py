@@ -75,10 +75,8 @@ def _block_bytes(
             return opened.layer_bytes(positions, family_of(opened.settings["model_type"]))
         except BlockError:
             pass  # a folder without weights still has a configuration
-    dtype = getattr(
-        torch, str(opened.settings.get("dtype") or opened.settings.get("torch_dtype")), torch.float32
-    )
-    return parameters * dtype.itemsize
+    dtype = getattr(torch, str(opened.settings.get("dtype") or opened.settings.get("torch_dtype")), None)
+    return parameters * (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
 
 
 def _checkpoint_bytes(opened: Source) -> int | None:

@@ -4,7 +4,8 @@ A row says which `transformers` classes compute a layer, where a checkpoint keep
 model itself uses the layer (mask, positions). Everything else in `llm/` is the same for all families.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -71,22 +72,35 @@ class Family:
         Raises:
             BlockError: values that no model of the family can have.
         """
-        from huggingface_hub.errors import StrictDataclassError
-
         from medvisionllama.llm.attention import register
 
         package = import_module(f"transformers.models.{self.package}.configuration_{self.package}")
-        try:
-            config = getattr(package, self.config_class)(**settings)
-        except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise BlockError(f"config.json does not describe a {self.name} model ({reason})") from None
+        with self.refusing_nonsense():
+            _check_numbers(settings)
+            config = getattr(package, self.config_class)(
+                **{key: value for key, value in settings.items() if key not in _OF_HEADS}
+            )
+            _check_numbers({key: getattr(config, key, None) for key in _SIZES})
         config._attn_implementation = register()
         return config
 
+    @contextmanager
+    def refusing_nonsense(self) -> Iterator[None]:
+        """Turn what transformers raises for settings that make no model into one line."""
+        try:
+            yield
+        except BlockError:
+            raise
+        except Exception as error:  # noqa: BLE001 - any file may come here, and each setting fails its own way
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            raise BlockError(
+                f"config.json does not describe a {self.name} model ({reason}); download it again"
+            ) from None
+
     def make_layer(self, config: Any, index: int) -> nn.Module:
         """Build layer `index` of the model: some families' layers differ by their place."""
-        layer: nn.Module = self.load_class(self.layer_class)(config, layer_idx=index)
+        with self.refusing_nonsense():
+            layer: nn.Module = self.load_class(self.layer_class)(config, layer_idx=index)
         if self.feed_forward:
             in_pieces(layer.get_submodule(self.feed_forward))
         return layer
@@ -99,19 +113,22 @@ class Family:
         options = {keyword: getattr(config, name) for keyword, name in self.norm.options.items()}
         plain = self.norm.class_name == "LayerNorm"
         kind = nn.LayerNorm if plain else self.load_class(self.norm.class_name)
-        norm: nn.Module = kind(config.hidden_size, **options)
+        with self.refusing_nonsense():
+            norm: nn.Module = kind(config.hidden_size, **options)
         return norm
 
     def make_rotary(self, config: Any) -> nn.Module | None:
         if not self.rotary_class:
             return None
-        rotary: nn.Module = self.load_class(self.rotary_class)(config)
+        with self.refusing_nonsense():
+            rotary: nn.Module = self.load_class(self.rotary_class)(config)
         return rotary
 
     def initialise(self, module: nn.Module, config: Any) -> None:
         """Fill a module as a model of the family starts its training, norms included."""
-        base = self.load_class(self.base_class)(config)
-        module.apply(base._init_weights)
+        with self.refusing_nonsense():
+            base = self.load_class(self.base_class)(config)
+            module.apply(base._init_weights)
 
     def is_causal(self, config: Any) -> bool:
         """Whether this model hides what follows a token: some encoders serve as decoders, and the reverse."""
@@ -134,6 +151,29 @@ class Family:
         # Decoders count the token itself; so does the bidirectional variant of Gemma 3, but not ModernBERT.
         counts_itself = self.causal
         return size - 1 if counts_itself else size
+
+
+_COUNTS_LAYERS = ("num_hidden_layers", "n_layer")
+_SIZES = (
+    *_COUNTS_LAYERS,
+    *("hidden_size", "n_embd", "intermediate_size", "n_inner", "head_dim"),
+    *("num_attention_heads", "n_head", "num_key_value_heads"),
+)
+_OF_HEADS = ("num_labels", "id2label", "label2id")
+"""Of a classifier's head, which no block has."""
+_MAX_LAYERS, _MAX_SIZE = 10_000, 1 << 24
+
+
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    """Refuse sizes that no model has, before anything of such a size is built."""
+    for key, value in settings.items():
+        if key in _SIZES and value is not None:
+            largest = _MAX_LAYERS if key in _COUNTS_LAYERS else _MAX_SIZE
+            if type(value) is not int or not 1 <= value <= largest:
+                raise ValueError(f"{key} is {str(value)[:40]}; a whole number from 1 to {largest} is needed")
+        is_share = "dropout" in key or key.endswith("pdrop")
+        if is_share and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise ValueError(f"{key} is {str(value)[:40]}; a number from 0 to 1 is needed")
 
 
 def _decoder(name: str, stem: str, **changes: Any) -> Family:

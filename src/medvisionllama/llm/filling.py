@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from medvisionllama.errors import BlockError
 from medvisionllama.llm.controls import Weights, controlled, stream
 from medvisionllama.llm.families import Family
-from medvisionllama.llm.sources import Source
+from medvisionllama.llm.sources import LayerTensors, Source
 
 Layers = tuple[nn.ModuleList, nn.Module | None]
 
@@ -40,13 +40,8 @@ def filled_layers(
     layers, norm = empty_layers(family, config, positions)
     wanted = {name for layer in layers for name, _ in layer.named_parameters()}
     tensors = source.layer_tensors(positions, family, dtype=dtype, wanted=wanted)
-    parts = [
-        (f"layer {p}", layer, held) for p, layer, held in zip(positions, layers, tensors.layers, strict=True)
-    ]
-    if norm is not None:
-        parts.append(("the last norm", norm, tensors.norm))
-    for label, module, held in parts:
-        _check(module, held, f"{source.name}, {label}")
+    check_tensors(tensors, (layers, norm), positions, where=source.name)
+    for label, module, held in _parts(tensors, (layers, norm), positions):
         # Popping lets each tensor go as soon as its changed copy exists.
         content = {
             name: controlled(held.pop(name), weights, seed=seed, name=f"{label}/{name}").to(device, dtype)
@@ -76,6 +71,22 @@ def initialised_layers(
             family.initialise(module, config)
         module.to(device, dtype)
     return layers, norm
+
+
+def check_tensors(tensors: LayerTensors, expected: Layers, positions: Sequence[int], *, where: str) -> None:
+    """Raise BlockError if a tensor is missing or has another shape than the configuration implies."""
+    for label, module, held in _parts(tensors, expected, positions):
+        _check(module, held, f"{where}, {label}")
+
+
+def _parts(
+    tensors: LayerTensors, expected: Layers, positions: Sequence[int]
+) -> list[tuple[str, nn.Module, dict[str, Tensor]]]:
+    layers, norm = expected
+    parts: list[tuple[str, nn.Module, dict[str, Tensor]]] = [
+        (f"layer {p}", layer, held) for p, layer, held in zip(positions, layers, tensors.layers, strict=True)
+    ]
+    return parts if norm is None else [*parts, ("the last norm", norm, tensors.norm)]
 
 
 def _check(module: nn.Module, held: Mapping[str, Tensor], where: str) -> None:

@@ -36,9 +36,9 @@ class GgufSource:
         self._file = LocalFile(path)
         self._metadata, self._tensors = read_directory(self._file)
         self._architecture = self._metadata.get("general.architecture")
-        if self._architecture not in ARCHITECTURES:
+        if not isinstance(self._architecture, str) or self._architecture not in ARCHITECTURES:
             raise BlockError(
-                f"{path} holds a {self._architecture!r} model; GGUF reading supports: {', '.join(ARCHITECTURES)}"
+                f"{path} holds a {str(self._architecture)[:40]!r} model; GGUF reading supports: {', '.join(ARCHITECTURES)}"
             )
         self._check_ends()
         factors: dict[str, list[float]] = {

@@ -42,8 +42,21 @@ def gguf_settings(
     """Translate metadata; `factors` are the tensors of rotary factors, if the file has them.
 
     Raises:
-        BlockError: a needed value is missing or none.
+        BlockError: a needed value is missing, or values contradict each other.
     """
+    try:
+        return _settings(metadata, factors, where=where)
+    except BlockError:
+        raise
+    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
+        raise BlockError(
+            f"{where}: its metadata contradict themselves ({' '.join(repr(error).split())[:80]}); download it again"
+        ) from None
+
+
+def _settings(
+    metadata: Mapping[str, Any], factors: Mapping[str, list[float]], *, where: str
+) -> dict[str, Any]:
     architecture = metadata["general.architecture"]
     settings: dict[str, Any] = {"model_type": ARCHITECTURES[architecture]}
     for key, (name, kind) in (_NEEDED | _KNOWN).items():
@@ -53,15 +66,17 @@ def gguf_settings(
         if value is not None:
             try:
                 settings[name] = kind(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise BlockError(
                     f"{where}: {architecture}.{key} is {str(value)[:40]!r}, not one number; such models are not supported"
                 ) from None
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if settings[name] < 1:
-            raise BlockError(f"{where}: {name} is {settings[name]}; it is not a complete GGUF file")
     settings.setdefault("num_key_value_heads", settings["num_attention_heads"])
     head_dim = settings.setdefault("head_dim", settings["hidden_size"] // settings["num_attention_heads"])
+    for name, value in settings.items():
+        # Far above the largest models, and small enough to compute with.
+        limit = 10_000 if name == "num_hidden_layers" else 1 << 40
+        if isinstance(value, int | float) and not 0 < value <= limit:
+            raise BlockError(f"{where}: {name} is {value}; it is not a complete GGUF file")
     if architecture == "llama":
         settings.pop("sliding_window", None)  # Mistral's, which no block of ours is long enough to need
     if architecture in {"gemma2", "gemma3"}:

@@ -45,7 +45,7 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], *, where: str) -> "Toke
             tokenizer = _sentence_pieces(metadata, words)
         else:
             raise BlockError(f"{where} has a vocabulary of kind {kind!r}; known are gpt2 and llama")
-    _add_special(tokenizer, words, metadata.get("tokenizer.ggml.token_type") or [])
+        _add_special(tokenizer, words, metadata.get("tokenizer.ggml.token_type") or [])
     return tokenizer
 
 

@@ -34,7 +34,7 @@ _FIRST = 1 << 16
 _GAP = 1 << 12
 """Bytes between two ranges that cost less than a further request; the header before a pickle's array has fewer."""
 _MAX_SMALL_FILE = 100_000_000
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -55,14 +55,14 @@ class Repository:
         import requests
 
         self.repo = repo
-        self.commit = commit
+        self.commit = commit if isinstance(commit, str) and _COMMIT.fullmatch(commit) else None
         """What the revision meant when the first file came; later files come from there too."""
         self.parts = parts
         """Where ranges lie until all of them are there."""
         self.progress = progress
         self._revision = revision
         self._endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        self.host = urlsplit(self._endpoint).netloc or self._endpoint
+        self.host = _host(self._endpoint)
         self._session = requests.Session()
         # Compressed answers would have other ranges.
         self._session.headers["Accept-Encoding"] = "identity"
@@ -112,7 +112,7 @@ class Repository:
         response.close()
         if status in {401, 403}:
             raise BlockError(
-                f"{self.repo} on {self.host} is gated, private or absent (status {status}); accept its licence on {self._endpoint}/{self.repo} and set HF_TOKEN to your access token"
+                f"{self.repo} on {self.host} is gated, private or absent (status {status}); accept its licence on {self._page()} and set HF_TOKEN to your access token"
             )
         if status in {408, 429} or status >= 500:
             raise _Again(f"status {status}")
@@ -123,6 +123,7 @@ class Repository:
     def tries(self, attempt: Callable[[], T], file: str, *, done: Callable[[], int] = lambda: 0) -> T:
         """Repeat `attempt` while the connection fails and a few waits have not helped."""
         import requests
+        from urllib3.exceptions import HTTPError
 
         failures, before = 0, done()
         while True:
@@ -135,7 +136,10 @@ class Repository:
                 _Again,
             ) as error:
                 reason: Exception = error
-            except requests.RequestException as error:
+            except BlockError:
+                raise
+            # Addresses, of HF_ENDPOINT or of a redirect, that are none make urllib3 and urllib raise their own.
+            except (requests.RequestException, HTTPError, ValueError) as error:
                 raise BlockError(
                     f"{self.host} cannot be asked for {file} of {self.repo} ({_short(error)}); check HF_ENDPOINT and HF_TOKEN"
                 ) from None
@@ -147,6 +151,10 @@ class Repository:
                 ) from None
             time.sleep(_WAITS_S[failures])
             failures += 1
+
+    def _page(self) -> str:
+        scheme, _, _ = self._endpoint.partition("://")
+        return f"{scheme}://{self.host}/{self.repo}"
 
     def _note_commit(self, response: "Response") -> None:
         for answer in (*response.history, response):
@@ -294,10 +302,16 @@ class RemoteFile:
 
 
 def _exactly(response: "Response", count: int) -> bytes:
-    content = b"".join(response.iter_content(_PIECE))
+    content = bytearray()
+    for piece in response.iter_content(_PIECE):
+        content.extend(piece)
+        if len(content) > count:
+            raise BlockError(
+                f"{urlsplit(response.url).hostname} sent more bytes than it announced; nothing was kept, check HF_ENDPOINT and proxies"
+            )
     if len(content) != count:
         raise _Again("the answer ended early")
-    return content
+    return bytes(content)
 
 
 def _version(response: "Response") -> tuple[str, str]:
@@ -311,6 +325,24 @@ def _version(response: "Response") -> tuple[str, str]:
     tag, date = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
     weak = tag.startswith("W/")
     return tag or date, date if weak or not tag else tag
+
+
+def _host(endpoint: str) -> str:
+    """Host and port, without the name and password that an address may carry.
+
+    Raises:
+        BlockError: no address of a web server.
+    """
+    try:
+        parts = urlsplit(endpoint)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or parts.scheme not in {"http", "https"}:
+        raise BlockError(
+            "HF_ENDPOINT is no address of a web server; check HF_ENDPOINT, or unset it for the Hub"
+        )
+    return f"{host}:{port}" if port else host
 
 
 def _bearer(token: str | None) -> "AuthBase | None":
@@ -327,12 +359,14 @@ def _bearer(token: str | None) -> "AuthBase | None":
 
 
 def _token() -> str | None:
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if token:
-        return token
     from huggingface_hub import get_token
 
-    return get_token()
+    token = os.environ.get("HF_TOKEN", "").strip() or get_token()
+    if token and not re.fullmatch(r"[!-~]+", token):
+        raise BlockError(
+            "HF_TOKEN holds blanks or letters that no token has; copy it again from your account"
+        )
+    return token
 
 
 def _cause(error: object) -> str:
@@ -342,4 +376,4 @@ def _cause(error: object) -> str:
 
 
 def _short(error: object) -> str:
-    return " ".join(str(error).split())[:120]
+    return re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))[:120]

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from medvisionllama.errors import BlockError
 from medvisionllama.llm.cache import CONFIG, BlockCache, one_at_a_time
@@ -94,7 +95,9 @@ def hub_source(
             _delete(parts)
         except InterruptedFetchError:
             raise  # what came so far stays
-        except BlockError:
+        except OSError:
+            raise
+        except Exception:
             _delete(parts)
             raise
         finally:
@@ -136,14 +139,20 @@ def hub_source(
 
 def cache_of(repo: str, revision: str = "main") -> BlockCache:
     """Where the pieces of a repository are kept."""
-    return BlockCache("hub", repo.replace("/", "--"), revision.replace("/", "--"))
+    return BlockCache("hub", repo.replace("/", "--"), quote(revision, safe=""))
 
 
 def _downloaded(repo: str, revision: str) -> Path | None:
     """The folder of a repository that another program has downloaded with all its weights."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    config = try_to_load_from_cache(repo, CONFIG, revision=revision)
+    try:
+        config = try_to_load_from_cache(repo, CONFIG, revision=revision)
+    except HFValidationError:
+        raise BlockError(
+            f"{repo!r:.120} is no name of a repository on the Hub; it is organisation/name, of letters, digits, '-', '_' and '.'"
+        ) from None
     if not isinstance(config, str):
         return None
     folder = Path(config).parent

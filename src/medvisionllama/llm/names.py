@@ -49,8 +49,9 @@ def in_pairs(name: str) -> bool:
 def undo_pairs(weight: Tensor, *, name: str, settings: dict[str, Any]) -> Tensor:
     """Bring rows i and i + 1 of a head, which rotary positions turn together, to i and i + half."""
     key = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
-    num_heads, (rows, columns) = settings[key], weight.shape
-    if rows % (2 * num_heads):
+    num_heads = settings.get(key) or settings["num_attention_heads"]
+    rows, columns = weight.shape if weight.ndim == 2 else (0, 0)
+    if not rows or rows % (2 * num_heads):
         raise BlockError(
             f"{name} has {rows} rows, which {num_heads} heads cannot share; weights and settings differ"
         )
@@ -86,7 +87,7 @@ def meta_settings(params: dict[str, Any], *, where: str) -> dict[str, Any]:
             # The file does not say by how much: Llama 3.2 (1B and 3B) scales by 32, Llama 3.1 by 8.
             factor = params.get("rope_scaling_factor") or (32.0 if width < 4096 else 8.0)
             settings["rope_scaling"] = llama3_scaling(float(factor))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise BlockError(f"{where} is not Meta's params.json ({error!r}); download it again") from None
     return settings
 
@@ -110,7 +111,7 @@ def _meta_hidden(params: dict[str, Any], width: int) -> int:
 
 
 def _from_meta(name: str) -> str:
-    if name.startswith("layers."):
+    if name.count(".") > 1 and name.startswith("layers."):
         _, number, inner = name.split(".", 2)
         module, _, kind = inner.rpartition(".")
         return f"model.layers.{number}.{_META.get(module, module)}.{kind}"

@@ -7,9 +7,11 @@ read, and not even the small header before each. Files from before PyTorch 1.6 a
 """
 
 import io
+import lzma
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from medvisionllama.errors import BlockError
 from medvisionllama.llm.ranges import ByteSource, Entry, Seekable, damaged, read_bytes
 
 _MAX_PICKLE = 256_000_000
+_MAX_WORD = 64
 _LOCAL_HEADER = 30
 _CONVERT = (
     "import sys, torch; from safetensors.torch import save_file; "
@@ -37,10 +40,13 @@ _UNREADABLE = (
     LookupError,
     AttributeError,
     AssertionError,
+    MemoryError,
     ImportError,
     OverflowError,
     struct.error,
     zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
 )
 
 
@@ -59,12 +65,15 @@ def pickle_entries(source: ByteSource) -> dict[str, Entry | Tensor]:
     try:
         with zipfile.ZipFile(Seekable(source)) as archive:
             outline, arrays = _outline(source, archive)
-    except (zipfile.BadZipFile, ValueError, OSError, LookupError) as error:
+    except (*_UNREADABLE, OSError) as error:
         if isinstance(error, BlockError):
             raise
         raise damaged(source, f"not a PyTorch checkpoint: {error}") from None
     with FakeTensorMode():
         state = _load(source, outline)
+    for name, value in state.items():
+        if value.layout != torch.strided or value.is_quantized:
+            raise BlockError(f"{source.name}: {name} is not a plain tensor; use an unquantised checkpoint")
     if any(not hasattr(value.untyped_storage(), "_checkpoint_offset") for value in state.values()):
         return _whole(source)  # PyTorch before 2.7 does not note the places
     return {name: _entry(source, name, value, arrays) for name, value in state.items()}
@@ -96,7 +105,9 @@ def _outline(source: ByteSource, archive: zipfile.ZipFile) -> tuple[io.BytesIO, 
     """Copy an archive without the content of its arrays; arrays by the place of their content in the copy."""
     members = sorted(archive.infolist(), key=lambda member: member.header_offset)
     starts = [member.header_offset for member in members] + [archive.start_dir]
-    content = next(member for member in members if member.filename.endswith("data.pkl"))
+    content = next((member for member in members if member.filename.endswith("data.pkl")), None)
+    if content is None:
+        raise damaged(source, "an archive without data.pkl")
     if content.file_size > min(_MAX_PICKLE, source.size):
         raise damaged(source, f"its pickle would be {content.file_size} bytes long")
     folder = content.filename.removesuffix("data.pkl")
@@ -104,6 +115,8 @@ def _outline(source: ByteSource, archive: zipfile.ZipFile) -> tuple[io.BytesIO, 
     with zipfile.ZipFile(outline, "w") as copy:
         for number, member in enumerate(members):
             inner = member.filename.removeprefix(folder)
+            if inner in {"version", "byteorder"} and member.file_size > _MAX_WORD:
+                raise damaged(source, f"{inner} would be {member.file_size} bytes long")
             if inner in {"data.pkl", "version", "byteorder"}:
                 copy.writestr(member.filename, archive.read(member))
             elif inner.startswith("data/"):
@@ -139,14 +152,14 @@ def _load(source: ByteSource, file: io.IOBase) -> dict[str, Tensor]:
 
 
 def _entry(source: ByteSource, name: str, value: Tensor, arrays: dict[int, _Array]) -> Entry:
-    if value.layout != torch.strided or value.is_quantized:
-        raise BlockError(f"{source.name}: {name} is not a plain tensor; use an unquantised checkpoint")
     offset = value.untyped_storage()._checkpoint_offset
     if offset not in arrays:
         raise damaged(source, f"the array of {name} is missing")
     array = arrays[offset]
     reach = sum((length - 1) * step for length, step in zip(value.shape, value.stride(), strict=True))
     count = reach + 1 if value.numel() else 0
+    if value.numel() > count:
+        raise damaged(source, f"{name} has {value.numel()} numbers, of which {count} are stored")
     begin = _content(source, array)
     start = begin + int(value.storage_offset()) * value.dtype.itemsize
     end = start + count * value.dtype.itemsize

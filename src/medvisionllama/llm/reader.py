@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-_WEIGHTS_NAME = re.compile(r"[\w][\w.-]*\.(safetensors|bin)")
+_WEIGHTS_NAME = re.compile(r"[\w][\w.-]{0,200}\.(safetensors|bin)")
 
 
 class Place(Protocol):
@@ -301,7 +301,8 @@ def _read_index(content: bytes, where: str, advice: str) -> tuple[dict[str, str]
             raise BlockError(f"{where} names the file {file!r:.80} outside its folder; {advice}")
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return homes, int(total) if isinstance(total, int | float) else None
+    # JSON in Python knows infinity.
+    return homes, int(total) if isinstance(total, int | float) and 0 <= total < 1 << 62 else None
 
 
 def _index_of(homes: dict[str, str], total_bytes: int | None) -> _Index:

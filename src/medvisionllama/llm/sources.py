@@ -5,6 +5,7 @@ Every source answers the same questions, and reads only what an answer needs.
 
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -81,7 +82,9 @@ def open_source(
     from medvisionllama.llm.catalog import CATALOG
 
     progress = progress or Silent()
-    name, path = str(source), Path(source).expanduser()
+    name, path = str(source), Path(source)
+    with suppress(RuntimeError):  # a '~' before what is no user's name
+        path = path.expanduser()
     if name in CATALOG:
         entry = CATALOG[name]
         if entry.wheel:

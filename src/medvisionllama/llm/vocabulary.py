@@ -59,9 +59,9 @@ def refused_by_tokenizers(where: str) -> Iterator[None]:
     """Turn what `tokenizers` raises for content that makes no sense into one line."""
     try:
         yield
-    except BlockError:
+    except (BlockError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:  # noqa: BLE001 - `tokenizers` raises nothing more specific
+    except BaseException as error:  # noqa: BLE001 - a panic of its Rust code is no Exception
         raise BlockError(
             f"{where} makes no tokenizer ({' '.join(str(error).split())[:80]}); download it again"
         ) from None

@@ -114,7 +114,7 @@ def test_a_refused_connection_is_one_line(hub, kept, monkeypatch):
     assert kept() == []
 
 
-@pytest.mark.parametrize("endpoint", ["nonsense", "ftp://127.0.0.1", "http://"])
+@pytest.mark.parametrize("endpoint", ["nonsense", "ftp://127.0.0.1", "http://", "http://[::1", "http://a..b"])
 def test_an_endpoint_that_is_none_is_one_line(hub, kept, monkeypatch, endpoint):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     _refused("org/whole", "check HF_ENDPOINT|connection")
@@ -228,6 +228,62 @@ def test_a_range_that_was_not_asked_for_is_refused(hub, kept):
     hub.shift = 8
     _refused("org/whole", "sent bytes 8 to")
     assert _files(kept) == []
+
+
+def test_a_block_that_does_not_fit_is_not_kept_and_a_mended_one_is_fetched(hub, kept):
+    from safetensors.torch import load_file, save_file
+
+    path = hub.root / "org/whole/model.safetensors"
+    tensors, name = load_file(path), "model.layers.3.self_attn.q_proj.weight"
+    for wrong in (tensors | {name: torch.ones(7, 7)}, {n: t for n, t in tensors.items() if n != name}):
+        save_file(wrong, path, metadata={"format": "pt"})
+        _refused("org/whole", "q_proj.*(has shape|lacks)|lacks self_attn.q_proj")
+        assert _files(kept) == []
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert FrozenBlock.from_pretrained("org/whole").width == 128
+
+
+def test_more_bytes_than_were_asked_for_are_refused(hub, kept, monkeypatch):
+    from medvisionllama.llm import http
+
+    monkeypatch.setattr(http, "_FIRST", 1000)
+    hub.longer = 5_000_000
+    _refused("org/whole", "more bytes than it announced")
+    assert hub.served < 3_000_000
+    assert _files(kept) == []
+
+
+@pytest.mark.parametrize("size", [10**20, "9" * 5000])
+def test_a_size_that_is_none_is_refused(hub, kept, size):
+    hub.claimed_size = size
+    _refused("org/whole", "ignores the byte ranges")
+    assert _files(kept) == []
+
+
+@pytest.mark.parametrize("token", ["ab\ncd", "tok€en"])
+def test_a_token_that_is_none_is_refused_and_not_shown(hub, kept, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    said = _refused("org/whole", "HF_TOKEN holds")
+    assert token[:2] not in said.replace("token", "")
+    assert hub.asked == []
+
+
+def test_a_password_in_the_address_is_not_shown(hub, kept, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://user:s3cret@127.0.0.1:9")
+    assert "s3cret" not in _refused("org/whole", "the connection to 127.0.0.1:9 failed")
+
+
+def test_revisions_of_similar_names_are_kept_apart(hub):
+    for number, revision in enumerate(("x/y", "x--y"), start=1):
+        FrozenBlock.from_pretrained(f"org/whole@{revision}")
+        assert len(hub.of("config.json")) == number
+
+
+@pytest.mark.parametrize("place", ["http://[bad", "http://a..b"])
+def test_a_redirect_to_nowhere_is_one_line(hub, kept, place):
+    hub.redirect_to = place
+    _refused("org/whole", "check HF_ENDPOINT|connection")
+    assert kept() == []
 
 
 def test_a_compressed_range_is_refused(hub, kept):

@@ -131,6 +131,53 @@ def test_an_array_smaller_than_its_tensor_is_refused(path, tmp_path):
         _read(path)
 
 
+def _repacked(path, original, *, extra=(), compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(original) as source, zipfile.ZipFile(path, "w", compression) as copy:
+        for name in source.namelist():
+            if not any(name.endswith(other) for other, _ in extra):
+                copy.writestr(name, source.read(name))
+        for name, content in extra:
+            copy.writestr(f"original/{name}", content)
+
+
+def test_an_archive_that_is_no_checkpoint_is_refused(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+    with pytest.raises(BlockError, match="without data"):
+        _read(path)
+
+
+@pytest.mark.parametrize("name", ["version", "byteorder"])
+def test_a_small_member_that_would_unpack_to_a_large_one_is_refused(path, tmp_path, name):
+    torch.save(STATE, tmp_path / "original")
+    _repacked(
+        path, tmp_path / "original", extra=[(name, bytes(10_000_000))], compression=zipfile.ZIP_DEFLATED
+    )
+    with pytest.raises(BlockError, match=f"{name} would be 10000000 bytes long"):
+        _read(path)
+
+
+def test_an_encrypted_archive_is_refused(path):
+    torch.save(STATE, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(content)
+    with pytest.raises(BlockError, match=str(path)):
+        _read(path)
+
+
+def test_a_tensor_larger_than_what_is_stored_of_it_is_refused(path):
+    torch.save({"a": torch.zeros(1).expand(10**9, 10**9)}, path)
+    with pytest.raises(BlockError, match="of which 1 are stored"):
+        _read(path)
+
+
+def test_a_sparse_tensor_is_refused(path):
+    torch.save({"a": torch.eye(3).to_sparse()}, path)
+    with pytest.raises(BlockError, match="a is not a plain tensor"):
+        _read(path)
+
+
 class _Payload:
     def __init__(self, sentinel):
         self.sentinel = sentinel
