@@ -129,6 +129,26 @@ def test_resume_refuses_what_would_make_it_another_run(change, run, plain, cli):
     assert "is fixed when a run begins" in outcome.err
 
 
+def test_the_same_command_with_resume_goes_on(phantoms, tmp_path, cli):
+    command = ("train", phantoms, "--out", tmp_path / "run", "--cases", 4, "--no-test", *settings())
+    command = (*command, "--set", "network.insert=none", "--set", "train.batch_size=1")
+    assert cli(*command, "--epochs", 1).code == 0
+    assert cli(*command, "--epochs", 2, "--resume").code == 0
+    outcome = cli(*command, "--epochs", 2, "--resume", "--set", "train.batch_size=2")
+    assert outcome.code == 2
+    assert (
+        "train.batch_size is fixed when a run begins (1) and cannot change by --resume (to 2)" in outcome.err
+    )
+
+
+def test_a_block_that_does_not_exist_is_known_before_the_scans_are_prepared(phantoms, tmp_path, cli):
+    wrong = ("--set", "network.block.layers=99")
+    outcome = cli("train", phantoms, "--out", tmp_path / "run", "--epochs", 1, *settings(), *wrong)
+    assert outcome.code == 2
+    assert "layer 99 does not exist" in outcome.err
+    assert "preparing scans" not in outcome.err
+
+
 def test_resume_takes_a_longer_limit_and_another_learning_rate(run, plain, tmp_path, cli):
     copy = RunDir(tmp_path / "run")
     shutil.copytree(run.path, copy.path)

@@ -23,6 +23,41 @@ def test_every_preset_is_valid_and_survives_its_file(preset, tmp_path):
     assert read_config(tmp_path / "config.yaml") == config
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("layers=-1", (-1,)),
+        ("layers=0,1", (0, 1)),
+        ("layers=28:30", (28, 29)),
+        ("layers=0,28:30", (0, 28, 29)),
+        ("layers=[-2, -1]", (-2, -1)),
+        ("lora_targets=q_proj,v_proj", ("q_proj", "v_proj")),
+        ("lora_targets=q_proj", ("q_proj",)),
+        ("lora_targets=[]", ()),
+        ("prompt=left #ventricle", "left #ventricle"),
+        ("prompt=left: [LV] myocardium", "left: [LV] myocardium"),
+        ("prompt=no", "no"),
+        ("prompt=", ""),
+        ("rotary=3d", "3d"),
+        ("rotary=true", True),
+    ],
+)
+def test_words_and_lists_are_typed_as_they_are(text, value):
+    block = load_config("small", [f"network.block.{text}"]).network.block
+    assert getattr(block, text.partition("=")[0]) == value
+
+
+@pytest.mark.parametrize("text", ["", "x", "0:x", "3:3", "0:99999999999", "0:" + "9" * 30])
+def test_layers_that_are_none_are_refused(text):
+    with pytest.raises(ConfigError, match=r"^network\.block\.layers"):
+        load_config("small", [f"network.block.layers={text}"])
+
+
+def test_other_lists_are_typed_in_the_same_way():
+    data = load_config("small", ["data.crop_size=32,40,32", "data.modality=CT", "data.spacing_mm=null"]).data
+    assert (data.crop_size, data.modality, data.spacing_mm) == ((32, 40, 32), ("CT",), None)
+
+
 def test_a_written_file_names_every_setting(tmp_path):
     write_config(load_config("small"), tmp_path / "config.yaml")
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())

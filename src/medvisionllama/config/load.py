@@ -91,7 +91,8 @@ def _validated(settings: dict[str, Any], *, where: str, given: Mapping[str, Any]
         shown = "" if isinstance(first["input"], BaseModel | dict) else f" (given: {first['input']!r})"
         message = first["msg"].removeprefix("Value error, ")
         # A preset is not to blame for what was set over it.
-        blamed = "" if any(f"{name}.".startswith(f"{key}.") for name in given) else where
+        set_over = any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for name in given)
+        blamed = "" if set_over else where
         raise ConfigError(f"{blamed}{key}: {message}{shown}") from None
 
 

@@ -240,6 +240,59 @@ def test_an_unfrozen_block_excludes_what_needs_a_frozen_one(folder, settings):
         load_config("small", {f"network.block.{n}": v for n, v in {"frozen": False, **settings}.items()})
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"rotary": "3D"}, "rotary='3D' is not known"),
+        ({"rotary": 1}, "rotary=1 is not known"),
+        ({"storage": "int4"}, "storage='int4' is not known"),
+        ({"weights": "shuffled"}, "weights='shuffled' is not known"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16' cannot"),
+        ({"dtype": torch.int8}, "cannot hold a block"),
+        ({"layers": "-1"}, "give numbers"),
+        ({"lora_rank": -1}, "is negative"),
+    ],
+)
+def test_a_slip_of_the_pen_is_refused_and_not_another_experiment(folder, options, reason):
+    with pytest.raises(BlockError, match=reason):
+        FrozenBlock.from_pretrained(folder, **options)
+
+
+def test_one_layer_and_one_target_need_no_list(folder):
+    block = FrozenBlock.from_pretrained(folder, layers=-1, lora_rank=2, lora_targets="q_proj")
+    assert {name.split(".lora_")[0] for name, p in block.named_parameters() if p.requires_grad} == {
+        "layers.0.self_attn.q_proj"
+    }
+
+
+@pytest.mark.parametrize("shape", [(12, 32), (2, 12, 31), (1, 2, 12, 32)])
+def test_tokens_of_another_shape_are_refused(folder, shape):
+    with pytest.raises(ValueError, match=r"needs \[b, n, 32\]"):
+        FrozenBlock.from_pretrained(folder)(torch.zeros(shape))
+
+
+def test_a_prompt_control_that_does_not_exist_is_refused(folder):
+    with pytest.raises(BlockError, match="control='nonsense' is not known"):
+        embed_prompt(folder, "left ventricle", control="nonsense")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prompt_control": "shuffled"},
+        {"prompt_control": "random", "prompt": " "},
+        {"weights": "identity", "lora_rank": 2},
+        {"weights": "identity", "storage": "int8"},
+        {"weights": "identity", "prompt": "heart"},
+        {"weights": "identity", "frozen": False},
+        {"frozen": False, "dtype": "bfloat16"},
+    ],
+)
+def test_settings_without_the_effect_they_name_are_refused(settings):
+    with pytest.raises(ConfigError, match=r"network\.block"):
+        load_config("small", {f"network.block.{name}": value for name, value in settings.items()})
+
+
 def test_the_insert_works_around_every_family(tmp_path):
     for name in SETTINGS:
         save_tiny_model(tmp_path / name, name)
