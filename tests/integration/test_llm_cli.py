@@ -84,6 +84,16 @@ def test_pull_refuses_another_checksum_and_keeps_nothing(cli, hub, tmp_path):
     kept = {path.name for path in (tmp_path / "cache/blocks/hub/org--whole/main").iterdir()}
     assert "layer-000.safetensors" in kept
     assert "layer-001.safetensors" not in kept
+    assert cli("llm", "pull", "org/sharded", "--sha256", 64 * "0").code == 2
+    assert not (tmp_path / "cache/blocks/hub/org--sharded").exists()
+
+
+def test_pull_says_what_becomes_of_a_layer_that_was_kept_before(cli, hub):
+    assert cli("llm", "pull", "org/whole").code == 0
+    outcome = cli("llm", "pull", "org/whole", "--sha256", 64 * "0")
+    assert outcome.code == 2
+    assert "from before" in outcome.err
+    assert cli("llm", "pull", "org/whole", "--sha256", "deadbeef").err.endswith("has 64 digits from 0 to f\n")
 
 
 def test_an_interrupted_pull_goes_on(cli, hub):

@@ -103,7 +103,7 @@ def pull(
     """
     from medvisionllama.errors import BlockError
     from medvisionllama.llm.block import FrozenBlock
-    from medvisionllama.llm.cache import layer_file
+    from medvisionllama.llm.cache import layer_file, one_at_a_time
     from medvisionllama.llm.families import family_of
     from medvisionllama.llm.fetched import FetchedSource
     from medvisionllama.llm.filling import empty_layers
@@ -124,8 +124,11 @@ def pull(
     block = FrozenBlock.from_pretrained(source, layers=positions)
     if sha256 and block.sha256() != sha256.lower():
         fetched_now = set(positions) - kept_before
-        for position in fetched_now:
-            opened.cache.forget(layer_file(position))
+        with one_at_a_time():
+            for position in fetched_now:
+                opened.cache.forget(layer_file(position))
+            if not opened.cache.layers():
+                opened.cache.clear()
         fate = "was not kept" if fetched_now else f"stays in {opened.cache.folder} from before"
         raise BlockError(
             f"the block of {source} has sha256 {block.sha256()}, expected was {sha256}; it {fate}, check --layers, the revision and the source"

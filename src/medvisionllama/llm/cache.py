@@ -7,6 +7,7 @@ The manifest has the SHA-256 of each file; it is verified whenever the file is u
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +108,11 @@ class BlockCache:
         (self.folder / file).unlink(missing_ok=True)
         if self.has(MANIFEST):
             self.note(sha256={k: v for k, v in self.noted("sha256", {}).items() if k != file})
+
+    def clear(self) -> None:
+        """Delete all that is kept of the model."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.tidy()
 
     def tidy(self) -> None:
         """Delete folders in which nothing is kept, up to the cache itself."""
