@@ -141,6 +141,15 @@ def test_the_same_command_with_resume_goes_on(phantoms, tmp_path, cli):
     )
 
 
+def test_a_network_without_tokens_needs_no_block(phantoms, tmp_path, cli, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    without = ("--set", "network.tokens=false", "--set", "network.block.source=organisation/absent")
+    outcome = cli(
+        *("train", phantoms, "--out", tmp_path / "run", "--epochs", 1, "--no-test", *settings(), *without)
+    )
+    assert outcome.code == 0, outcome.err
+
+
 def test_a_block_that_does_not_exist_is_known_before_the_scans_are_prepared(phantoms, tmp_path, cli):
     wrong = ("--set", "network.block.layers=99")
     outcome = cli("train", phantoms, "--out", tmp_path / "run", "--epochs", 1, *settings(), *wrong)

@@ -91,7 +91,8 @@ def check_insert(config: NetworkConfig) -> None:
     Raises:
         BlockError: a source, layer, projection or prompt that does not exist.
     """
-    build_insert(config, grid=(1, 1, 1))
+    if config.tokens:
+        build_insert(config, grid=(1, 1, 1))
 
 
 def build_block(config: BlockConfig, *, seed: int = 0) -> FrozenBlock:
