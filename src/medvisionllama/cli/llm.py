@@ -106,7 +106,6 @@ def pull(
     from medvisionllama.llm.cache import layer_file, one_at_a_time
     from medvisionllama.llm.families import family_of
     from medvisionllama.llm.fetched import FetchedSource
-    from medvisionllama.llm.filling import empty_layers
     from medvisionllama.llm.sources import open_source, resolve_layers
 
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
@@ -118,9 +117,7 @@ def pull(
     config = family.make_config(opened.settings)
     positions = resolve_layers(_numbers(layers), config.num_hidden_layers)
     kept_before = set(opened.cache.layers())
-    modules, _ = empty_layers(family, config, positions)
-    wanted = {name for module in modules for name, _ in module.named_parameters()}
-    opened.layer_tensors(positions, family, wanted=wanted)
+    opened.layer_tensors(positions, family)
     block = FrozenBlock.from_pretrained(source, layers=positions)
     if sha256 and block.sha256() != sha256.lower():
         fetched_now = set(positions) - kept_before

@@ -15,7 +15,7 @@ from torch import Tensor
 from medvisionllama.errors import BlockError
 from medvisionllama.llm.cache import NORM, TOKENIZER, BlockCache, layer_file, one_at_a_time
 from medvisionllama.llm.families import Family
-from medvisionllama.llm.filling import check_tensors, empty_layers
+from medvisionllama.llm.filling import empty_layers, read_checked
 from medvisionllama.llm.sources import LayerTensors, Source
 from medvisionllama.llm.vocabulary import parse_tokenizer
 
@@ -63,11 +63,9 @@ class FetchedSource:
         def bring(original: Source) -> None:
             config = family.make_config(self.settings)
             for position in missing():
-                expected = empty_layers(family, config, [position])
                 # Whatever the caller wants of it: what is kept must be a whole layer.
-                names = {name for name, _ in expected[0][0].named_parameters()}
-                tensors = original.layer_tensors([position], family, wanted=names)
-                check_tensors(tensors, expected, [position], where=self.name)
+                expected = empty_layers(family, config, [position])
+                tensors = read_checked(original, family, expected, [position], where=self.name)
                 # A layer's file says that all is there, so it comes last.
                 self.cache.keep(NORM, tensors.norm)
                 self.cache.keep(layer_file(position), tensors.layers[0])

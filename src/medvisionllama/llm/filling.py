@@ -38,9 +38,7 @@ def filled_layers(
         BlockError: a tensor is missing or has another shape than the configuration implies.
     """
     layers, norm = empty_layers(family, config, positions)
-    wanted = {name for layer in layers for name, _ in layer.named_parameters()}
-    tensors = source.layer_tensors(positions, family, dtype=dtype, wanted=wanted)
-    check_tensors(tensors, (layers, norm), positions, where=source.name)
+    tensors = read_checked(source, family, (layers, norm), positions, where=source.name, dtype=dtype)
     for label, module, held in _parts(tensors, (layers, norm), positions):
         # Popping lets each tensor go as soon as its changed copy exists.
         content = {
@@ -73,10 +71,28 @@ def initialised_layers(
     return layers, norm
 
 
-def check_tensors(tensors: LayerTensors, expected: Layers, positions: Sequence[int], *, where: str) -> None:
-    """Raise BlockError if a tensor is missing or has another shape than the configuration implies."""
+def read_checked(
+    source: Source,
+    family: Family,
+    expected: Layers,
+    positions: Sequence[int],
+    *,
+    where: str,
+    dtype: torch.dtype | None = None,
+) -> LayerTensors:
+    """Read the tensors of `expected`, and no others.
+
+    Args:
+        where: the source's name, for messages.
+
+    Raises:
+        BlockError: a tensor is missing or has another shape than the configuration implies.
+    """
+    wanted = {name for layer in expected[0] for name, _ in layer.named_parameters()}
+    tensors = source.layer_tensors(positions, family, dtype=dtype, wanted=wanted)
     for label, module, held in _parts(tensors, expected, positions):
         _check(module, held, f"{where}, {label}")
+    return tensors
 
 
 def _parts(

@@ -191,7 +191,7 @@ class RemoteFile:
                 self._version, self._validator = _version(response)
                 if start != 0 or end != min(_FIRST, self.size):
                     raise self._nonsense(f"bytes {start} to {end} instead of the first {_FIRST}")
-                self._first = _exactly(response, end)
+                self._first = self._exactly(response, end)
                 return True
 
         return self._repository.tries(attempt, self._file)
@@ -290,6 +290,16 @@ class RemoteFile:
         start, last, size = (int(number) for number in match.groups())
         return start, last + 1, size
 
+    def _exactly(self, response: "Response", count: int) -> bytes:
+        content = bytearray()
+        for piece in response.iter_content(_PIECE):
+            content.extend(piece)
+            if len(content) > count:
+                raise self._nonsense("more bytes than it announced")
+        if len(content) != count:
+            raise _Again("the answer ended early")
+        return bytes(content)
+
     def _changed(self) -> BlockError:
         return BlockError(
             f"{self.name} changed while it was being read; nothing was kept, run the same command again"
@@ -299,19 +309,6 @@ class RemoteFile:
         return BlockError(
             f"{self._repository.host} sent {what} of {self._file}; nothing was kept, check HF_ENDPOINT and proxies"
         )
-
-
-def _exactly(response: "Response", count: int) -> bytes:
-    content = bytearray()
-    for piece in response.iter_content(_PIECE):
-        content.extend(piece)
-        if len(content) > count:
-            raise BlockError(
-                f"{urlsplit(response.url).hostname} sent more bytes than it announced; nothing was kept, check HF_ENDPOINT and proxies"
-            )
-    if len(content) != count:
-        raise _Again("the answer ended early")
-    return bytes(content)
 
 
 def _version(response: "Response") -> tuple[str, str]:

@@ -93,10 +93,8 @@ def hub_source(
             yield HubPlace(repository, cache)
             cache.note(repository=repo, revision=revision, commit=repository.commit)
             _delete(parts)
-        except InterruptedFetchError:
+        except (InterruptedFetchError, OSError):
             raise  # what came so far stays
-        except OSError:
-            raise
         except Exception:
             _delete(parts)
             raise
