@@ -26,13 +26,7 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 both_modes = pytest.mark.parametrize("native", [False, True], ids=["bare", "native"])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """On tensors this small, threads wait for each other far longer than they compute."""
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(number)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

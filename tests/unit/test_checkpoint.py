@@ -8,6 +8,7 @@ from torch import nn
 
 from medvisionllama.checkpoint import copy_into, frozen, load_tensors, save_tensors, trainable
 from medvisionllama.errors import CheckpointError
+from payload import Payload
 
 
 def _network(width=4):
@@ -55,20 +56,12 @@ def test_saved_weights_go_back_into_another_copy(tmp_path):
     assert torch.equal(other[0].weight, network[0].weight)
 
 
-class _Payload:
-    def __init__(self, sentinel):
-        self.sentinel = sentinel
-
-    def __reduce__(self):
-        return Path.touch, (self.sentinel,)
-
-
 def test_a_pickle_in_place_of_a_checkpoint_is_refused_and_never_run(tmp_path):
     path, sentinel = tmp_path / "best.safetensors", tmp_path / "ran"
-    torch.save({"weights": _Payload(sentinel)}, path)
+    torch.save({"weights": Payload(sentinel)}, path)
     with pytest.raises(CheckpointError, match=r"best\.safetensors is not a checkpoint of ours"):
         load_tensors(path)
-    path.write_bytes(pickle.dumps(_Payload(sentinel)))
+    path.write_bytes(pickle.dumps(Payload(sentinel)))
     with pytest.raises(CheckpointError, match="not a checkpoint of ours"):
         load_tensors(path)
     assert not sentinel.exists()

@@ -1,7 +1,6 @@
 import json
 import pickle
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from medvisionllama.llm import CATALOG, CatalogEntry, FrozenBlock
 from medvisionllama.llm import wheel as wheel_module
 from medvisionllama.llm.cache import BlockCache
 from medvisionllama.networks.inserts import LLMInsert
+from payload import Payload
 from tiny_llama import SETTINGS, save_tiny_llama
 
 
@@ -219,19 +219,11 @@ def test_a_damaged_index_is_refused(shards, content):
         FrozenBlock.from_pretrained(shards)
 
 
-class _Payload:
-    def __init__(self, sentinel):
-        self.sentinel = sentinel
-
-    def __reduce__(self):
-        return Path.touch, (self.sentinel,)
-
-
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
 def test_a_pickle_is_refused_and_never_run(folder, tmp_path, name):
     (folder / "model.safetensors").unlink()
     sentinel = tmp_path / "ran"
-    (folder / name).write_bytes(pickle.dumps(_Payload(sentinel)))
+    (folder / name).write_bytes(pickle.dumps(Payload(sentinel)))
     with pytest.raises(BlockError, match="is a pickle" if name.endswith(".bin") else "damaged"):
         FrozenBlock.from_pretrained(folder)
     assert not sentinel.exists()

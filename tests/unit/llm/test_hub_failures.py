@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch
 from medvisionllama.errors import BlockError
 from medvisionllama.llm import FrozenBlock
 from medvisionllama.llm.sources import open_source
+from payload import Payload
 from range_server import serving
 from tiny_hub import BLOCK_BYTES
 
@@ -309,18 +309,10 @@ def test_a_redirect_without_end_is_refused(hub, kept):
     assert kept() == []
 
 
-class _Payload:
-    def __init__(self, sentinel):
-        self.sentinel = sentinel
-
-    def __reduce__(self):
-        return Path.touch, (self.sentinel,)
-
-
 @pytest.mark.parametrize("archive", [True, False])
 def test_a_pickle_from_the_hub_is_refused_and_never_run(hub, kept, tmp_path, archive):
     sentinel, path = tmp_path / "ran", hub.root / "org/pickled/pytorch_model.bin"
-    torch.save({"a": _Payload(sentinel)}, path, _use_new_zipfile_serialization=archive)
+    torch.save({"a": Payload(sentinel)}, path, _use_new_zipfile_serialization=archive)
     _refused("org/pickled", "is a pickle that holds more than tensors.*python -c .*weights_only=False")
     assert not sentinel.exists()
     assert _files(kept) == []
@@ -330,7 +322,7 @@ def test_a_pickle_from_the_hub_is_refused_and_never_run(hub, kept, tmp_path, arc
 
 def test_a_plain_pickle_from_the_hub_is_refused_and_never_run(hub, kept, tmp_path):
     sentinel = tmp_path / "ran"
-    (hub.root / "org/pickled/pytorch_model.bin").write_bytes(pickle.dumps(_Payload(sentinel)))
+    (hub.root / "org/pickled/pytorch_model.bin").write_bytes(pickle.dumps(Payload(sentinel)))
     _refused("org/pickled", "pickle|damaged")
     assert not sentinel.exists()
     assert _files(kept) == []

@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from medvisionllama.errors import BlockError
 from medvisionllama.llm.pickle_file import pickle_entries
 from medvisionllama.llm.ranges import Entry, LocalFile, read_rows, read_tensor
+from payload import Payload
 
 STATE = {
     "matrix": torch.arange(600.0).reshape(30, 20),
@@ -178,18 +178,10 @@ def test_a_sparse_tensor_is_refused(path):
         _read(path)
 
 
-class _Payload:
-    def __init__(self, sentinel):
-        self.sentinel = sentinel
-
-    def __reduce__(self):
-        return Path.touch, (self.sentinel,)
-
-
 @pytest.mark.parametrize("archive", [True, False])
 def test_code_in_a_pickle_never_runs_and_the_way_out_is_named(path, tmp_path, archive):
     sentinel = tmp_path / "ran"
-    torch.save({**STATE, "extra": _Payload(sentinel)}, path, _use_new_zipfile_serialization=archive)
+    torch.save({**STATE, "extra": Payload(sentinel)}, path, _use_new_zipfile_serialization=archive)
     with pytest.raises(BlockError, match="is a pickle that holds more than tensors"):
         _read(path)
     assert not sentinel.exists()
@@ -201,10 +193,10 @@ def test_code_hidden_in_a_second_pickle_never_runs(path, tmp_path):
     sentinel = tmp_path / "ran"
     torch.save(STATE, tmp_path / "original")
     with zipfile.ZipFile(tmp_path / "original") as original, zipfile.ZipFile(path, "w") as copy:
-        copy.writestr("original/constants.pkl", pickle.dumps(_Payload(sentinel)))
+        copy.writestr("original/constants.pkl", pickle.dumps(Payload(sentinel)))
         for name in original.namelist():
             copy.writestr(
-                name, pickle.dumps(_Payload(sentinel)) if name.endswith("data.pkl") else original.read(name)
+                name, pickle.dumps(Payload(sentinel)) if name.endswith("data.pkl") else original.read(name)
             )
     with pytest.raises(BlockError, match=str(path)):
         _read(path)
