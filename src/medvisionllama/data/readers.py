@@ -1,57 +1,57 @@
-"""NIfTI in, checked. Every refusal names the file, what is wrong with it and what to do."""
+"""Scans in, checked. Every refusal names the file, what is wrong with it and what to do."""
 
-import gzip
-import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
-from medvisionllama.data.volume import Volume, spacing_of
+from medvisionllama.data.formats import SUFFIXES, format_of
+from medvisionllama.data.formats.header import Header
+from medvisionllama.data.volume import Volume
 from medvisionllama.errors import DataError
-from medvisionllama.types import AffineMatrix, SpacingMm, Triple
 
-SUFFIXES = (".nii.gz", ".nii")
-_UNREADABLE = (ImageFileError, HeaderDataError, EOFError, gzip.BadGzipFile, zlib.error, OSError, ValueError)
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says of itself before its voxels are read."""
-
-    shape: Triple
-    num_channels: int
-    affine: AffineMatrix
-
-    @property
-    def spacing_mm(self) -> SpacingMm:
-        return spacing_of(self.affine)
+__all__ = [
+    "SUFFIXES",
+    "Header",
+    "is_scan",
+    "read_header",
+    "read_image",
+    "read_label",
+    "read_voxels",
+    "stem_of",
+]
 
 
 def stem_of(path: Path) -> str:
-    """File name without .nii or .nii.gz."""
+    """File name without the suffixes of a scan."""
     for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
+        if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
     return path.stem
 
 
 def is_scan(path: Path) -> bool:
     """True for files we read; hidden files, such as macOS's `._` twins in MSD archives, are not scans."""
-    return path.name.endswith(SUFFIXES) and not path.name.startswith(".")
+    return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
 
 
 def read_header(path: Path) -> Header:
     """Read shape and placement only.
 
     Raises:
-        DataError: the file is missing or is not a 3-D or 4-D NIfTI image.
+        DataError: the file is missing or is not a 3-D or 4-D image.
     """
-    image = _open(path)
-    return _header(path, image)
+    header: Header = format_of(path).read_header(path)
+    return header
+
+
+def read_voxels(path: Path) -> Volume:
+    """Read `[channel, x, y, z]` as stored, whatever the values: for those who look for what is wrong with them.
+
+    Raises:
+        DataError: the file is missing, damaged, truncated, or is not a 3-D or 4-D image.
+    """
+    module = format_of(path)
+    return Volume(module.read_voxels(path), module.read_header(path).affine)
 
 
 def read_image(paths: tuple[Path, ...]) -> Volume:
@@ -63,22 +63,22 @@ def read_image(paths: tuple[Path, ...]) -> Volume:
     Raises:
         DataError: unreadable or truncated, NaN or infinite voxels, or channels of different geometry.
     """
-    channels, affine, shape = [], None, None
+    channels: list[np.ndarray] = []
+    first: Volume | None = None
     for path in paths:
-        image = _open(path)
-        header = _header(path, image)
-        array = _voxels(path, image, np.float32)
-        array = np.moveaxis(array, -1, 0) if header.num_channels > 1 else array.reshape(1, *header.shape)
-        _check_finite(path, array)
-        if affine is None:
-            affine, shape = header.affine, header.shape
-        elif header.shape != shape or not np.allclose(affine, header.affine, atol=1e-3):
+        volume = read_voxels(path)
+        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is refused below
+            array = volume.array.astype(np.float32, copy=False)
+        check_finite(path, array)
+        first = first or volume
+        if volume.shape != first.shape or not np.allclose(volume.affine, first.affine, atol=1e-3):
             raise DataError(
                 f"{path}: its shape or affine differs from {paths[0].name}; resample the channels to one grid"
             )
         channels.append(array)
-    assert affine is not None, "a case has at least one image"
-    return Volume(np.ascontiguousarray(np.concatenate(channels)), affine)
+    assert first is not None, "a case has at least one image"
+    array = channels[0] if len(channels) == 1 else np.concatenate(channels)
+    return Volume(np.ascontiguousarray(array), first.affine)
 
 
 def read_label(path: Path) -> Volume:
@@ -87,76 +87,33 @@ def read_label(path: Path) -> Volume:
     Raises:
         DataError: unreadable or truncated, not 3-D, fractional or negative values.
     """
-    image = _open(path)
-    header = _header(path, image)
-    if header.num_channels > 1:
+    volume = read_voxels(path)
+    if len(volume.array) > 1:
         raise DataError(
-            f"{path}: a label must be 3-D, this one has {header.num_channels} channels; merge them to class numbers"
+            f"{path}: a label must be 3-D, this one has {len(volume.array)} channels; merge them to class numbers"
         )
-    raw = _voxels(path, image, np.float32).reshape(header.shape)
-    _check_finite(path, raw[None])
-    label = np.rint(raw)
-    if not np.array_equal(label, raw):
-        value = raw[label != raw][0]
-        raise DataError(
-            f"{path}: labels must be whole numbers, found {value:g}; resample the label with nearest neighbour"
-        )
-    if label.min() < 0 or label.max() > 65_535:
-        raise DataError(f"{path}: labels must lie in 0..65535, found {label.min():g}..{label.max():g}")
-    return Volume(label.astype(np.uint8 if label.max() < 256 else np.uint16), header.affine)
+    raw = volume.array[0]
+    if raw.dtype.kind == "f":
+        check_finite(path, raw[None])
+        whole = np.rint(raw)
+        if not np.array_equal(whole, raw):
+            value = raw[whole != raw][0]
+            raise DataError(
+                f"{path}: labels must be whole numbers, found {value:g}; resample the label with nearest neighbour"
+            )
+    low, high = raw.min(), raw.max()
+    if low < 0 or high > 65_535:
+        raise DataError(f"{path}: labels must lie in 0..65535, found {low:g}..{high:g}")
+    return Volume(np.ascontiguousarray(raw, np.uint8 if high < 256 else np.uint16), volume.affine)
 
 
-def _open(path: Path) -> nib.Nifti1Image:
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; put the file there or remove the case from the dataset")
-    if not path.name.endswith(SUFFIXES):
-        raise DataError(f"{path} is not a scan we read; allowed: {', '.join(SUFFIXES)}")
-    try:
-        image = nib.load(path)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
-    if not isinstance(image, nib.Nifti1Image):
-        raise DataError(f"{path} is a {type(image).__name__}, not NIfTI; convert it to .nii.gz")
-    return image
-
-
-def _header(path: Path, image: nib.Nifti1Image) -> Header:
-    shape = tuple(int(size) for size in image.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) not in (3, 4) or min(shape) < 1:
-        raise DataError(f"{path} has shape {shape}; allowed: 3-D, or 4-D with channels last")
-    affine = np.asarray(image.affine, dtype=np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise DataError(
-            f"{path}: its affine matrix is not invertible; export the scan again with its geometry"
-        )
-    x, y, z, *channels = shape
-    return Header((x, y, z), channels[0] if channels else 1, affine)
-
-
-def _voxels(path: Path, image: nib.Nifti1Image, dtype: type) -> np.ndarray:
-    if image.get_data_dtype().kind not in "iuf":
-        raise DataError(f"{path} stores {image.get_data_dtype()} voxels; allowed: integers and real numbers")
-    try:
-        _check_gzip(path)
-        array: np.ndarray = np.asarray(image.dataobj, dtype=dtype)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
-    while array.ndim > 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    return array
-
-
-def _check_gzip(path: Path) -> None:
-    """Read a compressed file to its end, where gzip keeps its checksum: nibabel stops at the last voxel."""
-    if path.name.endswith(".gz"):
-        with gzip.open(path) as file:
-            while file.read(1 << 20):
-                pass
-
-
-def _check_finite(path: Path, array: np.ndarray) -> None:
+def check_finite(path: Path, array: np.ndarray) -> None:
+    """Raise DataError if a voxel of `[channel, x, y, z]` is not a number."""
+    if array.dtype.kind != "f":
+        return
+    # A sum is finite only if every term is: one pass and no array of flags for the scans that are well.
+    if np.isfinite(array.sum(dtype=np.float64)):
+        return
     bad = ~np.isfinite(array)
     if bad.any():
         first = tuple(int(index) for index in np.argwhere(bad)[0][1:])
@@ -164,8 +121,3 @@ def _check_finite(path: Path, array: np.ndarray) -> None:
         raise DataError(
             f"{path}: {count} voxel{'s are' if count > 1 else ' is'} NaN or infinite, the first at {first}; repair the file or leave the case out"
         )
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:120] or type(error).__name__
-    return DataError(f"{path} is damaged or truncated ({reason}); copy it again from its source")

@@ -93,8 +93,8 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_another_suffix_is_refused_with_the_allowed_ones(tmp_path):
-    (tmp_path / "a.nrrd").write_bytes(b"NRRD0004")
-    assert "allowed: .nii.gz, .nii" in refusal(tmp_path / "a.nrrd")
+    (tmp_path / "a.png").write_bytes(b"PNG")
+    assert "allowed: .nii.gz, .nii" in refusal(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.99])

@@ -1,0 +1,49 @@
+"""What a file says of itself before its voxels are read, checked the same way for every format."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medvisionllama.data.volume import spacing_of
+from medvisionllama.errors import DataError
+from medvisionllama.types import AffineMatrix, SpacingMm, Triple
+
+
+@dataclass(frozen=True)
+class Header:
+    """Shape and place of a scan; `affine` leads from voxels to RAS millimetres."""
+
+    shape: Triple
+    num_channels: int
+    affine: AffineMatrix
+
+    @property
+    def spacing_mm(self) -> SpacingMm:
+        return spacing_of(self.affine)
+
+
+def make_header(path: Path, sizes: Sequence[int], affine: AffineMatrix) -> Header:
+    """Check sizes `x, y, z[, channel]` and affine.
+
+    Raises:
+        DataError: not 3-D or 4-D, or an affine that places nothing.
+    """
+    shape = tuple(int(size) for size in sizes)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) not in (3, 4) or min(shape) < 1:
+        raise DataError(f"{path} has shape {shape}; allowed: 3-D, or 4-D with channels last")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise DataError(
+            f"{path}: its affine matrix is not invertible; export the scan again with its geometry"
+        )
+    x, y, z, *channels = shape
+    return Header((x, y, z), channels[0] if channels else 1, affine)
+
+
+def unreadable(path: Path, error: Exception) -> DataError:
+    """The error of a file that its library could not read."""
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return DataError(f"{path} is damaged or truncated ({reason}); copy it again from its source")

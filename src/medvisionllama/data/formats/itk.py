@@ -1,0 +1,88 @@
+"""NRRD and MetaImage in one file each, by SimpleITK.
+
+Detached headers (.nhdr, .mhd, or a .nrrd that names another file) are refused: the name in them could point
+anywhere on the disk of whoever opens a stranger's scan.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medvisionllama.data.formats.header import Header, make_header, unreadable
+from medvisionllama.errors import DataError
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+SUFFIXES = (".nrrd", ".mha")
+_HEADER_BYTES = 1 << 16
+# ITK counts towards the patient's left and back (LPS), we towards right and front (RAS).
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def read_header(path: Path) -> Header:
+    """Shape and placement, from the text at the head of the file."""
+    reader = _reader(path)
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise unreadable(path, error) from None
+    return _header(path, reader)
+
+
+def read_voxels(path: Path) -> np.ndarray:
+    """Voxels `[channel, x, y, z]`, as stored."""
+    import SimpleITK as sitk
+
+    header = read_header(path)
+    try:
+        image = _reader(path).Execute()
+    except RuntimeError as error:
+        raise unreadable(path, error) from None
+    array = sitk.GetArrayFromImage(image)
+    if array.dtype.kind not in "iuf":
+        raise DataError(f"{path} stores {array.dtype} voxels; allowed: integers and real numbers")
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        return np.moveaxis(array, -1, 0).transpose(0, 3, 2, 1)
+    # [channel, z, y, x], where a fourth axis is the slowest.
+    return array.reshape(header.num_channels, *header.shape[::-1]).transpose(0, 3, 2, 1)
+
+
+def _reader(path: Path) -> "sitk.ImageFileReader":
+    import SimpleITK as sitk
+
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # noqa: FBT003 # ITK's own name; our errors are one line, its go to the terminal
+    _refuse_detached(path)
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("NrrdImageIO" if path.suffix.lower() == ".nrrd" else "MetaImageIO")
+    reader.SetFileName(str(path))
+    return reader
+
+
+def _header(path: Path, reader: "sitk.ImageFileReader") -> Header:
+    dimension, components = reader.GetDimension(), reader.GetNumberOfComponents()
+    if dimension < 3 or (dimension > 3 and components > 1):
+        raise DataError(f"{path} has shape {reader.GetSize()}; allowed: 3-D, or 4-D with channels last")
+    direction = np.asarray(reader.GetDirection(), dtype=np.float64).reshape(dimension, dimension)
+    affine = np.eye(4)
+    affine[:3, :3] = direction[:3, :3] * np.asarray(reader.GetSpacing()[:3])
+    affine[:3, 3] = reader.GetOrigin()[:3]
+    sizes = (*reader.GetSize(), components) if components > 1 else reader.GetSize()
+    return make_header(path, sizes, LPS_TO_RAS @ affine)
+
+
+def _refuse_detached(path: Path) -> None:
+    with path.open("rb") as file:
+        head = file.read(_HEADER_BYTES)
+    if path.suffix.lower() == ".nrrd":
+        lines = [line.strip().lower() for line in head.split(b"\n\n")[0].split(b"\n")]
+        detached = any(line.startswith((b"data file:", b"datafile:")) for line in lines)
+    else:
+        # In a MetaImage this key is the header's last, and LOCAL says that the voxels follow.
+        name = head.partition(b"ElementDataFile")[2].split(b"\n")[0].strip(b" =\r\t").upper()
+        detached = name not in {b"LOCAL", b""}
+    if detached:
+        raise DataError(
+            f"{path} keeps its voxels in another file; save it again as one .nrrd, .mha or .nii.gz"
+        )
