@@ -82,17 +82,17 @@ class Member:
             return torch.from_numpy(normalise(slab.numpy(), self.plan.normalisation, moments))
 
         inference = self.config.inference
-        with torch.no_grad(), autocast(self.config.train.precision, self.device):
-            yield from probability_planes(
-                self.network,
-                torch.from_numpy(grid),
-                self.plan,
-                axis=axis,
-                overlap=inference.overlap,
-                flip=inference.flip,
-                device=self.device,
-                normalise=prepare,
-            )
+        return probability_planes(
+            self.network,
+            torch.from_numpy(grid),
+            self.plan,
+            axis=axis,
+            overlap=inference.overlap,
+            flip=inference.flip,
+            device=self.device,
+            normalise=prepare,
+            context=lambda: autocast(self.config.train.precision, self.device),
+        )
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ class PreparedScan:
     grids: dict[tuple[float, ...], ImageArray]
     moments: Sequence[tuple[float, float]]
     """Mean and deviation of each channel's non-zero voxels."""
+    ranges: Sequence[tuple[float, float]]
+    """Least and greatest value of each channel."""
 
 
 class Predictor:
@@ -176,6 +178,7 @@ class Predictor:
             ras.spacing_mm,
             {_grid_key(member.plan): to_grid(ras, member.plan) for member in self.members},
             image_moments(ras.array),
+            [(float(channel.min()), float(channel.max())) for channel in ras.array],
         )
 
     def segment(

@@ -7,20 +7,22 @@ however long the scan is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medvisionllama.data.planning import Plan
 from medvisionllama.types import LogitBatch, Triple
 
+Network = Callable[[Tensor], LogitBatch]
 _SIGMA = 0.125  # of the Gaussian weights, as a share of the window: MONAI's and nnU-Net's value
 _LEAST_WEIGHT = 1e-3
 
 
 def probability_planes(
-    network: nn.Module,
+    network: Network,
     image: Tensor,
     plan: Plan,
     *,
@@ -29,6 +31,7 @@ def probability_planes(
     flip: bool,
     device: torch.device | str = "cpu",
     normalise: Callable[[Tensor], Tensor] = lambda slab: slab,
+    context: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Tensor]:
     """Yield class probabilities `[k, x, y, z]`, background first: pieces that follow each other along `axis`.
 
@@ -37,6 +40,7 @@ def probability_planes(
         overlap: share of a window that its neighbour covers too.
         flip: average with the prediction of the mirrored image, along the axes that training mirrors.
         normalise: applied to each slab of the image before the network sees it.
+        context: entered while the network works on a slab, and left before anything is given out: autocast, say.
     """
     views: list[tuple[int, ...]] = [(), *((turned,) for turned in plan.flip_axes if flip)]
     window, size = plan.crop_size[axis], image.shape[axis + 1]
@@ -45,7 +49,10 @@ def probability_planes(
     total = weight = torch.empty(0)
     for number, start in enumerate(starts):
         slab = normalise(image.narrow(axis + 1, start, min(window, size)))
-        logits = torch.cat([_flipped(network, slab, turns, plan, axis, overlap, device) for turns in views])
+        with torch.no_grad(), context():
+            logits = torch.cat(
+                [_flipped(network, slab, turns, plan, axis, overlap, device) for turns in views]
+            )
         if len(starts) == 1:
             yield _squash(logits, plan)
             return
@@ -60,7 +67,7 @@ def probability_planes(
 
 
 def predict_probabilities(
-    network: nn.Module,
+    network: Network,
     image: Tensor,
     plan: Plan,
     *,
@@ -104,9 +111,8 @@ def _shifted(held: Tensor, kept: int, dim: int) -> Tensor:
     return torch.cat([held.narrow(dim, length - kept, kept), empty], dim=dim)
 
 
-@torch.no_grad()
 def _flipped(
-    network: nn.Module,
+    network: Network,
     slab: Tensor,
     turns: tuple[int, ...],
     plan: Plan,
@@ -119,7 +125,7 @@ def _flipped(
 
 
 def _blend_row(
-    network: nn.Module, slab: Tensor, plan: Plan, axis: int, overlap: float, device: torch.device | str
+    network: Network, slab: Tensor, plan: Plan, axis: int, overlap: float, device: torch.device | str
 ) -> LogitBatch:
     """Logits `[1, k, x, y, z]` of a slab `[1, c, x, y, z]` one window thick."""
     from monai.inferers import sliding_window_inference

@@ -194,3 +194,9 @@ def test_slabs_run_along_the_longest_axis_that_is_not_mirrored():
     assert slab_axis((900, 512, 90), [_plan()]) == 1
     assert slab_axis((900, 512, 90), [_plan(flip_axes=())]) == 0
     assert slab_axis((900, 512, 90), [_plan(flip_axes=(0, 1, 2))]) == 0
+
+
+def test_gradients_stay_on_between_the_pieces():
+    planes = probability_planes(_Voxelwise(3), _image((9, 9, 20)), _plan(), axis=2, overlap=0.5, flip=False)
+    next(planes)
+    assert torch.is_grad_enabled()
