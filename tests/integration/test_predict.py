@@ -1,7 +1,12 @@
 """Many scans at once: ensembles, maps, formats, and what happens when one of them is bad."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import nibabel as nib
 import numpy as np
@@ -143,3 +148,32 @@ def test_doubtful_scans_are_named(runs, scans, tmp_path):
     text = " ".join(record["warnings"])
     assert "far from those of training" in text
     assert "the same everywhere" in text
+
+
+def test_ctrl_c_stops_at_once_and_leaves_whole_masks_only(runs, phantoms, tmp_path):
+    scans = tmp_path / "many"
+    scans.mkdir()
+    for number in range(60):
+        shutil.copy(
+            phantoms / "imagesTr" / f"phantom_{number % 8:03d}.nii.gz", scans / f"{number:03d}x.nii.gz"
+        )
+    command = [sys.executable, "-m", "medvisionllama", "predict", runs[0], scans, "--out", tmp_path / "m"]
+    process = subprocess.Popen(
+        [*map(str, command), "--probabilities"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "m").glob("[0-9]*.nii.gz")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    masks = sorted((tmp_path / "m").glob("[0-9]*.nii.gz"))
+    assert 1 <= len(masks) < 60
+    for mask in masks:
+        assert np.asarray(nib.load(mask).dataobj).shape == nib.load(scans / mask.name).shape
+    assert not list((tmp_path / "m").rglob(".partial-*"))
