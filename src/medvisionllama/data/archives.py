@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 from medvisionllama._http import short
 from medvisionllama.data.member_names import Names
@@ -122,47 +122,39 @@ def refused(archive: Path, what: str) -> DataError:
     )
 
 
-class _Count:
-    """Bytes so far, against the limits."""
+class _Room:
+    """How much the entries may declare together."""
 
     def __init__(self, archive: Path, limits: Limits, destination: Path) -> None:
         self._archive = archive
         free = shutil.disk_usage(destination).free - limits.spare_bytes
         self._room = max(free if limits.max_bytes is None else min(free, limits.max_bytes), 0)
-        self._ratio_room = max(limits.max_ratio * archive.stat().st_size, limits.ratio_from_bytes)
-        self.declared = self.real = 0
+        self._honest = max(limits.max_ratio * archive.stat().st_size, limits.ratio_from_bytes)
+        self._declared = 0
 
-    def declare(self, member: Member) -> None:
-        """Take an entry's word for its size, before a byte of it is read."""
-        self.declared += member.size
-        self._check(self.declared, "would unpack")
-
-    def take(self, count: int) -> None:
-        """Count what has come out."""
-        self.real += count
-        self._check(self.real, "unpacks")
-
-    def _check(self, count: int, verb: str) -> None:
-        if count > self._ratio_room:
+    def take(self, size: int) -> None:
+        """Count an entry, before a byte of it is read."""
+        self._declared += size
+        if self._declared > self._honest:
             raise refused(
                 self._archive,
-                f"it {verb} to {count / 1e9:,.1f} GB or more, over {self._ratio_room / 1e9:,.1f} GB, which is no honest compression",
+                f"it would unpack to {self._declared / 1e9:,.1f} GB or more, over {self._honest / 1e9:,.1f} GB, which is no honest compression",
             )
-        if count > self._room:
+        if self._declared > self._room:
             raise refused(
                 self._archive,
-                f"it {verb} to {count / 1e9:,.2f} GB or more and the limit or the disk leaves {self._room / 1e9:,.2f} GB",
+                f"it would unpack to {self._declared / 1e9:,.2f} GB or more, and the limit or the disk leaves {self._room / 1e9:,.2f} GB",
             )
 
 
 def _unpack(archive: Path, reader: Reader, destination: Path, limits: Limits, progress: Progress) -> None:
-    names, count = Names(), _Count(archive, limits, destination)
+    names, room = Names(), _Room(archive, limits, destination)
     with progress.track(f"unpacking {archive.name}", max(archive.stat().st_size, 1)) as advance:
         for number, member in enumerate(reader.members(), start=1):
             if number > limits.max_members:
                 raise refused(archive, f"it has more than {limits.max_members:,} entries")
             # Before twins are left out: their bytes have to be read past as well.
-            count.declare(member)
+            room.take(member.size)
             try:
                 parts = names.add(member.name, is_folder=member.is_folder)
             except ValueError as error:
@@ -179,27 +171,27 @@ def _unpack(archive: Path, reader: Reader, destination: Path, limits: Limits, pr
                 path.mkdir(parents=True, exist_ok=True)
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            written = _write(path, reader, count, advance)
+            written = _write(path, reader, member.size, advance)
             if written != member.size:
                 raise refused(
                     archive,
-                    f"{names.shown(member.name)} has {written:,} bytes where {member.size:,} are declared",
+                    f"{names.shown(member.name)} has {'more' if written > member.size else 'fewer'} bytes than the {member.size:,} declared",
                 )
         if not names.num_files:
             raise refused(archive, "it holds no file")
 
 
-def _write(path: Path, reader: Reader, count: _Count, advance: Advance) -> int:
+def _write(path: Path, reader: Reader, size: int, advance: Advance) -> int:
+    """Write an entry's content and return its length; what is longer than declared is not written to its end."""
+    length = 0
     # "x": a file that is already there, as whatever its name hides, is never written through.
     with path.open("xb") as file:
-        _copy(reader, file, count, advance)
+        for piece in reader.pieces():
+            length += len(piece)
+            if length > size:
+                break
+            file.write(piece)
+            advance(reader.place())
         file.flush()
         os.fsync(file.fileno())
-        return file.tell()
-
-
-def _copy(reader: Reader, file: IO[bytes], count: _Count, advance: Advance) -> None:
-    for piece in reader.pieces():
-        count.take(len(piece))
-        file.write(piece)
-        advance(reader.place())
+    return length

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from medvisionllama.data.archives import Limits, extract
+from medvisionllama.data import archives
+from medvisionllama.data.archives import Limits, Member, extract
 from medvisionllama.errors import DataError
 from medvisionllama.progress import Silent
 
@@ -221,14 +222,14 @@ def test_a_bomb_is_refused(tmp_path, refusal, make):
         else tar(tmp_path / "t.tar.gz", entry("0", zeros), mode="w:gz")
     )
     assert "no honest compression" in refusal(archive, Limits(ratio_from_bytes=1_000_000))
-    assert "the disk leaves" in refusal(archive, Limits(max_bytes=2_999_999))
-    assert "the disk leaves 0.00 GB" in refusal(archive, Limits(spare_bytes=10**18))
+    assert "disk leaves" in refusal(archive, Limits(max_bytes=2_999_999))
+    assert "disk leaves 0.00 GB" in refusal(archive, Limits(spare_bytes=10**18))
     extract(archive, tmp_path / "fits", Limits(max_bytes=3_000_000))
 
 
 def test_many_small_files_count_together(tmp_path, refusal):
     archive = tar(tmp_path / "t.tar", *(entry(str(number), bytes(1000)) for number in range(20)))
-    assert "the disk leaves" in refusal(archive, Limits(max_bytes=19_000))
+    assert "disk leaves" in refusal(archive, Limits(max_bytes=19_000))
 
 
 def test_a_tar_that_declares_more_than_it_holds_is_refused(tmp_path, refusal):
@@ -254,7 +255,7 @@ def test_a_zip_whose_directory_lies_about_a_size_is_refused(tmp_path, refusal, d
     raw = archive.read_bytes().replace(struct.pack("<L", 4000), struct.pack("<L", declared))
     archive.write_bytes(raw)
     message = refusal(archive)
-    assert "damaged or truncated" in message or "are declared" in message
+    assert "damaged or truncated" in message or "fewer bytes than" in message
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
@@ -381,3 +382,24 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         extract(good(tmp_path / "a.tar"), tmp_path / "out", progress=Impatient())
     assert not (tmp_path / "out").exists()
+
+
+def test_an_entry_without_end_is_left_once_it_is_longer_than_declared(tmp_path, refusal, monkeypatch):
+    class Endless:
+        damage = ()
+
+        def members(self):
+            yield Member("x", 10_000, is_folder=False)
+
+        def pieces(self):
+            while True:
+                yield bytes(1000)
+
+        def place(self):
+            return 0
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(archives, "open_archive", lambda archive: Endless())
+    assert "more bytes than the 10,000 declared" in refusal(good(tmp_path / "t.tar"))
