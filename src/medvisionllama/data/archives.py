@@ -21,6 +21,10 @@ SUFFIXES = (".tar.gz", ".tar", ".tgz", ".zip")
 PIECE = 1 << 20
 
 
+class NoRoomError(DataError):
+    """The disk, or a limit that the caller set, is too small for an archive that may be a good one."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What an archive may unpack to."""
@@ -75,6 +79,7 @@ def extract(
 
     Raises:
         DataError: no such archive, damaged, truncated, or one that a careful person would not unpack.
+        NoRoomError: it does not fit.
     """
     limits = limits or Limits()
     if destination.exists():
@@ -141,9 +146,8 @@ class _Room:
                 f"it would unpack to {self._declared / 1e9:,.1f} GB or more, over {self._honest / 1e9:,.1f} GB, which is no honest compression",
             )
         if self._declared > self._room:
-            raise refused(
-                self._archive,
-                f"it would unpack to {self._declared / 1e9:,.2f} GB or more, and the limit or the disk leaves {self._room / 1e9:,.2f} GB",
+            raise NoRoomError(
+                f"{self._archive.name} would unpack to {self._declared / 1e9:,.2f} GB or more, and the disk or the limit leaves {self._room / 1e9:,.2f} GB; nothing was unpacked, free some space or choose another disk"
             )
 
 
