@@ -15,7 +15,9 @@ _HOMES = {
     "MedVisionLlama": "medvisionllama.networks",
     "Predictor": "medvisionllama.inference.predictor",
     "TokenSegmenter": "medvisionllama.networks",
+    "convert": "medvisionllama.api",
     "demo": "medvisionllama.api",
+    "download": "medvisionllama.api",
     "evaluate": "medvisionllama.api",
     "fit": "medvisionllama.training.fit",
     "load_config": "medvisionllama.config",
@@ -25,7 +27,9 @@ _HOMES = {
 __all__ = [*sorted(_HOMES), "__version__"]
 
 if TYPE_CHECKING:
+    from medvisionllama.api import convert as convert
     from medvisionllama.api import demo as demo
+    from medvisionllama.api import download as download
     from medvisionllama.api import evaluate as evaluate
     from medvisionllama.api import predict as predict
     from medvisionllama.api import train as train
