@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medvisionllama.data.formats import SUFFIXES, format_of
+from medvisionllama.data.formats import SUFFIXES, ScanSource, format_of
+from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.formats.header import Header
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import DataError
@@ -25,8 +26,10 @@ ScanSource = Path
 """What a scan is read from."""
 
 
-def stem_of(path: Path) -> str:
-    """File name without the suffixes of a scan."""
+def stem_of(path: ScanSource) -> str:
+    """File name without the suffixes of a scan; a folder's name; a series' own."""
+    if isinstance(path, Series) or path.is_dir():
+        return path.name
     for suffix in SUFFIXES:
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
@@ -38,7 +41,7 @@ def is_scan(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: ScanSource) -> Header:
     """Read shape and placement only.
 
     Raises:
@@ -48,7 +51,7 @@ def read_header(path: Path) -> Header:
     return header
 
 
-def read_voxels(path: Path) -> Volume:
+def read_voxels(path: ScanSource) -> Volume:
     """Read `[channel, x, y, z]` as stored, whatever the values: for those who look for what is wrong with them.
 
     Raises:
@@ -58,11 +61,11 @@ def read_voxels(path: Path) -> Volume:
     return Volume(module.read_voxels(path), module.read_header(path).affine)
 
 
-def read_image(paths: tuple[Path, ...]) -> Volume:
+def read_image(paths: tuple[ScanSource, ...]) -> Volume:
     """Read one case's image as float32 `[channel, x, y, z]`.
 
     Args:
-        paths: one file (3-D, or 4-D with channels last), or one file per channel.
+        paths: one file (3-D, or 4-D with channels last) or DICOM series, or one per channel.
 
     Raises:
         DataError: unreadable or truncated, NaN or infinite voxels, or channels of different geometry.
@@ -85,7 +88,7 @@ def read_image(paths: tuple[Path, ...]) -> Volume:
     return Volume(np.ascontiguousarray(array), first.affine)
 
 
-def read_label(path: Path) -> Volume:
+def read_label(path: ScanSource) -> Volume:
     """Read a label as integers `[x, y, z]`.
 
     Raises:
@@ -111,7 +114,7 @@ def read_label(path: Path) -> Volume:
     return Volume(np.ascontiguousarray(raw, np.uint8 if high < 256 else np.uint16), volume.affine)
 
 
-def check_finite(path: Path, array: np.ndarray) -> None:
+def check_finite(path: ScanSource, array: np.ndarray) -> None:
     """Raise DataError if a voxel of `[channel, x, y, z]` is not a number."""
     if array.dtype.kind != "f":
         return

@@ -1,4 +1,4 @@
-"""One module for each kind of file a scan comes in: `read_header(path)` and `read_voxels(path)`.
+"""One module for each kind of file a scan comes in: `read_header(source)` and `read_voxels(source)`.
 
 Modules here only translate; whether values make sense is asked in `data/readers.py`.
 """
@@ -6,21 +6,34 @@ Modules here only translate; whether values make sense is asked in `data/readers
 from pathlib import Path
 from types import ModuleType
 
-from medvisionllama.data.formats import itk, nifti
+from medvisionllama.data.formats import dicom, itk, nifti
+from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.errors import DataError
 
+ScanSource = Path | Series
+"""A file, a folder with one DICOM series, or a series that `find_series` found."""
+
+# Files of which each is a scan of its own. A .dcm file mostly is one slice, so folders are not searched for it.
 SUFFIXES = (*nifti.SUFFIXES, *itk.SUFFIXES)
 
 
-def format_of(path: Path) -> ModuleType:
-    """Choose the module that reads a file.
+def format_of(source: ScanSource) -> ModuleType:
+    """Choose the module that reads a scan.
 
     Raises:
         DataError: no such file, or not one of ours.
     """
-    if not path.exists():
-        raise DataError(f"{path} does not exist; put the file there or remove the case from the dataset")
-    for module in (nifti, itk):
-        if path.is_file() and path.name.lower().endswith(module.SUFFIXES):
+    if isinstance(source, Series):
+        return dicom
+    if not source.exists():
+        raise DataError(f"{source} does not exist; put the file there or remove the case from the dataset")
+    if source.is_dir():
+        return dicom
+    for module in (nifti, itk, dicom):
+        if source.name.lower().endswith(module.SUFFIXES):
             return module
-    raise DataError(f"{path} is not a scan we read; allowed: {', '.join(SUFFIXES)}")
+    if dicom.is_dicom(source):  # hospitals export files without suffix
+        return dicom
+    raise DataError(
+        f"{source} is not a scan we read; allowed: {', '.join(SUFFIXES)}, or a folder with one DICOM series"
+    )

@@ -1,0 +1,126 @@
+"""DICOM series, classic and enhanced multi-frame, by pydicom; masks (DICOM-SEG) by highdicom.
+
+A scan is a folder that holds exactly one series of images, one multi-frame file, or a `Series`.
+"""
+
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from medvisionllama._optional import require
+from medvisionllama.data.formats import dicom_labels
+from medvisionllama.data.formats.dicom_grid import grid_of
+from medvisionllama.data.formats.dicom_header import SEGMENTATIONS, Slice, is_dicom, quiet, read_dataset
+from medvisionllama.data.formats.dicom_series import Series, find_series
+from medvisionllama.data.formats.header import Header, unreadable
+from medvisionllama.errors import DataError
+
+SUFFIXES = (".dcm",)
+_UNREADABLE = (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, NotImplementedError, RuntimeError, MemoryError)  # fmt: skip
+
+
+def read_header(source: Path | Series) -> Header:
+    """Shape and placement of a series or a mask, from its headers."""
+    if isinstance(source, Path) and _is_mask(source):
+        return dicom_labels.read_header(source)
+    return grid_of(_one_series(source))
+
+
+def read_voxels(source: Path | Series) -> np.ndarray:
+    """Voxels `[channel, x, y, z]`: x along rows, y along columns, z along the normal; of a mask, segment numbers.
+
+    Rescaled values are integers where slope and intercept are whole numbers and the same for all slices, else
+    float32. MONOCHROME1 is inverted, so that bright is high.
+    """
+    if isinstance(source, Path) and _is_mask(source):
+        return dicom_labels.read_voxels(source)
+    series = _one_series(source)
+    return _voxels(series, grid_of(series))
+
+
+def open_series(source: Path) -> Series:
+    """The one series of images in a folder or file.
+
+    Raises:
+        DataError: none there, or several, which are listed.
+    """
+    found = find_series(source)
+    if not found:
+        raise DataError(
+            f"{source} holds no DICOM series of images (reports, masks and localisers do not count); give the folder of a scan"
+        )
+    if len(found) > 1:
+        listed = ", ".join(f"{series.name} ({len(series.slices)} images)" for series in found[:10])
+        raise DataError(
+            f"{source} holds {len(found)} series: {listed}{', ...' if len(found) > 10 else ''}; give the folder of one of them"
+        )
+    return found[0]
+
+
+def _one_series(source: Path | Series) -> Series:
+    return source if isinstance(source, Series) else open_series(source)
+
+
+def _is_mask(source: Path) -> bool:
+    if not source.is_file() or not is_dicom(source):
+        return False
+    return read_dataset(source, ("SOPClassUID",)).get("SOPClassUID") in SEGMENTATIONS
+
+
+def _voxels(series: Series, header: Header) -> np.ndarray:
+    x, y, z = header.shape
+    dtype = _dtype(series.slices)
+    places = enumerate(series.slices)
+    try:
+        array = np.empty((z, y, x), dtype)
+        with quiet():
+            for file, group in groupby(places, key=lambda item: item[1].file):
+                _read_frames(file, list(group), array)
+    except MemoryError as error:
+        raise unreadable(series.folder, error) from None
+    return array.transpose(2, 1, 0)[None]
+
+
+def _read_frames(file: Path, group: list[tuple[int, Slice]], out: np.ndarray) -> None:
+    """Decode the frames of one file into their slices of `out`, `[z, y, x]`."""
+    pixels = require("pydicom.pixels", extra="dicom")
+    try:
+        frames = pixels.iter_pixels(file, indices=[piece.frame for _, piece in group], raw=True)
+        for (place, piece), frame in zip(group, frames, strict=True):
+            out[place] = _values(piece, frame, out.dtype)
+    except AttributeError:
+        raise DataError(f"{file} has no pixel data; export the series again from its source") from None
+    except _UNREADABLE as error:
+        raise unreadable(file, error) from None
+
+
+def _values(piece: Slice, stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if piece.inverted:
+        low, high = _range(piece)
+        stored = low + high - stored.astype(np.int64 if stored.dtype.kind in "iu" else stored.dtype)
+    if piece.slope == 1 and piece.intercept == 0:
+        return stored
+    if dtype.kind == "f":
+        return stored.astype(np.float64) * piece.slope + piece.intercept
+    return stored.astype(dtype) * dtype.type(piece.slope) + dtype.type(piece.intercept)
+
+
+def _range(piece: Slice) -> tuple[int, int]:
+    """Lowest and highest value that the bits of a slice can store."""
+    return (-(1 << piece.bits - 1), (1 << piece.bits - 1) - 1) if piece.signed else (0, (1 << piece.bits) - 1)
+
+
+def _dtype(slices: tuple[Slice, ...]) -> np.dtype:
+    """The smallest type of int16, int32 and float32 that holds every value the slices can have."""
+    scales = {(piece.slope, piece.intercept) for piece in slices}
+    if len(scales) > 1 or not all(value.is_integer() for value in next(iter(scales))):
+        return np.dtype(np.float32)
+    if any(piece.bits == 0 for piece in slices):  # floating-point pixel data
+        return np.dtype(np.float32)
+    slope, intercept = next(iter(scales))
+    ends = [value * slope + intercept for piece in slices for value in _range(piece)]
+    for dtype in (np.int16, np.int32):
+        if np.iinfo(dtype).min <= min(ends) and max(ends) <= np.iinfo(dtype).max:
+            return np.dtype(dtype)
+    return np.dtype(np.float32)

@@ -1,0 +1,248 @@
+"""What one DICOM file says of itself: the series it belongs to, and a `Slice` for each of its frames.
+
+Only the header is read. Enhanced multi-frame files keep the place of a frame in functional groups, shared by all
+frames or one per frame; classic files keep it at the top. Both become the same `Slice`.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medvisionllama._optional import require
+from medvisionllama.data.formats.header import unreadable
+from medvisionllama.errors import DataError
+
+SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+_DIRECTORY = "1.2.840.10008.1.3.10"
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+# Modalities of files that describe a scan instead of being one, among them doses, which have rows and columns.
+_NO_SCANS = {
+    "SEG",
+    "RTSTRUCT",
+    "RTPLAN",
+    "RTDOSE",
+    "RTRECORD",
+    "RTIMAGE",
+    "PR",
+    "SR",
+    "KO",
+    "DOC",
+    "REG",
+    "FID",
+}
+# By these the images of one place usually differ when a series holds several volumes.
+MARKS = (
+    "EchoTime", "EchoNumbers", "InversionTime", "TemporalPositionIdentifier", "TriggerTime", "DiffusionBValue",
+    "NominalPercentageOfCardiacPhase", "AcquisitionNumber", "ImageType", "AcquisitionTime", "ContentTime",
+)  # fmt: skip
+_TAGS = (
+    "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality",
+    "SeriesDescription", "SeriesNumber", "InstanceNumber", "PatientName", "PatientID", "NumberOfFrames", "Rows",
+    "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsStored", "PixelRepresentation",
+    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept",
+    "ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", *MARKS,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One image of a series. What its file does not say is None."""
+
+    file: Path
+    frame: int
+    """Which frame of a multi-frame file, from 0."""
+    uid: str
+    number: int | None
+    size: tuple[int, int]
+    """Columns and rows."""
+    position: tuple[float, ...] | None
+    """Centre of the first pixel, in millimetres to the left, back and head (LPS)."""
+    orientation: tuple[float, ...] | None
+    """Direction along a row, then along a column."""
+    spacing: tuple[float, ...] | None
+    """Millimetres between rows, then between columns."""
+    slope: float
+    intercept: float
+    inverted: bool
+    """MONOCHROME1: low values are shown bright."""
+    colour: bool
+    table: bool
+    """Stored values stand for others in a look-up table."""
+    bits: int
+    signed: bool
+    marks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """One file of images."""
+
+    series_uid: str
+    study_uid: str
+    description: str
+    modality: str
+    number: int | None
+    slices: tuple[Slice, ...]
+
+    @property
+    def file(self) -> Path:
+        return self.slices[0].file
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep pydicom's warnings from the terminal: they quote values, which may be the patient's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def is_dicom(path: Path) -> bool:
+    """True if a file starts as DICOM does, with its preamble or, as old files do, without."""
+    with path.open("rb") as file:
+        head = file.read(132)
+    return head[128:] == b"DICM" or (
+        head[:2] == b"\x08\x00" and head[2:4] in {b"\x00\x00", b"\x05\x00", b"\x16\x00"}
+    )
+
+
+def read_dataset(path: Path, tags: Sequence[str] | None = None) -> Any:
+    """A file's elements before its pixels, or only those named.
+
+    Raises:
+        DataError: the file is damaged, or ends within them.
+    """
+    pydicom = require("pydicom", extra="dicom")
+    try:
+        with quiet():
+            return pydicom.dcmread(
+                path, stop_before_pixels=True, force=True, specific_tags=tags and list(tags)
+            )
+    except _BROKEN as error:
+        raise unreadable(path, error) from None
+
+
+def read_file_header(path: Path) -> FileHeader | None:
+    """Series and slices of a file; None if it is no scan: not DICOM, a report, a mask, a localiser.
+
+    Raises:
+        DataError: it is a scan, but damaged or truncated.
+    """
+    if not is_dicom(path):
+        return None
+    dataset = read_dataset(path, _TAGS)
+    try:
+        with quiet():
+            return _header(path, dataset)
+    except _BROKEN as error:
+        raise unreadable(path, error) from None
+
+
+_BROKEN = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError, RuntimeError)  # fmt: skip
+
+
+def _header(path: Path, dataset: Any) -> FileHeader | None:
+    meta = getattr(dataset, "file_meta", None) or {}
+    kind = str(dataset.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "")
+    if kind == _DIRECTORY or kind in SEGMENTATIONS or dataset.get("Modality") in _NO_SCANS:
+        return None
+    if "LOCALIZER" in (dataset.get("ImageType") or []):
+        return None
+    if kind.startswith(_SECONDARY_CAPTURE) and "ImagePositionPatient" not in dataset and not _groups(dataset):
+        return None  # a screenshot, such as a dose report
+    if not kind or "SeriesInstanceUID" not in dataset or "Rows" not in dataset or "Columns" not in dataset:
+        uid = require("pydicom.uid", extra="dicom").UID(kind)
+        if kind and not uid.name.endswith("Image Storage"):
+            return None
+        raise DataError(
+            f"{path} is damaged or truncated (its header ends early); copy it again from its source"
+        )
+    return FileHeader(
+        series_uid=str(dataset.SeriesInstanceUID),
+        study_uid=str(dataset.get("StudyInstanceUID", "")),
+        description=_without_patient(dataset),
+        modality=str(dataset.get("Modality") or ""),
+        number=_whole(dataset.get("SeriesNumber")),
+        slices=tuple(_slices(path, dataset)),
+    )
+
+
+def _groups(dataset: Any) -> Sequence[Any]:
+    return dataset.get("PerFrameFunctionalGroupsSequence") or ()
+
+
+def _slices(path: Path, dataset: Any) -> Iterator[Slice]:
+    common = {
+        "file": path,
+        "uid": str(dataset.get("SOPInstanceUID", "")),
+        "number": _whole(dataset.get("InstanceNumber")),
+        "size": (int(dataset.Columns), int(dataset.Rows)),
+        "inverted": dataset.get("PhotometricInterpretation") == "MONOCHROME1",
+        "colour": dataset.get("SamplesPerPixel", 1) != 1
+        or dataset.get("PhotometricInterpretation", "MONOCHROME2") not in {"MONOCHROME1", "MONOCHROME2"},
+        "table": "ModalityLUTSequence" in dataset,
+        "bits": int(dataset.get("BitsStored") or 0),
+        "signed": dataset.get("PixelRepresentation", 0) == 1,
+        "marks": tuple(str(dataset.get(name, "")) for name in MARKS),
+    }
+    groups = _groups(dataset)
+    num_frames = _whole(dataset.get("NumberOfFrames")) or 1
+    if not groups and num_frames == 1:
+        yield _slice(common, 0, dataset, dataset, dataset, dataset)
+        return
+    if len(groups) != num_frames:
+        raise DataError(
+            f"{path} holds {num_frames} frames but says the place of {len(groups)}; convert it to enhanced multi-frame or to one file per slice"
+        )
+    shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    for frame, own in enumerate(groups):
+
+        def group(name: str, own: Any = own) -> Any:
+            return (own.get(name) or shared.get(name) or [{}])[0]
+
+        yield _slice(
+            common,
+            frame,
+            group("PlanePositionSequence"),
+            group("PlaneOrientationSequence"),
+            group("PixelMeasuresSequence"),
+            group("PixelValueTransformationSequence"),
+        )
+
+
+def _slice(common: dict[str, Any], frame: int, place: Any, plane: Any, measures: Any, values: Any) -> Slice:
+    slope = values.get("RescaleSlope")
+    return Slice(
+        frame=frame,
+        position=_numbers(place.get("ImagePositionPatient"), 3),
+        orientation=_numbers(plane.get("ImageOrientationPatient"), 6),
+        spacing=_numbers(measures.get("PixelSpacing"), 2),
+        slope=1.0 if slope is None else float(slope),
+        intercept=float(values.get("RescaleIntercept") or 0),
+        **common,
+    )
+
+
+def _numbers(values: Any, count: int) -> tuple[float, ...] | None:
+    if values is None or isinstance(values, str) or not hasattr(values, "__len__") or len(values) != count:
+        return None
+    return tuple(float(value) for value in values)
+
+
+def _whole(value: Any) -> int | None:
+    return None if value in (None, "") else int(value)
+
+
+def _without_patient(dataset: Any) -> str:
+    """The series' description, or nothing if someone typed the patient into it."""
+    description = " ".join(str(dataset.get("SeriesDescription") or "").split())
+    words = [
+        *re.split(r"[\s^=,]+", str(dataset.get("PatientName") or "")),
+        str(dataset.get("PatientID") or ""),
+    ]
+    known = [word.casefold() for word in words if len(word) > 2]
+    return "" if any(word in description.casefold() for word in known) else description

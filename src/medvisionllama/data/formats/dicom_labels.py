@@ -1,0 +1,136 @@
+"""DICOM-SEG in: segments as one label volume, by highdicom."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medvisionllama._optional import require
+from medvisionllama.data.formats.dicom_header import quiet
+from medvisionllama.data.formats.header import Header, make_header, unreadable
+from medvisionllama.data.formats.itk import LPS_TO_RAS
+from medvisionllama.data.volume import spacing_of
+from medvisionllama.errors import DataError
+from medvisionllama.types import AffineMatrix, LabelArray
+
+_BROKEN = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError)  # fmt: skip
+
+
+def read_header(path: Path) -> Header:
+    """Shape and place of the slices from the first to the last that a mask stores."""
+    array, affine = _labels(path)
+    return make_header(path, array.shape, affine)
+
+
+def read_voxels(path: Path) -> np.ndarray:
+    """Segment numbers `[1, x, y, z]`; writers leave out empty slices, so z may be shorter than the scan's.
+
+    Raises:
+        DataError: damaged, probabilities instead of a mask, or segments that overlap.
+    """
+    return _labels(path)[0][None]
+
+
+def read_seg(path: Path, like: Header, classes: Mapping[int, str] | None = None) -> LabelArray:
+    """Read a mask on the grid of its scan, `[x, y, z]`; voxels outside what is stored are 0.
+
+    Args:
+        like: the scan's header.
+        classes: names of the numbers wanted; segments get them by their label. Without it, segment numbers.
+
+    Raises:
+        DataError: as `read_voxels`, or the mask lies on another grid, or a segment has no such name.
+    """
+    array, affine = _labels(path)
+    turn = np.linalg.inv(like.affine) @ affine
+    start = np.rint(turn[:3, 3]).astype(int)
+    # Signed permutations would be other orders of the same voxels, but SEG stores a scan's own slices.
+    if not np.allclose(turn[:3, :3], np.eye(3), atol=1e-3) or np.abs(turn[:3, 3] - start).max() > 0.1:
+        raise DataError(f"{path} lies on another grid than its scan; give the scan it was drawn on")
+    if (start < 0).any() or (start + array.shape > like.shape).any():
+        raise DataError(f"{path} reaches beyond its scan; give the scan it was drawn on")
+    if classes is not None:
+        array = _renamed(path, array, segment_labels(path), classes)
+    whole = np.zeros(like.shape, array.dtype)
+    x, y, z = start
+    whole[x : x + array.shape[0], y : y + array.shape[1], z : z + array.shape[2]] = array
+    return whole
+
+
+def segment_labels(path: Path) -> dict[int, str]:
+    """Number and label of each segment in a mask."""
+    mask = _open(path)
+    return {
+        int(number): str(mask.get_segment_description(number).SegmentLabel) for number in mask.segment_numbers
+    }
+
+
+def _renamed(path: Path, array: np.ndarray, labels: dict[int, str], classes: Mapping[int, str]) -> np.ndarray:
+    values = {name: value for value, name in classes.items()}
+    table = np.zeros(max([0, *labels]) + 1, np.uint8 if max([0, *classes]) < 256 else np.uint16)
+    for number, label in labels.items():
+        if label not in values:
+            raise DataError(
+                f"{path}: segment {label} is none of {', '.join(values)}; rename it or add the class"
+            )
+        table[number] = values[label]
+    return table[array]
+
+
+def _open(path: Path) -> Any:
+    seg = require("highdicom.seg", extra="dicom")
+    try:
+        with quiet():
+            return seg.segread(path)
+    except _BROKEN as error:
+        raise unreadable(path, error) from None
+
+
+def _labels(path: Path) -> tuple[np.ndarray, AffineMatrix]:
+    """Segment numbers `[x, y, z]` and the matrix to RAS."""
+    mask = _open(path)
+    if str(getattr(mask, "SegmentationType", "")) == "FRACTIONAL":
+        raise DataError(f"{path} holds probabilities (FRACTIONAL); allowed: BINARY or LABELMAP, export it so")
+    try:
+        with quiet():
+            volume = mask.get_volume(combine_segments=True)
+    except RuntimeError as error:
+        _refuse_overlap(path, mask)
+        raise _irregular(path, error) from None
+    except _BROKEN as error:
+        raise unreadable(path, error) from None
+    # highdicom's axes are slice, row, column; ours are column, row, slice, stacked along the slices' normal.
+    array = volume.array.transpose(2, 1, 0)
+    affine = np.asarray(volume.affine)[:, [2, 1, 0, 3]]
+    if np.linalg.det(affine[:3, :3]) < 0:
+        array = array[:, :, ::-1]
+        affine = affine @ np.array(
+            [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, array.shape[2] - 1], [0, 0, 0, 1.0]]
+        )
+    assert min(spacing_of(affine)) > 0
+    return np.ascontiguousarray(array), LPS_TO_RAS @ affine
+
+
+def _refuse_overlap(path: Path, mask: Any) -> None:
+    """Name the first two segments that share voxels."""
+    seen: np.ndarray | None = None
+    for number in mask.segment_numbers:
+        with quiet():
+            own = mask.get_volume(segment_numbers=[number], combine_segments=True).array > 0
+        if seen is None:
+            seen = np.zeros(own.shape, np.uint16)
+        both = own & (seen > 0)
+        if both.any():
+            other = int(seen[both][0])
+            count = int((own & (seen == other)).sum())
+            one, two = (mask.get_segment_description(n).SegmentLabel for n in (other, number))
+            raise DataError(
+                f"{path}: segments {other} ({one}) and {number} ({two}) overlap in {count} voxels; allowed: one class per voxel, export them to files of their own"
+            )
+        seen[own] = number
+
+
+def _irregular(path: Path, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:120]
+    return DataError(f"{path} is no regular volume ({reason}); export it again on the grid of its scan")

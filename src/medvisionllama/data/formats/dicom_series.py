@@ -1,0 +1,119 @@
+"""Which DICOM series lie in a folder, whatever its files are called."""
+
+import filecmp
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from medvisionllama.data.formats.dicom_header import FileHeader, Slice, read_file_header
+from medvisionllama.errors import DataError
+
+# Below this, starting threads takes longer than reading; above, a network disk answers several files at once.
+_MANY_FILES = 64
+
+
+@dataclass(frozen=True)
+class Series:
+    """The images of one scan. Two are equal if they are of the same files."""
+
+    series_uid: str
+    study_uid: str
+    description: str
+    modality: str
+    number: int | None
+    files: tuple[Path, ...]
+    """In the order of the slices along their normal."""
+    folder: Path
+    slices: tuple[Slice, ...] = field(repr=False, compare=False)
+    """The frames of all files, in the same order."""
+
+    @property
+    def name(self) -> str:
+        """A file name without suffix: number, description and eight digits that stand for the uid."""
+        words = re.sub(r"[^A-Za-z0-9]+", "_", self.description or self.modality).strip("_")[:40]
+        number = "" if self.number is None else f"{self.number}"
+        digest = hashlib.sha256(self.series_uid.encode()).hexdigest()[:8]
+        return "_".join(part for part in (number, words, digest) if part)
+
+    def __str__(self) -> str:
+        """How messages name it."""
+        known = self.description or (f"number {self.number}" if self.number is not None else self.name)
+        return f"series {known} ({self.folder})"
+
+
+def find_series(path: Path) -> tuple[Series, ...]:
+    """List the series of images in a folder and the folders below it, or in one file.
+
+    Files that are no scans are passed over: other formats, directories, reports, masks, presentation states,
+    screenshots and localisers. The same image under two names counts once.
+
+    Raises:
+        DataError: the path does not exist, or a DICOM file is damaged.
+    """
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give a DICOM file or a folder of DICOM files")
+    files = [path] if path.is_file() else _files_below(path)
+    if len(files) < _MANY_FILES:
+        headers: Iterable[FileHeader | None] = map(read_file_header, files)
+    else:
+        with ThreadPoolExecutor(8) as pool:
+            headers = list(pool.map(read_file_header, files))
+    groups: dict[str, list[FileHeader]] = {}
+    for header in headers:
+        if header is not None:
+            groups.setdefault(header.series_uid, []).append(header)
+    found = [_series(group) for group in groups.values()]
+    return tuple(sorted(found, key=lambda series: (series.folder, series.number or 0, series.series_uid)))
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _series(headers: list[FileHeader]) -> Series:
+    kept = _without_copies(headers)
+    slices = along_normal([piece for header in kept for piece in header.slices])
+    files = tuple(dict.fromkeys(piece.file for piece in slices))
+    first = kept[0]
+    parents = [str(file.parent) for file in files]
+    return Series(
+        series_uid=first.series_uid,
+        study_uid=first.study_uid,
+        description=first.description,
+        modality=first.modality,
+        number=first.number,
+        files=files,
+        folder=Path(os.path.commonpath(parents)) if len(set(parents)) > 1 else files[0].parent,
+        slices=tuple(slices),
+    )
+
+
+def _without_copies(headers: list[FileHeader]) -> list[FileHeader]:
+    """Drop files that repeat another, byte by byte; what only claims to be the same image stays, to be refused."""
+    kept: dict[str, list[FileHeader]] = {}
+    for header in headers:
+        same = kept.setdefault(header.slices[0].uid, [])
+        if not any(filecmp.cmp(header.file, other.file, shallow=False) for other in same):
+            same.append(header)
+    return [header for same in kept.values() for header in same]
+
+
+def along_normal(slices: list[Slice]) -> list[Slice]:
+    """Sort by the position along the normal of the first slice; by file where positions are unknown."""
+    if any(piece.position is None or piece.orientation is None for piece in slices):
+        return sorted(slices, key=lambda piece: (piece.number or 0, piece.file, piece.frame))
+    orientation = np.asarray(slices[0].orientation)
+    normal = np.cross(orientation[:3], orientation[3:])
+    return sorted(
+        slices, key=lambda piece: (float(normal @ np.asarray(piece.position)), piece.file, piece.frame)
+    )

@@ -1,0 +1,170 @@
+"""Masks out as DICOM-SEG, by highdicom: one binary segment for each class, on the slices of the scan itself."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medvisionllama import __version__
+from medvisionllama._files import atomic_path
+from medvisionllama._optional import require
+from medvisionllama.data.formats.dicom_grid import grid_of
+from medvisionllama.data.formats.dicom_header import read_dataset
+from medvisionllama.data.formats.dicom_series import Series
+from medvisionllama.errors import DataError
+from medvisionllama.inference.anatomy import anatomy_of
+from medvisionllama.inference.palette import COLOURS
+from medvisionllama.types import LabelArray
+
+PRODUCT = "medvisionllama"
+# The standard wants these elements, empty if unknown; de-identified files often lack them.
+_MAY_BE_EMPTY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID",
+                 "StudyDate", "StudyTime", "ReferringPhysicianName")  # fmt: skip
+
+
+def write_seg(
+    path: Path,
+    mask: LabelArray,
+    series: Series,
+    classes: dict[int, str],
+    *,
+    colours: Sequence[str] = COLOURS,
+    algorithm: str = PRODUCT,
+    algorithm_version: str = __version__,
+    series_number: int | None = None,
+) -> None:
+    """Write `[x, y, z]` as a DICOM-SEG file of the study that the scan belongs to.
+
+    Segments are numbered from 1 in the order of `classes`; classes without a voxel are left out. If all are empty,
+    the file has one segment, the first class, with an empty frame for every slice: looked for and not found.
+
+    Args:
+        path: ends in .dcm.
+        mask: on the grid of the series, as `read_voxels` orders it.
+        classes: name of each value; 0 is background.
+        colours: of the classes in turn, as #RRGGBB.
+        algorithm: what made the mask, at most 64 characters.
+        series_number: of the new series; by default the scan's number plus 1000.
+
+    Raises:
+        DataError: another grid than the scan's, values without a name, or a scan that cannot be referred to.
+    """
+    if path.suffix.lower() != ".dcm":
+        raise DataError(f"{path}: a DICOM mask is written as .dcm; choose such a name")
+    shape = grid_of(series).shape
+    if mask.shape != shape:
+        raise DataError(
+            f"{path}: the mask has shape {mask.shape}, {series} has {shape}; give a mask on its grid"
+        )
+    named = {value: name for value, name in classes.items() if value != 0}
+    found = [int(value) for value in np.unique(mask) if value != 0]
+    unknown = [value for value in found if value not in named]
+    if unknown or not named:
+        raise DataError(f"{path}: the mask has values without a class name ({unknown}); name every class")
+    values = [value for value in named if value in found] or [next(iter(named))]
+    palette = {value: colours[index % len(colours)] for index, value in enumerate(named)}
+    descriptions = [
+        _description(number, named[value], palette[value], (algorithm, algorithm_version))
+        for number, value in enumerate(values, start=1)
+    ]
+    sources, frames = _sources(series, _numbered(mask, values))
+    seg = _segmentation(
+        sources,
+        frames,
+        descriptions,
+        omit_empty_frames=bool(found),
+        series_number=series_number or max(0, series.number or 0) + 1000,
+        series_description=f"Segmentation of {series.description or series.modality}"[:64],
+    )
+    with atomic_path(path) as temporary:
+        seg.save_as(temporary)
+
+
+def _numbered(mask: LabelArray, values: Sequence[int]) -> np.ndarray:
+    """Segment numbers as frames `[slice, row, column]`."""
+    table = np.zeros(max(values) + 1, np.uint8 if len(values) < 256 else np.uint16)
+    table[list(values)] = np.arange(1, len(values) + 1)
+    return np.ascontiguousarray(table[mask.transpose(2, 1, 0)])
+
+
+def _sources(series: Series, frames: np.ndarray) -> tuple[list[Any], np.ndarray]:
+    """Headers of the scan's files, and the mask in the order of their frames."""
+    datasets = [read_dataset(file) for file in series.files]
+    multiframe = len(series.files) < len(series.slices)
+    if multiframe and len(series.files) > 1:
+        raise DataError(
+            f"{series} is spread over {len(series.files)} multi-frame files, which a DICOM mask cannot refer to; write the mask as NIfTI"
+        )
+    for file, dataset in zip(series.files, datasets, strict=True):
+        if not dataset.get("FrameOfReferenceUID") or not dataset.get("StudyInstanceUID"):
+            raise DataError(
+                f"{file} has no FrameOfReferenceUID or StudyInstanceUID, so a DICOM mask cannot refer to it; write the mask as NIfTI"
+            )
+        for keyword in _MAY_BE_EMPTY:
+            if keyword not in dataset:
+                setattr(dataset, keyword, "")
+    if not multiframe:
+        return datasets, frames
+    order = np.empty_like(frames)
+    for place, piece in enumerate(series.slices):
+        order[piece.frame] = frames[place]
+    return datasets, order
+
+
+def _description(number: int, name: str, colour: str, algorithm: tuple[str, str]) -> Any:
+    seg = require("highdicom.seg", extra="dicom")
+    highdicom = require("highdicom", extra="dicom")
+    coded = require("highdicom.sr", extra="dicom").CodedConcept
+    codes = require("pydicom.sr.codedict", extra="dicom").codes
+    # A backslash separates values in DICOM and cannot be part of one.
+    label = name.replace("\\", "/")[:64]
+    anatomy = anatomy_of(label)
+    description = seg.SegmentDescription(
+        segment_number=number,
+        segment_label=label,
+        segmented_property_category=anatomy.category,
+        segmented_property_type=anatomy.kind,
+        algorithm_type=seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            name=algorithm[0][:64], family=codes.DCM.ArtificialIntelligence, version=algorithm[1][:64]
+        ),
+        tracking_uid=highdicom.UID(),
+        tracking_id=label,
+        display_color=highdicom.color.CIELabColor.from_string(colour),
+    )
+    if anatomy.modifier is not None:
+        kind = description.SegmentedPropertyTypeCodeSequence[0]
+        kind.SegmentedPropertyTypeModifierCodeSequence = [coded.from_code(anatomy.modifier)]
+    return description
+
+
+def _segmentation(sources: list[Any], frames: np.ndarray, descriptions: list[Any], **options: Any) -> Any:
+    highdicom = require("highdicom", extra="dicom")
+    seg = require("highdicom.seg", extra="dicom")
+    with warnings.catch_warnings():
+        # highdicom quotes odd names of patients in its warnings.
+        warnings.simplefilter("ignore")
+        result = seg.Segmentation(
+            source_images=sources,
+            pixel_array=frames,
+            segmentation_type=seg.SegmentationTypeValues.BINARY,
+            segment_descriptions=descriptions,
+            series_instance_uid=highdicom.UID(),
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer=PRODUCT,
+            manufacturer_model_name=PRODUCT,
+            software_versions=__version__,
+            # Required, and a program has none.
+            device_serial_number="0",
+            content_label="SEGMENTATION",
+            content_description="Made by a research model",
+            # Names of classes may be in any script.
+            specific_character_set="ISO_IR 192",
+            **options,
+        )
+    # Required to be there, and nobody drew it by hand.
+    result.ContentCreatorName = ""
+    return result
