@@ -47,7 +47,7 @@ class Anatomy(NamedTuple):
 
 
 def anatomy_of(name: str) -> Anatomy:
-    """Codes for the name of a class, such as `Liver`, `left_kidney` or `edema`; case and separators do not matter."""
+    """Codes for the name of a class: `Liver`, `left_kidney`, `edema`. Case and separators do not matter."""
     sct = require("pydicom.sr.codedict", extra="dicom").codes.SCT
     words = re.sub(r"[\W_]+", " ", name).casefold().replace("tumour", "tumor").split()
     words = [_PLURALS.get(word, word) for word in words]

@@ -5,19 +5,35 @@ A scan is a folder that holds exactly one series of images, one multi-frame file
 
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from medvisionllama._optional import require
 from medvisionllama.data.formats import dicom_labels
 from medvisionllama.data.formats.dicom_grid import grid_of
-from medvisionllama.data.formats.dicom_header import SEGMENTATIONS, Slice, is_dicom, quiet, read_dataset
+from medvisionllama.data.formats.dicom_header import (
+    SEGMENTATIONS,
+    Slice,
+    broken,
+    is_dicom,
+    quiet,
+    read_dataset,
+)
 from medvisionllama.data.formats.dicom_series import Series, find_series
 from medvisionllama.data.formats.header import Header, unreadable
 from medvisionllama.errors import DataError
 
 SUFFIXES = (".dcm",)
-_UNREADABLE = (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, NotImplementedError, RuntimeError, MemoryError)  # fmt: skip
+# On damaged frames gdcm ends the whole process and pylibjpeg's RLE panics; these decoders raise an error instead.
+_DECODERS = {
+    "1.2.840.10008.1.2.5": "pydicom",  # RLE
+    "1.2.840.10008.1.2.4.50": "pillow",  # JPEG, 8 bits
+    "1.2.840.10008.1.2.4.80": "pyjpegls",  # JPEG-LS
+    "1.2.840.10008.1.2.4.81": "pyjpegls",
+    "1.2.840.10008.1.2.4.90": "pylibjpeg",  # JPEG 2000
+    "1.2.840.10008.1.2.4.91": "pylibjpeg",
+}
 
 
 def read_header(source: Path | Series) -> Header:
@@ -86,17 +102,52 @@ def _read_frames(file: Path, group: list[tuple[int, Slice]], out: np.ndarray) ->
     """Decode the frames of one file into their slices of `out`, `[z, y, x]`."""
     pixels = require("pydicom.pixels", extra="dicom")
     try:
-        frames = pixels.iter_pixels(file, indices=[piece.frame for _, piece in group], raw=True)
+        source, plugin = _with_syntax(file)
+        chosen = [piece.frame for _, piece in group]
+        frames = pixels.iter_pixels(source, indices=chosen, raw=True, decoding_plugin=plugin)
         for (place, piece), frame in zip(group, frames, strict=True):
             out[place] = _values(piece, frame, out.dtype)
-    except AttributeError:
+    except AttributeError as error:
+        if "Transfer Syntax" in str(error):
+            raise unreadable(file, error) from None
         raise DataError(f"{file} has no pixel data; export the series again from its source") from None
-    except _UNREADABLE as error:
+    except broken() as error:
+        # pydicom has no error of its own for a compression that no installed decoder knows.
+        if isinstance(error, NotImplementedError) or "missing dependencies" in str(error):
+            raise DataError(
+                f"{file} is compressed in a way that no decoder here reads; run pip install 'medvisionllama[dicom]', or decompress it first, with gdcmconv --raw for example"
+            ) from None
         raise unreadable(file, error) from None
 
 
+def _with_syntax(file: Path) -> tuple[Any, str]:
+    """What pydicom decodes a file from, and by which decoder.
+
+    Old files have no preamble to say their encoding; they come as a dataset with the one that was found.
+    """
+    pydicom = require("pydicom", extra="dicom")
+    with file.open("rb") as stream:
+        if stream.read(132)[128:] == b"DICM":
+            return file, _decoder(file)
+    dataset = pydicom.dcmread(file, force=True)
+    implicit, _ = dataset.original_encoding
+    dataset.file_meta.TransferSyntaxUID = (
+        pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
+    )
+    return dataset, ""
+
+
+def _decoder(file: Path) -> str:
+    """Name of the preferred decoder of a file's compression, or "" for whichever pydicom finds."""
+    filereader = require("pydicom.filereader", extra="dicom")
+    pixels = require("pydicom.pixels", extra="dicom")
+    syntax = filereader.read_file_meta_info(file).get("TransferSyntaxUID", "")
+    preferred = _DECODERS.get(syntax, "")
+    return preferred if preferred and preferred in pixels.get_decoder(syntax).available_plugins else ""
+
+
 def _values(piece: Slice, stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if piece.inverted:
+    if piece.inverted and piece.bits:
         low, high = _range(piece)
         stored = low + high - stored.astype(np.int64 if stored.dtype.kind in "iu" else stored.dtype)
     if piece.slope == 1 and piece.intercept == 0:

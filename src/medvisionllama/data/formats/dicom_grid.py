@@ -80,6 +80,10 @@ def _check_image(piece: Slice) -> None:
         raise DataError(
             f"{piece.file}: PixelSpacing, Rows and Columns must be above zero; export the series again from its source"
         )
+    if piece.bits > 64:
+        raise DataError(
+            f"{piece.file}: BitsStored {piece.bits} is not possible; allowed: up to 64, export the series again"
+        )
     if not np.isfinite([piece.slope, piece.intercept]).all() or piece.slope == 0:
         raise DataError(
             f"{piece.file}: RescaleSlope {piece.slope:g} and RescaleIntercept {piece.intercept:g} give no values; export the series again from its source"
@@ -151,7 +155,7 @@ def _check_gaps(series: Series, positions: np.ndarray, heights: np.ndarray, step
         before, after = series.slices[index : index + 2]
         low, high = _missing(index, before, after, int(multiples[index]))
         which = f"slice {low} of {series} is" if low == high else f"slices {low}-{high} of {series} are"
-        more = f", and {len(holes) - 1} more such gaps" if len(holes) > 1 else ""
+        more = f", the first of {len(holes)} gaps" if len(holes) > 1 else ""
         raise DataError(
             f"{which} missing: {usual:.4g} mm apart, a gap of {gaps[index]:.4g} mm after {_where(before)}{more}; export the whole series again"
         )

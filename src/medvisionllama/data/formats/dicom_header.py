@@ -5,7 +5,9 @@ frames or one per frame; classic files keep it at the top. Both become the same 
 """
 
 import re
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any
 
 from medvisionllama._optional import require
 from medvisionllama.data.formats.header import unreadable
-from medvisionllama.errors import DataError
+from medvisionllama.errors import DataError, MedVisionLlamaError
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _DIRECTORY = "1.2.840.10008.1.3.10"
@@ -45,6 +47,12 @@ _TAGS = (
     "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsStored", "PixelRepresentation",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept",
     "ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", *MARKS,
+)  # fmt: skip
+
+
+_BROKEN = (
+    OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError, RuntimeError,
+    ArithmeticError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
 
 
@@ -101,6 +109,12 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def broken() -> tuple[type[Exception], ...]:
+    """What pydicom, highdicom and their decoders raise on bytes that are not what they should be."""
+    errors = require("pydicom.errors", extra="dicom")
+    return (*_BROKEN, errors.BytesLengthException, errors.InvalidDicomError)
+
+
 def is_dicom(path: Path) -> bool:
     """True if a file starts as DICOM does, with its preamble or, as old files do, without."""
     with path.open("rb") as file:
@@ -122,7 +136,7 @@ def read_dataset(path: Path, tags: Sequence[str] | None = None) -> Any:
             return pydicom.dcmread(
                 path, stop_before_pixels=True, force=True, specific_tags=tags and list(tags)
             )
-    except _BROKEN as error:
+    except broken() as error:
         raise unreadable(path, error) from None
 
 
@@ -138,11 +152,10 @@ def read_file_header(path: Path) -> FileHeader | None:
     try:
         with quiet():
             return _header(path, dataset)
-    except _BROKEN as error:
+    except MedVisionLlamaError:
+        raise
+    except broken() as error:
         raise unreadable(path, error) from None
-
-
-_BROKEN = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError, RuntimeError)  # fmt: skip
 
 
 def _header(path: Path, dataset: Any) -> FileHeader | None:

@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 
 from medvisionllama._optional import require
-from medvisionllama.data.formats.dicom_header import quiet
+from medvisionllama.data.formats.dicom_header import broken, quiet
 from medvisionllama.data.formats.header import Header, make_header, unreadable
 from medvisionllama.data.formats.itk import LPS_TO_RAS
 from medvisionllama.data.volume import spacing_of
 from medvisionllama.errors import DataError
 from medvisionllama.types import AffineMatrix, LabelArray
-
-_BROKEN = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError)  # fmt: skip
 
 
 def read_header(path: Path) -> Header:
@@ -83,7 +81,7 @@ def _open(path: Path) -> Any:
     try:
         with quiet():
             return seg.segread(path)
-    except _BROKEN as error:
+    except broken() as error:
         raise unreadable(path, error) from None
 
 
@@ -98,7 +96,7 @@ def _labels(path: Path) -> tuple[np.ndarray, AffineMatrix]:
     except RuntimeError as error:
         _refuse_overlap(path, mask)
         raise _irregular(path, error) from None
-    except _BROKEN as error:
+    except broken() as error:
         raise unreadable(path, error) from None
     # highdicom's axes are slice, row, column; ours are column, row, slice, stacked along the slices' normal.
     array = volume.array.transpose(2, 1, 0)

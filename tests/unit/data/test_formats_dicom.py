@@ -1,0 +1,341 @@
+"""DICOM series in: every voxel where the file says, against GDCM and against what was written."""
+
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydicom import dcmread
+from pydicom.uid import (
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+    generate_uid,
+)
+
+from dicom_files import AXIAL, ORIGIN, SPACING, affine_of, classic, enhanced, rotation, save
+from medvisionllama.data.formats.dicom import read_header, read_voxels
+from medvisionllama.data.formats.dicom_series import find_series
+from medvisionllama.data.readers import read_image, stem_of
+from medvisionllama.data.readers import read_voxels as read_any
+from medvisionllama.data.volume import from_ras, to_ras
+
+SHAPE = (6, 8, 5)  # z, y, x: slices, rows, columns
+
+
+def voxels(dtype=np.int16, seed=0, shape=SHAPE):
+    info = np.iinfo(dtype)
+    return np.random.default_rng(seed).integers(info.min, info.max, shape, dtype=dtype, endpoint=True)
+
+
+def by_itk(folder):
+    """The volume and the matrix to RAS as GDCM reads them."""
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    image = reader.Execute()
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["13_HCropVolume", "FLAIR"])
+def test_a_hospital_series_is_what_gdcm_reads(data_root, tmp_path, name):
+    files = sorted((data_root / "dicom" / "study1" / name).iterdir())
+    order = np.random.default_rng(0).permutation(len(files))
+    for number, path in zip(order, files, strict=True):
+        shutil.copy(path, tmp_path / f"{number}")
+    array, affine = by_itk(data_root / "dicom" / "study1" / name)
+    np.testing.assert_array_equal(read_voxels(tmp_path)[0], array)
+    np.testing.assert_allclose(read_header(tmp_path).affine, affine, atol=1e-6)
+
+
+@pytest.mark.data
+def test_both_series_of_a_study_are_found(data_root):
+    found = find_series(data_root / "dicom")
+    assert [(series.description, len(series.files)) for series in found] == [
+        ("HippoCrop", 32),
+        ("FLAIR_reg", 22),
+    ]
+    assert len({series.name for series in found}) == 2
+    assert read_any(found[1]).shape == (280, 320, 22)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    angles=st.tuples(*[st.floats(-np.pi, np.pi)] * 3),
+    spacing=st.tuples(*[st.floats(0.2, 12)] * 3),
+    origin=st.tuples(*[st.floats(-500, 500)] * 3),
+    shape=st.tuples(st.integers(2, 5), st.integers(1, 6), st.integers(1, 6)),
+    frames=st.booleans(),
+)
+def test_any_orientation_and_spacing_come_back(tmp_path_factory, angles, spacing, origin, shape, frames):
+    folder = tmp_path_factory.mktemp("series")
+    stored, place = (
+        voxels(shape=shape),
+        {"orientation": rotation(angles), "spacing": spacing, "origin": origin},
+    )
+    order = np.random.default_rng(1).permutation(shape[0])
+    save([enhanced(stored, order=order, **place)] if frames else classic(stored, **place), folder)
+    np.testing.assert_array_equal(read_voxels(folder)[0], stored.transpose(2, 1, 0))
+    np.testing.assert_allclose(read_header(folder).affine, affine_of(**place), atol=1e-5)
+    # In RAS and back, nothing moves.
+    volume = read_any(folder)
+    turned = to_ras(volume)
+    np.testing.assert_array_equal(from_ras(turned.array, volume.affine), volume.array)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32])
+def test_stored_types_keep_their_values(tmp_path, dtype):
+    stored = voxels(dtype)
+    save(classic(stored), tmp_path)
+    np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0).astype(np.int64))
+
+
+def test_whole_rescaling_gives_integers_and_is_what_gdcm_gives(tmp_path):
+    stored = voxels(np.uint16) >> 4
+    datasets = classic(stored)
+    for dataset in datasets:
+        dataset.RescaleSlope, dataset.RescaleIntercept, dataset.BitsStored, dataset.HighBit = (
+            "2",
+            "-1024",
+            12,
+            11,
+        )
+    save(datasets, tmp_path)
+    read = read_voxels(tmp_path)
+    assert read.dtype == np.int16
+    np.testing.assert_array_equal(read[0], stored.transpose(2, 1, 0).astype(int) * 2 - 1024)
+    np.testing.assert_array_equal(read[0], by_itk(tmp_path)[0])
+
+
+def test_each_slice_has_its_own_slope_as_in_pet(tmp_path):
+    stored = voxels(np.uint16)
+    datasets = classic(stored)
+    slopes = 0.1 + np.arange(len(stored)) / 8
+    for slope, dataset in zip(slopes, datasets, strict=True):
+        dataset.RescaleSlope, dataset.RescaleIntercept = str(slope), "1.5"
+    save(datasets, tmp_path)
+    read = read_voxels(tmp_path)
+    assert read.dtype == np.float32
+    expected = (stored * slopes[:, None, None] + 1.5).astype(np.float32)
+    np.testing.assert_array_equal(read[0], expected.transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(np.uint8, 8), (np.uint16, 12), (np.int16, 16)])
+def test_monochrome1_is_inverted(tmp_path, dtype, bits):
+    stored = voxels(dtype) >> (8 * np.dtype(dtype).itemsize - bits)
+    datasets = classic(stored)
+    for dataset in datasets:
+        dataset.PhotometricInterpretation = "MONOCHROME1"
+        dataset.BitsStored, dataset.HighBit = bits, bits - 1
+    save(datasets, tmp_path)
+    top = -1 if np.dtype(dtype).kind == "i" else (1 << bits) - 1
+    np.testing.assert_array_equal(read_voxels(tmp_path)[0], top - stored.transpose(2, 1, 0).astype(int))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
+def test_compressed_slices_are_read(tmp_path, syntax, dtype):
+    stored = voxels(dtype, shape=(3, 32, 32))
+    datasets = classic(stored)
+    for dataset in datasets:
+        dataset.compress(syntax, generate_instance_uid=False)
+    save(datasets, tmp_path)
+    np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
+def test_compressed_frames_of_one_file_are_read_in_their_order(tmp_path, syntax):
+    stored = voxels(np.uint16, shape=(4, 32, 32))
+    dataset = enhanced(stored, order=[2, 0, 3, 1])
+    dataset.compress(syntax, generate_instance_uid=False)
+    save([dataset], tmp_path)
+    np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize(("flag", "depth"), [("--jpeg", np.uint16), ("--jpeg", np.uint8)])
+def test_lossless_jpeg_by_gdcm_is_read(tmp_path, flag, depth):
+    import gdcm
+
+    stored = voxels(depth, shape=(3, 32, 32))
+    for path in save(classic(stored), tmp_path):
+        reader = gdcm.ImageReader()
+        reader.SetFileName(str(path))
+        assert reader.Read()
+        change = gdcm.ImageChangeTransferSyntax()
+        change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+        change.SetInput(reader.GetImage())
+        assert change.Change()
+        writer = gdcm.ImageWriter()
+        writer.SetFile(reader.GetFile())
+        writer.SetImage(change.GetOutput())
+        writer.SetFileName(str(path))
+        assert writer.Write()
+        assert dcmread(path).file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.4.70"
+    np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
+
+
+def test_implicit_syntax_and_a_missing_preamble_are_read(tmp_path):
+    stored = voxels()
+    for number, dataset in enumerate(classic(stored)):
+        del dataset.file_meta
+        dataset.save_as(tmp_path / str(number), implicit_vr=True, little_endian=True)
+    np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
+
+
+def test_implicit_syntax_is_read(tmp_path):
+    stored = voxels()
+    datasets = classic(stored)
+    for dataset in datasets:
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    save(datasets, tmp_path)
+    np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
+
+
+def test_frames_have_slopes_of_their_own(tmp_path):
+    stored = voxels(np.uint16)
+    slopes = [1.5, 2.0, 0.25, 3.0, 1.0, 0.5]
+    path = save([enhanced(stored, order=[5, 1, 0, 3, 2, 4], slopes=slopes)], tmp_path, ["a.dcm"])[0]
+    expected = (stored * np.array(slopes)[:, None, None] - 3).astype(np.float32)
+    np.testing.assert_array_equal(read_voxels(path)[0], expected.transpose(2, 1, 0))
+    np.testing.assert_allclose(read_header(path).affine, affine_of())
+
+
+def test_a_series_that_highdicom_converted_reads_as_before(tmp_path):
+    from highdicom.legacy import LegacyConvertedEnhancedMRImage
+
+    stored = voxels()
+    save(classic(stored, orientation=rotation((0.2, -0.4, 1.0))), tmp_path / "classic")
+    datasets = [dcmread(path) for path in sorted((tmp_path / "classic").iterdir())]
+    converted = LegacyConvertedEnhancedMRImage(
+        datasets,
+        series_instance_uid=generate_uid(),
+        series_number=8,
+        sop_instance_uid=generate_uid(),
+        instance_number=1,
+    )
+    (tmp_path / "one").mkdir()
+    converted.save_as(tmp_path / "one" / "file")
+    np.testing.assert_array_equal(read_voxels(tmp_path / "one"), read_voxels(tmp_path / "classic"))
+    classic_affine = read_header(tmp_path / "classic").affine
+    np.testing.assert_allclose(read_header(tmp_path / "one").affine, classic_affine)
+
+
+@pytest.mark.parametrize("keyword", ["FloatPixelData", "DoubleFloatPixelData"])
+def test_floating_point_pixels_are_read(tmp_path, keyword):
+    dtype = np.float32 if keyword == "FloatPixelData" else np.float64
+    stored = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    dataset = enhanced(voxels())
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.30"
+    for name in ("PixelData", "BitsStored", "HighBit", "PixelRepresentation"):
+        delattr(dataset, name)
+    dataset.BitsAllocated = 8 * np.dtype(dtype).itemsize
+    setattr(dataset, keyword, stored.astype(dtype).tobytes())
+    save([dataset], tmp_path)
+    np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
+
+
+def test_slices_that_count_downwards_give_the_same_volume(tmp_path):
+    stored = voxels()
+    datasets = classic(stored)
+    for number, dataset in enumerate(datasets):
+        dataset.InstanceNumber = len(datasets) - number
+    save(datasets, tmp_path)
+    np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
+
+
+def test_positions_rounded_to_a_tenth_are_accepted(tmp_path):
+    datasets = classic(voxels(), spacing=(0.5, 0.5, 2.51))
+    for dataset in datasets:
+        dataset.ImagePositionPatient = [f"{float(value):.1f}" for value in dataset.ImagePositionPatient]
+    save(datasets, tmp_path)
+    assert read_header(tmp_path).spacing_mm[2] == pytest.approx(2.51, abs=0.02)
+
+
+def test_the_same_image_under_two_names_counts_once(tmp_path):
+    stored = voxels()
+    paths = save(classic(stored), tmp_path)
+    shutil.copy(paths[2], tmp_path / "copy.dcm")
+    (tmp_path / "backup").mkdir()
+    shutil.copy(paths[3], tmp_path / "backup" / paths[3].name)
+    assert len(find_series(tmp_path)[0].files) == len(stored)
+    np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
+
+
+def test_what_is_no_scan_is_passed_over(tmp_path):
+    stored = voxels()
+    save(classic(stored), tmp_path / "a" / "b")
+    (tmp_path / "README.txt").write_text("exported by a program")
+    (tmp_path / "DICOMDIR").write_bytes(b"not even DICOM")
+    (tmp_path / "empty").touch()
+    (tmp_path / ".hidden").write_bytes(b"\0" * 128 + b"DICM" + b"junk")
+    localiser, report, dose, screenshot = classic(stored)[:4]
+    localiser.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    report.Modality, report.SOPClassUID = "SR", "1.2.840.10008.5.1.4.1.1.88.11"
+    dose.Modality = "RTDOSE"
+    screenshot.SOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
+    del report.Rows, screenshot.ImagePositionPatient
+    for dataset in (localiser, report, dose, screenshot):
+        dataset.SeriesInstanceUID = generate_uid()
+    raw = classic(stored)[0]
+    raw.SOPClassUID, raw.SeriesInstanceUID = "1.2.840.10008.5.1.4.1.1.66", generate_uid()
+    del raw.Rows
+    save([localiser, report, dose, screenshot, raw], tmp_path / "a", names=["l", "r", "d", "s", "w"])
+    (series,) = find_series(tmp_path)
+    assert (series.description, series.number, series.folder) == ("Scan", 7, tmp_path / "a" / "b")
+    np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
+
+
+def test_one_series_in_several_folders_is_one(tmp_path):
+    stored = voxels()
+    datasets = classic(stored)
+    save(datasets[::2], tmp_path / "x" / "1")
+    save(datasets[1::2], tmp_path / "x" / "2")
+    (series,) = find_series(tmp_path)
+    assert series.folder == tmp_path / "x"
+    np.testing.assert_array_equal(read_voxels(series)[0], stored.transpose(2, 1, 0))
+
+
+def test_many_files_are_read_by_several_threads(tmp_path):
+    stored = voxels(np.uint8, shape=(70, 3, 4))
+    save(classic(stored), tmp_path)
+    np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
+
+
+def test_a_series_reads_as_its_folder_does(tmp_path):
+    stored = voxels()
+    save(classic(stored), tmp_path / "scan.v2")
+    (series,) = find_series(tmp_path)
+    for source in (series, tmp_path / "scan.v2"):
+        volume = read_image((source,))
+        np.testing.assert_array_equal(volume.array[0], stored.transpose(2, 1, 0).astype(np.float32))
+        np.testing.assert_allclose(volume.affine, affine_of(AXIAL, SPACING, ORIGIN))
+    assert stem_of(tmp_path / "scan.v2") == "scan.v2"
+    assert stem_of(series) == series.name
+
+
+@pytest.mark.parametrize(
+    ("description", "number", "start"),
+    [
+        ("T1 w/ contrast: ../x", 3, "3_T1_w_contrast_x_"),
+        ("Überblick", 3, "3_berblick_"),
+        ("", None, "MR_"),
+        ("brain of DOE", 4, "4_MR_"),
+        ("id-4711 head", 4, "4_MR_"),
+    ],
+)
+def test_the_name_of_a_series_is_a_file_name_without_the_patient(tmp_path, description, number, start):
+    datasets = classic(voxels())
+    for dataset in datasets:
+        dataset.SpecificCharacterSet = "ISO_IR 192"
+        dataset.SeriesDescription, dataset.SeriesNumber = description, number
+    save(datasets, tmp_path)
+    (series,) = find_series(tmp_path)
+    assert series.name.startswith(start)
+    assert set(series.name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
+    assert "doe" not in f"{series.name}{series}{series!r}".casefold().replace(str(tmp_path).casefold(), "")
