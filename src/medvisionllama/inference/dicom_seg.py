@@ -59,8 +59,8 @@ def write_seg(
             f"{path}: the mask has shape {mask.shape}, {series} has {shape}; give a mask on its grid"
         )
     named = {value: name for value, name in classes.items() if value != 0}
-    found = [int(value) for value in np.unique(mask) if value != 0]
-    unknown = [value for value in found if value not in named]
+    found = _values(mask)
+    unknown = sorted(found - set(named))
     if unknown or not named:
         raise DataError(f"{path}: the mask has values without a class name ({unknown}); name every class")
     values = [value for value in named if value in found] or [next(iter(named))]
@@ -82,11 +82,24 @@ def write_seg(
         seg.save_as(temporary)
 
 
+# Slice by slice, since numpy takes a whole mask as indices in eight times its memory.
+
+
+def _values(mask: LabelArray) -> set[int]:
+    """The values of a mask other than 0."""
+    if mask.min() < 0:
+        return {int(mask.min())}
+    found: set[int] = set()
+    for z in range(mask.shape[2]):
+        found.update(np.flatnonzero(np.bincount(mask[:, :, z].ravel())).tolist())
+    return found - {0}
+
+
 def _numbered(mask: LabelArray, values: Sequence[int]) -> np.ndarray:
     """Segment numbers as frames `[slice, row, column]`."""
     table = np.zeros(max(values) + 1, np.uint8 if len(values) < 256 else np.uint16)
     table[list(values)] = np.arange(1, len(values) + 1)
-    return np.ascontiguousarray(table[mask.transpose(2, 1, 0)])
+    return np.stack([table[mask[:, :, z].T] for z in range(mask.shape[2])])
 
 
 def _sources(series: Series, frames: np.ndarray) -> tuple[list[Any], np.ndarray]:

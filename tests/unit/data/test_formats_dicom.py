@@ -1,6 +1,7 @@
 """DICOM series in: every voxel where the file says, against GDCM and against what was written."""
 
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from medvisionllama.data.formats.dicom_series import find_series
 from medvisionllama.data.readers import read_image, stem_of
 from medvisionllama.data.readers import read_voxels as read_any
 from medvisionllama.data.volume import from_ras, to_ras
+from medvisionllama.errors import DataError
 
 SHAPE = (6, 8, 5)  # z, y, x: slices, rows, columns
 
@@ -301,10 +303,22 @@ def test_one_series_in_several_folders_is_one(tmp_path):
     np.testing.assert_array_equal(read_voxels(series)[0], stored.transpose(2, 1, 0))
 
 
-def test_many_files_are_read_by_several_threads(tmp_path):
-    stored = voxels(np.uint8, shape=(70, 3, 4))
-    save(classic(stored), tmp_path)
-    np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
+def test_a_multiframe_file_without_suffix_is_a_scan_of_its_own(tmp_path):
+    stored = voxels()
+    (path,) = save([enhanced(stored)], tmp_path, ["IM0001"])
+    np.testing.assert_array_equal(read_any(path).array[0], stored.transpose(2, 1, 0))
+    (tmp_path / "notes").write_text("no scan")
+    with pytest.raises(
+        DataError, match=r"is not a scan we read; allowed: .+ or a folder with one DICOM series"
+    ):
+        read_any(tmp_path / "notes")
+
+
+def test_warnings_of_others_are_as_loud_as_before(tmp_path):
+    save(classic(voxels()), tmp_path)
+    before = list(warnings.filters)
+    read_voxels(tmp_path)
+    assert warnings.filters == before
 
 
 def test_a_series_reads_as_its_folder_does(tmp_path):

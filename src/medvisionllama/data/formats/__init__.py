@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from medvisionllama.data.formats import dicom, itk, nifti
+from medvisionllama.data.formats.dicom_header import is_dicom
 from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.errors import DataError
 
@@ -32,7 +33,7 @@ def format_of(source: ScanSource) -> ModuleType:
     for module in (nifti, itk, dicom):
         if source.name.lower().endswith(module.SUFFIXES):
             return module
-    if dicom.is_dicom(source):  # hospitals export files without suffix
+    if is_dicom(source):  # hospitals export files without suffix
         return dicom
     raise DataError(
         f"{source} is not a scan we read; allowed: {', '.join(SUFFIXES)}, or a folder with one DICOM series"

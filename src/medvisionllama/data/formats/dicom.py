@@ -12,16 +12,9 @@ import numpy as np
 from medvisionllama._optional import require
 from medvisionllama.data.formats import dicom_labels
 from medvisionllama.data.formats.dicom_grid import grid_of
-from medvisionllama.data.formats.dicom_header import (
-    SEGMENTATIONS,
-    Slice,
-    broken,
-    is_dicom,
-    quiet,
-    read_dataset,
-)
+from medvisionllama.data.formats.dicom_header import Slice, broken, damaged, is_mask, quiet
 from medvisionllama.data.formats.dicom_series import Series, find_series
-from medvisionllama.data.formats.header import Header, unreadable
+from medvisionllama.data.formats.header import Header
 from medvisionllama.errors import DataError
 
 SUFFIXES = (".dcm",)
@@ -38,7 +31,7 @@ _DECODERS = {
 
 def read_header(source: Path | Series) -> Header:
     """Shape and placement of a series or a mask, from its headers."""
-    if isinstance(source, Path) and _is_mask(source):
+    if isinstance(source, Path) and is_mask(source):
         return dicom_labels.read_header(source)
     return grid_of(_one_series(source))
 
@@ -49,7 +42,7 @@ def read_voxels(source: Path | Series) -> np.ndarray:
     Rescaled values are integers where slope and intercept are whole numbers and the same for all slices, else
     float32. MONOCHROME1 is inverted, so that bright is high.
     """
-    if isinstance(source, Path) and _is_mask(source):
+    if isinstance(source, Path) and is_mask(source):
         return dicom_labels.read_voxels(source)
     series = _one_series(source)
     return _voxels(series, grid_of(series))
@@ -78,12 +71,6 @@ def _one_series(source: Path | Series) -> Series:
     return source if isinstance(source, Series) else open_series(source)
 
 
-def _is_mask(source: Path) -> bool:
-    if not source.is_file() or not is_dicom(source):
-        return False
-    return read_dataset(source, ("SOPClassUID",)).get("SOPClassUID") in SEGMENTATIONS
-
-
 def _voxels(series: Series, header: Header) -> np.ndarray:
     x, y, z = header.shape
     dtype = _dtype(series.slices)
@@ -94,7 +81,7 @@ def _voxels(series: Series, header: Header) -> np.ndarray:
             for file, group in groupby(places, key=lambda item: item[1].file):
                 _read_frames(file, list(group), array)
     except MemoryError as error:
-        raise unreadable(series.folder, error) from None
+        raise damaged(series.folder, error) from None
     return array.transpose(2, 1, 0)[None]
 
 
@@ -109,7 +96,7 @@ def _read_frames(file: Path, group: list[tuple[int, Slice]], out: np.ndarray) ->
             out[place] = _values(piece, frame, out.dtype)
     except AttributeError as error:
         if "Transfer Syntax" in str(error):
-            raise unreadable(file, error) from None
+            raise damaged(file, error) from None
         raise DataError(f"{file} has no pixel data; export the series again from its source") from None
     except broken() as error:
         # pydicom has no error of its own for a compression that no installed decoder knows.
@@ -117,7 +104,7 @@ def _read_frames(file: Path, group: list[tuple[int, Slice]], out: np.ndarray) ->
             raise DataError(
                 f"{file} is compressed in a way that no decoder here reads; run pip install 'medvisionllama[dicom]', or decompress it first, with gdcmconv --raw for example"
             ) from None
-        raise unreadable(file, error) from None
+        raise damaged(file, error) from None
 
 
 def _with_syntax(file: Path) -> tuple[Any, str]:

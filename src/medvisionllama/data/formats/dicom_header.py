@@ -5,6 +5,7 @@ frames or one per frame; classic files keep it at the top. Both become the same 
 """
 
 import re
+import sqlite3
 import struct
 import warnings
 import zlib
@@ -52,7 +53,7 @@ _TAGS = (
 
 _BROKEN = (
     OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError, RuntimeError,
-    ArithmeticError, MemoryError, struct.error, zlib.error,
+    ArithmeticError, MemoryError, struct.error, zlib.error, sqlite3.Error,
 )  # fmt: skip
 
 
@@ -115,6 +116,25 @@ def broken() -> tuple[type[Exception], ...]:
     return (*_BROKEN, errors.BytesLengthException, errors.InvalidDicomError)
 
 
+def damaged(path: Path, error: Exception) -> DataError:
+    """The error of a file that a library could not read, without the values that the library quotes."""
+    return unreadable(
+        path, RuntimeError(re.sub(r"'[^']*'?|\"[^\"]*\"?", "...", str(error)) or type(error).__name__)
+    )
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Read quietly; what a library raises on damaged bytes becomes one line."""
+    try:
+        with quiet():
+            yield
+    except MedVisionLlamaError:
+        raise
+    except broken() as error:
+        raise damaged(path, error) from None
+
+
 def is_dicom(path: Path) -> bool:
     """True if a file starts as DICOM does, with its preamble or, as old files do, without."""
     with path.open("rb") as file:
@@ -149,13 +169,17 @@ def read_file_header(path: Path) -> FileHeader | None:
     if not is_dicom(path):
         return None
     dataset = read_dataset(path, _TAGS)
-    try:
-        with quiet():
-            return _header(path, dataset)
-    except MedVisionLlamaError:
-        raise
-    except broken() as error:
-        raise unreadable(path, error) from None
+    with reading(path):
+        return _header(path, dataset)
+
+
+def is_mask(path: Path) -> bool:
+    """True if a file is DICOM-SEG."""
+    if not path.is_file() or not is_dicom(path):
+        return False
+    dataset = read_dataset(path, ("SOPClassUID",))
+    with reading(path):
+        return str(dataset.get("SOPClassUID")) in SEGMENTATIONS
 
 
 def _header(path: Path, dataset: Any) -> FileHeader | None:

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from medvisionllama._optional import require
-from medvisionllama.data.formats.dicom_header import broken, quiet
-from medvisionllama.data.formats.header import Header, make_header, unreadable
+from medvisionllama.data.formats.dicom_header import reading
+from medvisionllama.data.formats.header import Header, make_header
 from medvisionllama.data.formats.itk import LPS_TO_RAS
-from medvisionllama.data.volume import spacing_of
 from medvisionllama.errors import DataError
 from medvisionllama.types import AffineMatrix, LabelArray
 
@@ -59,9 +58,8 @@ def read_seg(path: Path, like: Header, classes: Mapping[int, str] | None = None)
 def segment_labels(path: Path) -> dict[int, str]:
     """Number and label of each segment in a mask."""
     mask = _open(path)
-    return {
-        int(number): str(mask.get_segment_description(number).SegmentLabel) for number in mask.segment_numbers
-    }
+    with reading(path):
+        return {int(segment.SegmentNumber): str(segment.SegmentLabel) for segment in mask.SegmentSequence}
 
 
 def _renamed(path: Path, array: np.ndarray, labels: dict[int, str], classes: Mapping[int, str]) -> np.ndarray:
@@ -78,26 +76,23 @@ def _renamed(path: Path, array: np.ndarray, labels: dict[int, str], classes: Map
 
 def _open(path: Path) -> Any:
     seg = require("highdicom.seg", extra="dicom")
-    try:
-        with quiet():
-            return seg.segread(path)
-    except broken() as error:
-        raise unreadable(path, error) from None
+    with reading(path):
+        return seg.segread(path)
 
 
 def _labels(path: Path) -> tuple[np.ndarray, AffineMatrix]:
     """Segment numbers `[x, y, z]` and the matrix to RAS."""
     mask = _open(path)
-    if str(getattr(mask, "SegmentationType", "")) == "FRACTIONAL":
-        raise DataError(f"{path} holds probabilities (FRACTIONAL); allowed: BINARY or LABELMAP, export it so")
-    try:
-        with quiet():
+    with reading(path):
+        if str(mask.get("SegmentationType")) == "FRACTIONAL":
+            raise DataError(
+                f"{path} holds probabilities (FRACTIONAL); allowed: BINARY or LABELMAP, export it so"
+            )
+        try:
             volume = mask.get_volume(combine_segments=True)
-    except RuntimeError as error:
-        _refuse_overlap(path, mask)
-        raise _irregular(path, error) from None
-    except broken() as error:
-        raise unreadable(path, error) from None
+        except RuntimeError as error:
+            # The failed reading still holds highdicom's tables, so open the file anew.
+            raise _no_volume(path, error, _open(path)) from None
     # highdicom's axes are slice, row, column; ours are column, row, slice, stacked along the slices' normal.
     array = volume.array.transpose(2, 1, 0)
     affine = np.asarray(volume.affine)[:, [2, 1, 0, 3]]
@@ -106,29 +101,27 @@ def _labels(path: Path) -> tuple[np.ndarray, AffineMatrix]:
         affine = affine @ np.array(
             [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, array.shape[2] - 1], [0, 0, 0, 1.0]]
         )
-    assert min(spacing_of(affine)) > 0
     return np.ascontiguousarray(array), LPS_TO_RAS @ affine
 
 
-def _refuse_overlap(path: Path, mask: Any) -> None:
-    """Name the first two segments that share voxels."""
+def _no_volume(path: Path, error: RuntimeError, mask: Any) -> DataError:
+    """Name the first two segments that share voxels, or repeat highdicom's reason."""
+    if "overlap" not in str(error):
+        reason = " ".join(str(error).split())[:120]
+        return DataError(f"{path} is no regular volume ({reason}); export it again on the grid of its scan")
+    labels = {int(segment.SegmentNumber): segment.SegmentLabel for segment in mask.SegmentSequence}
     seen: np.ndarray | None = None
-    for number in mask.segment_numbers:
-        with quiet():
-            own = mask.get_volume(segment_numbers=[number], combine_segments=True).array > 0
-        if seen is None:
-            seen = np.zeros(own.shape, np.uint16)
+    for number in labels:
+        own = mask.get_volume(segment_numbers=[number], combine_segments=True).array > 0
+        seen = np.zeros(own.shape, np.uint16) if seen is None else seen
         both = own & (seen > 0)
         if both.any():
             other = int(seen[both][0])
             count = int((own & (seen == other)).sum())
-            one, two = (mask.get_segment_description(n).SegmentLabel for n in (other, number))
-            raise DataError(
-                f"{path}: segments {other} ({one}) and {number} ({two}) overlap in {count} voxels; allowed: one class per voxel, export them to files of their own"
+            return DataError(
+                f"{path}: segments {other} ({labels[other]}) and {number} ({labels[number]}) overlap in {count} voxels; allowed: one class per voxel, export them to files of their own"
             )
         seen[own] = number
-
-
-def _irregular(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:120]
-    return DataError(f"{path} is no regular volume ({reason}); export it again on the grid of its scan")
+    return DataError(
+        f"{path}: segments overlap; allowed: one class per voxel, export them to files of their own"
+    )

@@ -4,8 +4,6 @@ import filecmp
 import hashlib
 import os
 import re
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +11,6 @@ import numpy as np
 
 from medvisionllama.data.formats.dicom_header import FileHeader, Slice, read_file_header
 from medvisionllama.errors import DataError
-
-# Below this, starting threads takes longer than reading; above, a network disk answers several files at once.
-_MANY_FILES = 64
 
 
 @dataclass(frozen=True)
@@ -58,14 +53,9 @@ def find_series(path: Path) -> tuple[Series, ...]:
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; give a DICOM file or a folder of DICOM files")
-    files = [path] if path.is_file() else _files_below(path)
-    if len(files) < _MANY_FILES:
-        headers: Iterable[FileHeader | None] = map(read_file_header, files)
-    else:
-        with ThreadPoolExecutor(8) as pool:
-            headers = list(pool.map(read_file_header, files))
     groups: dict[str, list[FileHeader]] = {}
-    for header in headers:
+    for file in [path] if path.is_file() else _files_below(path):
+        header = read_file_header(file)
         if header is not None:
             groups.setdefault(header.series_uid, []).append(header)
     found = [_series(group) for group in groups.values()]
