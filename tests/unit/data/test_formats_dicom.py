@@ -1,5 +1,7 @@
 """DICOM series in: every voxel where the file says, against GDCM and against what was written."""
 
+import copy
+import os
 import shutil
 import warnings
 
@@ -208,6 +210,19 @@ def test_frames_have_slopes_of_their_own(tmp_path):
     np.testing.assert_allclose(read_header(path).affine, affine_of())
 
 
+def test_frames_may_repeat_plane_and_pixel_size_each(tmp_path):
+    stored, place = voxels(), {"orientation": rotation((0.2, -0.4, 1.0)), "spacing": (0.7, 0.9, 3.0)}
+    dataset = enhanced(stored, **place)
+    (shared,) = dataset.SharedFunctionalGroupsSequence
+    for own in dataset.PerFrameFunctionalGroupsSequence:
+        own.PlaneOrientationSequence = shared.PlaneOrientationSequence
+        own.PixelMeasuresSequence = shared.PixelMeasuresSequence
+    del dataset.SharedFunctionalGroupsSequence
+    save([dataset], tmp_path)
+    np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
+    np.testing.assert_allclose(read_header(tmp_path).affine, affine_of(**place), atol=1e-6)
+
+
 def test_a_series_that_highdicom_converted_reads_as_before(tmp_path):
     from highdicom.legacy import LegacyConvertedEnhancedMRImage
 
@@ -267,6 +282,17 @@ def test_the_same_image_under_two_names_counts_once(tmp_path):
     shutil.copy(paths[3], tmp_path / "backup" / paths[3].name)
     assert len(find_series(tmp_path)[0].files) == len(stored)
     np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
+
+
+def test_another_image_of_the_same_uid_size_and_time_is_no_copy(tmp_path):
+    stored = voxels()
+    datasets = classic(stored)
+    other = copy.deepcopy(datasets[2])
+    other.PixelData = bytes(len(other.PixelData))
+    for path in save([*datasets, other], tmp_path):
+        os.utime(path, (1, 1))
+    with pytest.raises(DataError, match="two different images of one place"):
+        read_voxels(tmp_path)
 
 
 def test_what_is_no_scan_is_passed_over(tmp_path):
