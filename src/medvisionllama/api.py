@@ -92,9 +92,9 @@ def predict(
     """Segment scans with a trained run; one mask per scan, on the scan's own grid, named like the scan.
 
     Args:
-        inputs: scans and folders of scans.
+        inputs: scans, DICOM series, and folders of them.
         also: further runs of the task, folds for example; the probabilities of all are averaged.
-        mask_format: `nifti`, `nrrd` or `mha`; `auto` is each scan's own kind.
+        mask_format: `nifti`, `nrrd`, `mha` or `dicom` (DICOM-SEG, of DICOM scans); `auto` is each scan's own kind.
         probabilities: write those of every class to the folder probabilities/, as 4-D NIfTI, background first.
         uncertainty: write their entropy, from 0 to 1, to the folder uncertainty/.
         largest: keep the largest component of each class alone; by default as the run's settings say.

@@ -13,7 +13,9 @@ def predict(
     run: Annotated[Path, typer.Argument(help="Run folder that `train` made.")],
     inputs: Annotated[
         list[Path],
-        typer.Argument(metavar="INPUT...", help="Scans (.nii, .nii.gz, .nrrd, .mha), and folders of them."),
+        typer.Argument(
+            metavar="INPUT...", help="Scans (.nii, .nii.gz, .nrrd, .mha), DICOM series, and folders of them."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the masks.")],
     also: Annotated[
@@ -21,8 +23,10 @@ def predict(
         typer.Option(help="A further run, another fold for example; probabilities are averaged. Repeatable."),
     ] = None,
     mask_format: Annotated[
-        Literal["auto", "nifti", "nrrd", "mha"],
-        typer.Option("--format", help="Kind of the mask files; auto is each scan's own kind."),
+        Literal["auto", "nifti", "nrrd", "mha", "dicom"],
+        typer.Option(
+            "--format", help="Kind of the mask files; auto is each scan's own: DICOM-SEG for DICOM."
+        ),
     ] = "auto",
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Write the probability of every class too.")
@@ -52,9 +56,15 @@ def predict(
 ) -> None:
     """Segment scans: one mask per scan, of the same name, on the scan's own grid.
 
+    DICOM series are found in the folders given and below them; their masks are DICOM-SEG files that refer to them.
+
     A scan that cannot be read does not stop the others; the exit code is then 2.
 
-    Example: medvisionllama predict runs/hip scan1.nii.gz folder/ --out masks/
+    Examples:
+
+    medvisionllama predict runs/hip scan1.nii.gz folder/ --out masks/
+
+    medvisionllama predict runs/hip study/ --out masks/ --format nifti
     """
     from medvisionllama import api
     from medvisionllama.cli._progress import TerminalProgress

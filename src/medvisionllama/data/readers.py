@@ -22,9 +22,6 @@ __all__ = [
     "stem_of",
 ]
 
-ScanSource = Path
-"""What a scan is read from."""
-
 
 def stem_of(path: ScanSource) -> str:
     """File name without the suffixes of a scan; a folder's name; a series' own."""

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medvisionllama.config import InferenceConfig
+from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.readers import SUFFIXES, ScanSource
 from medvisionllama.errors import DataError, MedVisionLlamaError
 from medvisionllama.inference.cautions import cautions
+from medvisionllama.inference.dicom_seg import write_seg
 from medvisionllama.inference.inputs import Scan
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.predictor import Prediction, Predictor, PreparedScan
 from medvisionllama.inference.writers import write_label_table, write_mask, write_shares
 from medvisionllama.progress import Progress
 
-MaskFormat = Literal["auto", "nifti", "nrrd", "mha"]
+MaskFormat = Literal["auto", "nifti", "nrrd", "mha", "dicom"]
 # Two huge scans would not fit side by side into a small machine, and reading one takes little of their time.
 _MOST_VOXELS_AHEAD = 50_000_000
-_ENDINGS = {"nifti": ".nii.gz", "nrrd": ".seg.nrrd", "mha": ".mha"}
+_ENDINGS = {"nifti": ".nii.gz", "nrrd": ".seg.nrrd", "mha": ".mha", "dicom": ".dcm"}
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,14 @@ class Outputs:
         """
         if self.folder.name.endswith(SUFFIXES):
             raise DataError(f"--out is a folder for masks, not a file: {self.folder}; give a folder's name")
-        sources = {source.resolve() for scan in scans for source in scan.images}
+        sources = {file.resolve() for scan in scans for source in scan.images for file in _files(source)}
         left = []
         for scan in scans:
             target = self.mask(scan)
+            if target.suffix == ".dcm" and not isinstance(scan.images[0], Series):
+                raise DataError(
+                    f"{scan.images[0]} is no DICOM series, so no DICOM mask can refer to it; choose --format auto, nifti, nrrd or mha"
+                )
             if target.resolve() in sources:
                 raise DataError(
                     f"{target} is one of the scans and would be overwritten by its mask; choose another --out"
@@ -65,8 +71,14 @@ class Outputs:
 
 def format_like(source: ScanSource) -> str:
     """Format of a mask for a scan."""
+    if isinstance(source, Series):
+        return "dicom"
     suffix = source.suffix.lower()
     return {".nrrd": "nrrd", ".mha": "mha"}.get(suffix, "nifti")
+
+
+def _files(source: ScanSource) -> Sequence[Path]:
+    return source.files if isinstance(source, Series) else [source]
 
 
 def predict_scans(
@@ -136,7 +148,11 @@ def _finish(
             path = outputs.folder / kind / f"{scan.case_id}.nii.gz"
             write_shares(path, shares, mask.affine)
             files[kind] = str(path)
-    write_mask(target, mask.array, mask.affine, like=scan.images[0], classes=names)
+    first = scan.images[0]
+    if target.suffix == ".dcm" and isinstance(first, Series):
+        write_seg(target, mask.array, first, names)
+    else:
+        write_mask(target, mask.array, mask.affine, like=first, classes=names)
     return {
         "case": scan.case_id,
         "mask": str(target),

@@ -10,12 +10,12 @@ import numpy as np
 from medvisionllama import __version__
 from medvisionllama._files import atomic_path
 from medvisionllama._optional import require
+from medvisionllama.colours import colour_of
 from medvisionllama.data.formats.dicom_grid import grid_of
 from medvisionllama.data.formats.dicom_header import read_dataset
 from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.errors import DataError
 from medvisionllama.inference.anatomy import anatomy_of
-from medvisionllama.inference.palette import COLOURS
 from medvisionllama.types import LabelArray
 
 PRODUCT = "medvisionllama"
@@ -30,7 +30,6 @@ def write_seg(
     series: Series,
     classes: dict[int, str],
     *,
-    colours: Sequence[str] = COLOURS,
     algorithm: str = PRODUCT,
     algorithm_version: str = __version__,
     series_number: int | None = None,
@@ -44,7 +43,6 @@ def write_seg(
         path: ends in .dcm.
         mask: on the grid of the series, as `read_voxels` orders it.
         classes: name of each value; 0 is background.
-        colours: of the classes in turn, as #RRGGBB.
         algorithm: what made the mask, at most 64 characters.
         series_number: of the new series; by default the scan's number plus 1000.
 
@@ -64,7 +62,7 @@ def write_seg(
     if unknown or not named:
         raise DataError(f"{path}: the mask has values without a class name ({unknown}); name every class")
     values = [value for value in named if value in found] or [next(iter(named))]
-    palette = {value: colours[index % len(colours)] for index, value in enumerate(named)}
+    palette = {value: colour_of(index) for index, value in enumerate(named)}
     descriptions = [
         _description(number, named[value], palette[value], (algorithm, algorithm_version))
         for number, value in enumerate(values, start=1)

@@ -7,22 +7,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medvisionllama.data.readers import SUFFIXES, is_scan, read_header, stem_of
+from medvisionllama.data.formats import dicom, format_of
+from medvisionllama.data.formats.dicom import open_series
+from medvisionllama.data.formats.dicom_series import Series, find_series
+from medvisionllama.data.readers import SUFFIXES, ScanSource, is_scan, read_header, stem_of
 from medvisionllama.errors import DataError
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One image to segment: a file, or one file per channel."""
+    """One image to segment: a file, a DICOM series, or one of these per channel."""
 
     case_id: str
-    images: tuple[Path, ...]
+    images: tuple[ScanSource, ...]
     num_voxels: int = 0
     """Of all channels together."""
 
 
 def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Scan]:
     """List the scans in files and folders, and check every header before any is segmented.
+
+    A folder that holds no scan of one file is searched for DICOM series, with the folders below it.
 
     Args:
         channels: names of the channels that the run was trained on. With several, a scan is one 4-D file or, as
@@ -31,22 +36,25 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
     Raises:
         DataError: nothing there, two scans of one name, or another number of channels.
     """
-    files = list({path.resolve(): path for path in _files(inputs)}.values())
-    series = Counter((path.parent, _base(path)) for path in files)
-    groups: dict[tuple[Path, str], list[Path]] = {}
+    named = [source for path in inputs for source in _sources(path)]
+    files = list({path.resolve(): path for path in named if isinstance(path, Path)}.values())
+    numbered = Counter((path.parent, _base(path)) for path in files)
+    groups: dict[tuple[Path, str], list[ScanSource]] = {}
     for path in files:
-        alone = series[path.parent, _base(path)] == 1
+        alone = numbered[path.parent, _base(path)] == 1
         groups.setdefault((path.parent, _case_of(path, len(channels), alone=alone)), []).append(path)
+    for series in dict.fromkeys(source for source in named if isinstance(source, Series)):
+        groups[series.folder, series.name] = [series]
     scans: dict[str, Scan] = {}
-    for (_, case_id), paths in groups.items():
+    for (_, case_id), sources in groups.items():
         if case_id in scans:
             raise DataError(
-                f"{paths[0]} and {scans[case_id].images[0]} would both become the mask {case_id}; predict them into two folders"
+                f"{sources[0]} and {scans[case_id].images[0]} would both become the mask {case_id}; predict them into two folders"
             )
-        scans[case_id] = Scan(case_id, tuple(sorted(paths, key=stem_of)))
+        scans[case_id] = Scan(case_id, tuple(sorted(sources, key=stem_of)))
     if not scans:
         raise DataError(
-            f"{', '.join(map(str, inputs))}: no scan there; give files ({', '.join(SUFFIXES)}) or folders of them"
+            f"{', '.join(map(str, inputs))}: no scan there; give files ({', '.join(SUFFIXES)}), DICOM series, or folders of them"
         )
     for scan in list(scans.values()):
         headers = [read_header(path) for path in scan.images]
@@ -64,16 +72,14 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
     return list(scans.values())
 
 
-def _files(inputs: Sequence[Path]) -> list[Path]:
-    files: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            files += sorted(child for child in path.iterdir() if is_scan(child))
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise DataError(f"{path} does not exist; give scans or folders of scans")
-    return files
+def _sources(path: Path) -> list[ScanSource]:
+    """Scans that one argument names."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give scans or folders of scans")
+    if path.is_file():
+        return [open_series(path) if format_of(path) is dicom else path]
+    files: list[ScanSource] = [*sorted(child for child in path.iterdir() if is_scan(child))]
+    return files or [*find_series(path)]
 
 
 def _base(path: Path) -> str:

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from medvisionllama.colours import colour_of
 from medvisionllama.data.volume import Volume
-from medvisionllama.inference.palette import COLOURS
 from medvisionllama.types import LabelArray
 
 mpl.use("Agg")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydicom import dcmread
 
 from dicom_files import PATIENT, classic, enhanced, rotation, save
+from medvisionllama.colours import OKABE_ITO
 from medvisionllama.data.formats.dicom import read_header, read_voxels
 from medvisionllama.data.formats.dicom_labels import read_seg, segment_labels
 from medvisionllama.data.formats.dicom_series import find_series
@@ -21,8 +22,6 @@ from medvisionllama.data.readers import read_label
 from medvisionllama.errors import DataError
 from medvisionllama.inference.anatomy import SCHEME, anatomy_of
 from medvisionllama.inference.dicom_seg import write_seg
-from medvisionllama.inference.palette import COLOURS
-from medvisionllama.reports import plots
 
 CLASSES = {0: "background", 1: "Liver", 2: "left kidney", 5: "oedema", 7: "Zyste Ü 肝"}
 OBLIQUE = rotation((0.3, -0.5, 2.0))
@@ -173,8 +172,7 @@ def test_names_codes_and_colours_come_back(tmp_path):
     assert unknown["SegmentedPropertyTypeCodeSequence"]["CodeMeaning"] == "Zyste Ü 肝"
     assert {one["SegmentAlgorithmName"] for one in attributes} == {"small, fold 0"}
     # The colour of a class is the one it has in pictures, whichever classes were found.
-    assert plots.COLOURS is COLOURS
-    for one, colour in zip(attributes, COLOURS[1:4], strict=True):
+    for one, colour in zip(attributes, OKABE_ITO[1:4], strict=True):
         shown = np.array(one["recommendedDisplayRGBValue"])
         written = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)])
         assert np.abs(shown - written).max() <= 1

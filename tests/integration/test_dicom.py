@@ -1,0 +1,89 @@
+"""DICOM in, DICOM out: through the command line, on real series and on odd folders."""
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from medvisionllama import Predictor, api
+from medvisionllama.data.formats.dicom import open_series
+from medvisionllama.data.formats.dicom_labels import read_seg, segment_labels
+from medvisionllama.data.readers import read_header
+
+from .conftest import TINY
+
+pytestmark = pytest.mark.data
+FAST = {**TINY, "network.insert": "none", "train.num_validations": 1, "train.warmup_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def run(phantoms, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "run"
+    # Voxels as large as those of the series keep the test fast.
+    overrides = {**FAST, "data.spacing_mm": (4.0, 4.0, 4.0), "inference.overlap": 0.1}
+    api.train(phantoms, out=path, epochs=2, overrides=overrides, test=False)
+    return path
+
+
+def test_a_study_gives_a_dicom_mask_for_each_series(run, data_root, tmp_path, cli):
+    outcome = cli("predict", run, data_root / "dicom" / "study1", "--out", tmp_path / "masks", "--json")
+    assert outcome.code == 0, outcome.err
+    records = json.loads(outcome.out)
+    assert len(records) == 2
+    predictor = Predictor.from_run(run)
+    names = predictor.plan.mask_classes
+    folders = [data_root / "dicom" / "study1" / name for name in ("13_HCropVolume", "FLAIR")]
+    for folder in folders:
+        series = open_series(folder)
+        [record] = [record for record in records if record["case"] == series.name]
+        expected = predictor.predict(series).mask.array
+        written = read_seg(tmp_path / "masks" / f"{series.name}.dcm", read_header(series), names)
+        np.testing.assert_array_equal(written, expected)
+        assert set(record["volumes_ml"]) == {names[value] for value in np.unique(expected) if value}
+        assert set(segment_labels(tmp_path / "masks" / f"{series.name}.dcm").values()) <= set(names.values())
+
+
+def test_a_dicom_mask_and_a_nifti_mask_hold_the_same(run, data_root, tmp_path, cli):
+    flair = data_root / "dicom" / "study1" / "FLAIR"
+    for kind in ("dicom", "nifti"):
+        assert cli("predict", run, flair, "--out", tmp_path / kind, "--format", kind).code == 0
+    series = open_series(flair)
+    header = read_header(series)
+    seg = read_seg(tmp_path / "dicom" / f"{series.name}.dcm", header, {1: "head", 2: "tail"})
+    nifti = nib.load(tmp_path / "nifti" / f"{series.name}.nii.gz")
+    np.testing.assert_array_equal(np.asarray(nifti.dataobj), seg)
+    np.testing.assert_allclose(nifti.affine, header.affine, atol=1e-4)
+
+
+def test_a_missing_slice_is_named_and_nothing_is_written(run, data_root, tmp_path, cli):
+    folder = tmp_path / "FLAIR"
+    shutil.copytree(data_root / "dicom" / "study1" / "FLAIR", folder)
+    middle = open_series(folder).files[10]
+    middle.unlink()
+    outcome = cli("predict", run, folder, "--out", tmp_path / "masks")
+    assert outcome.code == 2
+    [line] = [line for line in outcome.err.splitlines() if line.startswith("medvisionllama: ")]
+    assert "slice 11 of series" in line
+    assert "missing" in line
+    assert not (tmp_path / "masks").exists()
+
+
+def test_a_dicom_mask_of_a_nifti_scan_is_refused(run, phantoms, tmp_path, cli):
+    scan = phantoms / "imagesTr" / "phantom_000.nii.gz"
+    outcome = cli("predict", run, scan, "--out", tmp_path / "masks", "--format", "dicom")
+    assert outcome.code == 2
+    assert "no DICOM series" in outcome.err
+    assert not (tmp_path / "masks").exists()
+
+
+def test_a_single_slice_and_a_mask_are_no_scans(run, data_root, tmp_path, cli):
+    slice_file = data_root / "dicom" / "study1" / "FLAIR" / "000005.dcm"
+    outcome = cli("predict", run, slice_file, "--out", tmp_path / "masks")
+    assert outcome.code == 2
+    assert "folder" in outcome.err
+    assert cli("predict", run, slice_file.parent, "--out", tmp_path / "masks").code == 0
+    again = cli("predict", run, tmp_path / "masks", "--out", tmp_path / "again")
+    assert again.code == 2
+    assert "no scan there" in again.err
