@@ -1,6 +1,5 @@
 """Masks out as DICOM-SEG, by highdicom: one binary segment for each class, on the slices of the scan itself."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from medvisionllama._files import atomic_path
 from medvisionllama._optional import require
 from medvisionllama.colours import colour_of
 from medvisionllama.data.formats.dicom_grid import grid_of
-from medvisionllama.data.formats.dicom_header import read_dataset
+from medvisionllama.data.formats.dicom_header import broken, quiet, read_dataset, reading, reason_of
 from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.errors import DataError
 from medvisionllama.inference.anatomy import anatomy_of
@@ -68,16 +67,24 @@ def write_seg(
         for number, value in enumerate(values, start=1)
     ]
     sources, frames = _sources(series, _numbered(mask, values))
-    seg = _segmentation(
-        sources,
-        frames,
-        descriptions,
-        omit_empty_frames=bool(found),
-        series_number=series_number or max(0, series.number or 0) + 1000,
-        series_description=f"Segmentation of {series.description or series.modality}"[:64],
-    )
-    with atomic_path(path) as temporary:
-        seg.save_as(temporary)
+    try:
+        with quiet():
+            seg = _segmentation(
+                sources,
+                frames,
+                descriptions,
+                omit_empty_frames=bool(found),
+                series_number=series_number or max(0, series.number or 0) + 1000,
+                series_description=f"Segmentation of {series.description or series.modality}"[:64],
+            )
+            with atomic_path(path) as temporary:
+                seg.save_as(temporary)
+    except OSError:
+        raise  # the disk, not the scan
+    except broken() as error:
+        raise DataError(
+            f"{series} has values that a DICOM mask cannot take over ({reason_of(error)}); write the mask as NIfTI"
+        ) from None
 
 
 # Slice by slice, since numpy takes a whole mask as indices in eight times its memory.
@@ -109,19 +116,27 @@ def _sources(series: Series, frames: np.ndarray) -> tuple[list[Any], np.ndarray]
             f"{series} is spread over {len(series.files)} multi-frame files, which a DICOM mask cannot refer to; write the mask as NIfTI"
         )
     for file, dataset in zip(series.files, datasets, strict=True):
-        if not dataset.get("FrameOfReferenceUID") or not dataset.get("StudyInstanceUID"):
-            raise DataError(
-                f"{file} has no FrameOfReferenceUID or StudyInstanceUID, so a DICOM mask cannot refer to it; write the mask as NIfTI"
-            )
-        for keyword in _MAY_BE_EMPTY:
-            if keyword not in dataset:
-                setattr(dataset, keyword, "")
+        with reading(file):
+            _complete(file, dataset)
     if not multiframe:
         return datasets, frames
     order = np.empty_like(frames)
     for place, piece in enumerate(series.slices):
         order[piece.frame] = frames[place]
     return datasets, order
+
+
+def _complete(file: Path, dataset: Any) -> None:
+    """Check what a mask must repeat of its scan, and add what may be empty."""
+    if not dataset.get("FrameOfReferenceUID") or not dataset.get("StudyInstanceUID"):
+        raise DataError(
+            f"{file} has no FrameOfReferenceUID or StudyInstanceUID, so a DICOM mask cannot refer to it; write the mask as NIfTI"
+        )
+    for keyword in _MAY_BE_EMPTY:
+        if keyword not in dataset:
+            setattr(dataset, keyword, "")
+    if dataset.PatientSex not in {"M", "F", "O"}:
+        dataset.PatientSex = ""  # highdicom takes the standard's values only
 
 
 def _description(number: int, name: str, colour: str, algorithm: tuple[str, str]) -> Any:
@@ -154,28 +169,25 @@ def _description(number: int, name: str, colour: str, algorithm: tuple[str, str]
 def _segmentation(sources: list[Any], frames: np.ndarray, descriptions: list[Any], **options: Any) -> Any:
     highdicom = require("highdicom", extra="dicom")
     seg = require("highdicom.seg", extra="dicom")
-    with warnings.catch_warnings():
-        # highdicom quotes odd names of patients in its warnings.
-        warnings.simplefilter("ignore")
-        result = seg.Segmentation(
-            source_images=sources,
-            pixel_array=frames,
-            segmentation_type=seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=descriptions,
-            series_instance_uid=highdicom.UID(),
-            sop_instance_uid=highdicom.UID(),
-            instance_number=1,
-            manufacturer=PRODUCT,
-            manufacturer_model_name=PRODUCT,
-            software_versions=__version__,
-            # Required, and a program has none.
-            device_serial_number="0",
-            content_label="SEGMENTATION",
-            content_description="Made by a research model",
-            # Names of classes may be in any script.
-            specific_character_set="ISO_IR 192",
-            **options,
-        )
+    result = seg.Segmentation(
+        source_images=sources,
+        pixel_array=frames,
+        segmentation_type=seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=descriptions,
+        series_instance_uid=highdicom.UID(),
+        sop_instance_uid=highdicom.UID(),
+        instance_number=1,
+        manufacturer=PRODUCT,
+        manufacturer_model_name=PRODUCT,
+        software_versions=__version__,
+        # Required, and a program has none.
+        device_serial_number="0",
+        content_label="SEGMENTATION",
+        content_description="Made by a research model",
+        # Names of classes may be in any script.
+        specific_character_set="ISO_IR 192",
+        **options,
+    )
     # Required to be there, and nobody drew it by hand.
     result.ContentCreatorName = ""
     return result

@@ -162,26 +162,53 @@ def test_compressed_frames_of_one_file_are_read_in_their_order(tmp_path, syntax)
     np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
 
 
-@pytest.mark.parametrize(("flag", "depth"), [("--jpeg", np.uint16), ("--jpeg", np.uint8)])
-def test_lossless_jpeg_by_gdcm_is_read(tmp_path, flag, depth):
+def compress_by_gdcm(path, syntax):
     import gdcm
 
-    stored = voxels(depth, shape=(3, 32, 32))
+    reader = gdcm.ImageReader()
+    reader.SetFileName(str(path))
+    assert reader.Read()
+    change = gdcm.ImageChangeTransferSyntax()
+    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, syntax)))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer = gdcm.ImageWriter()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(path))
+    assert writer.Write()
+    assert dcmread(path).file_meta.TransferSyntaxUID.is_compressed
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("syntax", ["JPEGLosslessProcess14_1", "JPEGLosslessProcess14"])
+def test_lossless_jpeg_is_read(tmp_path, syntax, dtype):
+    stored = voxels(dtype, shape=(3, 32, 32))
     for path in save(classic(stored), tmp_path):
-        reader = gdcm.ImageReader()
-        reader.SetFileName(str(path))
-        assert reader.Read()
-        change = gdcm.ImageChangeTransferSyntax()
-        change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
-        change.SetInput(reader.GetImage())
-        assert change.Change()
-        writer = gdcm.ImageWriter()
-        writer.SetFile(reader.GetFile())
-        writer.SetImage(change.GetOutput())
-        writer.SetFileName(str(path))
-        assert writer.Write()
-        assert dcmread(path).file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.4.70"
+        compress_by_gdcm(path, syntax)
     np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
+
+
+def test_lossy_jpeg_is_what_gdcm_reads(tmp_path):
+    # A smooth image: what the two decoders round differently stays small.
+    grid = np.add.outer(np.arange(32), np.arange(32))
+    stored = np.stack([grid + 10 * index for index in range(3)]).astype(np.uint8)
+    for path in save(classic(stored), tmp_path):
+        compress_by_gdcm(path, "JPEGBaselineProcess1")
+    read = read_voxels(tmp_path)[0].astype(int)
+    np.testing.assert_allclose(read, by_itk(tmp_path)[0], atol=1)
+    np.testing.assert_allclose(read, stored.transpose(2, 1, 0), atol=4)
+
+
+def test_jpeg_that_no_decoder_reads_is_refused_without_a_log(tmp_path, caplog):
+    datasets = classic(voxels(np.uint16, shape=(3, 32, 32)) >> 4)
+    for dataset in datasets:
+        dataset.BitsStored, dataset.HighBit = 12, 11
+    for path in save(datasets, tmp_path):
+        compress_by_gdcm(path, "JPEGExtendedProcess2_4")
+    with pytest.raises(DataError, match="compressed in a way that no decoder here reads; run pip install"):
+        read_voxels(tmp_path)
+    assert not caplog.records
 
 
 def test_implicit_syntax_and_a_missing_preamble_are_read(tmp_path):

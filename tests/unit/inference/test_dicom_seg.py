@@ -206,6 +206,16 @@ def test_elements_that_deidentification_removed_are_written_empty(tmp_path):
     assert dcmread(tmp_path / "mask.dcm").PatientID == ""
 
 
+def test_a_sex_that_the_standard_does_not_know_is_left_empty(tmp_path):
+    datasets = classic(stored())
+    for dataset in datasets:
+        dataset.PatientSex = "W"
+    save(datasets, tmp_path / "scan")
+    (series,) = find_series(tmp_path / "scan")
+    write_seg(tmp_path / "mask.dcm", random_mask(read_header(series).shape), series, CLASSES)
+    assert dcmread(tmp_path / "mask.dcm").PatientSex == ""
+
+
 def test_a_mask_with_nothing_in_it_says_what_was_looked_for(tmp_path):
     series = series_of(tmp_path / "scan", orientation=OBLIQUE)
     header = read_header(series)
@@ -319,12 +329,20 @@ def _without_frame_of_reference(folder):
     save(datasets, folder)
 
 
+def _of_an_odd_date(folder):
+    datasets = classic(stored())
+    for dataset in datasets:
+        dataset.StudyDate = "Doe^Janet"
+    save(datasets, folder)
+
+
 def _in_two_files(folder):
     low, high = enhanced(stored((3, 8, 5))), enhanced(stored((3, 8, 5)), origin=(-10, 20, 45))
     high.SeriesInstanceUID = low.SeriesInstanceUID
     save([low, high], folder)
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR DA")
 @pytest.mark.parametrize(
     ("prepare", "mask", "name", "message"),
     [
@@ -338,6 +356,7 @@ def _in_two_files(folder):
         (None, np.full((5, 8, 6), 3), "mask.dcm", r"values without a class name \(\[3\]\)"),
         (None, np.full((5, 8, 6), -1), "mask.dcm", r"values without a class name \(\[-1\]\)"),
         (_without_frame_of_reference, np.ones((5, 8, 6)), "mask.dcm", "has no FrameOfReferenceUID"),
+        (_of_an_odd_date, np.ones((5, 8, 6)), "mask.dcm", "has values that a DICOM mask cannot take over"),
         (_in_two_files, np.ones((5, 8, 6)), "mask.dcm", "spread over 2 multi-frame files"),
     ],
 )
@@ -348,7 +367,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, prepare,
     with pytest.raises(DataError, match=message) as caught:
         write_seg(out, mask.astype(np.int16), series, CLASSES)
     assert "\n" not in str(caught.value)
-    assert not any(word in str(caught.value) for word in PATIENT)
+    assert not any(word in str(caught.value) for word in (*PATIENT, "Doe"))
     assert not out.parent.exists()
 
 

@@ -3,6 +3,7 @@
 A scan is a folder that holds exactly one series of images, one multi-frame file, or a `Series`.
 """
 
+import re
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def _read_frames(file: Path, group: list[tuple[int, Slice]], out: np.ndarray) ->
         raise DataError(f"{file} has no pixel data; export the series again from its source") from None
     except broken() as error:
         # pydicom has no error of its own for a compression that no installed decoder knows.
-        if isinstance(error, NotImplementedError) or "missing dependencies" in str(error):
+        if isinstance(error, NotImplementedError) or re.search("missing dep|does not support", str(error)):
             raise DataError(
                 f"{file} is compressed in a way that no decoder here reads; run pip install 'medvisionllama[dicom]', or decompress it first, with gdcmconv --raw for example"
             ) from None

@@ -4,6 +4,7 @@ Only the header is read. Enhanced multi-frame files keep the place of a frame in
 frames or one per frame; classic files keep it at the top. Both become the same `Slice`.
 """
 
+import logging
 import re
 import sqlite3
 import struct
@@ -104,10 +105,16 @@ class FileHeader:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep pydicom's warnings from the terminal: they quote values, which may be the patient's."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Keep pydicom's warnings from terminal and logs: they quote values, which may be the patient's."""
+    logger = logging.getLogger("pydicom")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def broken() -> tuple[type[Exception], ...]:
@@ -117,10 +124,14 @@ def broken() -> tuple[type[Exception], ...]:
 
 
 def damaged(path: Path, error: Exception) -> DataError:
-    """The error of a file that a library could not read, without the values that the library quotes."""
-    return unreadable(
-        path, RuntimeError(re.sub(r"'[^']*'?|\"[^\"]*\"?", "...", str(error)) or type(error).__name__)
-    )
+    """The error of a file that a library could not read."""
+    return unreadable(path, RuntimeError(reason_of(error)))
+
+
+def reason_of(error: Exception) -> str:
+    """What a library says, in one line and without the values that it quotes."""
+    text = re.sub(r"'[^']*'?|\"[^\"]*\"?", "...", " ".join(str(error).split()))
+    return text[:120] or type(error).__name__
 
 
 @contextmanager

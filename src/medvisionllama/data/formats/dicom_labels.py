@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from medvisionllama._optional import require
-from medvisionllama.data.formats.dicom_header import reading
+from medvisionllama.data.formats.dicom_header import reading, reason_of
 from medvisionllama.data.formats.header import Header, make_header
 from medvisionllama.data.formats.itk import LPS_TO_RAS
 from medvisionllama.errors import DataError
@@ -107,8 +107,9 @@ def _labels(path: Path) -> tuple[np.ndarray, AffineMatrix]:
 def _no_volume(path: Path, error: RuntimeError, mask: Any) -> DataError:
     """Name the first two segments that share voxels, or repeat highdicom's reason."""
     if "overlap" not in str(error):
-        reason = " ".join(str(error).split())[:120]
-        return DataError(f"{path} is no regular volume ({reason}); export it again on the grid of its scan")
+        return DataError(
+            f"{path} is no regular volume ({reason_of(error)}); export it again on the grid of its scan"
+        )
     labels = {int(segment.SegmentNumber): segment.SegmentLabel for segment in mask.SegmentSequence}
     seen: np.ndarray | None = None
     for number in labels:
