@@ -117,6 +117,33 @@ def test_whole_rescaling_gives_integers_and_is_what_gdcm_gives(tmp_path):
     np.testing.assert_array_equal(read[0], by_itk(tmp_path)[0])
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16])
+def test_bits_beyond_those_stored_are_dropped_as_gdcm_does(tmp_path, dtype):
+    stored = np.array([0xF123, 0x0123, 0x0923, 0xFFFF] * 2, np.uint16).view(dtype).reshape(2, 2, 2)
+    datasets = classic(stored)
+    for dataset in datasets:
+        dataset.BitsStored, dataset.HighBit = 12, 11
+    save(datasets, tmp_path)
+    read = read_voxels(tmp_path)[0]
+    assert read.max() < 1 << 12
+    np.testing.assert_array_equal(read, by_itk(tmp_path)[0])
+
+
+@pytest.mark.parametrize(
+    ("slope", "intercept", "dtype"), [(1, -32768, np.int16), (1, -32769, np.int32), (-3, 7, np.int32)]
+)
+def test_rescaled_values_fit_their_type(tmp_path, slope, intercept, dtype):
+    stored = voxels(np.uint16)
+    stored[0, 0, :2] = 0, 65535
+    datasets = classic(stored)
+    for dataset in datasets:
+        dataset.RescaleSlope, dataset.RescaleIntercept = str(slope), str(intercept)
+    save(datasets, tmp_path)
+    read = read_voxels(tmp_path)
+    assert read.dtype == dtype
+    np.testing.assert_array_equal(read[0], stored.transpose(2, 1, 0).astype(int) * slope + intercept)
+
+
 def test_each_slice_has_its_own_slope_as_in_pet(tmp_path):
     stored = voxels(np.uint16)
     datasets = classic(stored)

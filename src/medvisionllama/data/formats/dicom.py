@@ -142,7 +142,7 @@ def _values(piece: Slice, stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return stored
     if dtype.kind == "f":
         return stored.astype(np.float64) * piece.slope + piece.intercept
-    return stored.astype(dtype) * dtype.type(piece.slope) + dtype.type(piece.intercept)
+    return stored.astype(np.int64) * int(piece.slope) + int(piece.intercept)
 
 
 def _range(piece: Slice) -> tuple[int, int]:
