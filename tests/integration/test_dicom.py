@@ -70,6 +70,18 @@ def test_a_missing_slice_is_named_and_nothing_is_written(run, data_root, tmp_pat
     assert not (tmp_path / "masks").exists()
 
 
+def test_a_series_that_makes_no_volume_does_not_stop_the_others_of_its_study(run, data_root, tmp_path, cli):
+    study = tmp_path / "study"
+    shutil.copytree(data_root / "dicom" / "study1", study)
+    whole = open_series(study / "13_HCropVolume").name
+    open_series(study / "FLAIR").files[10].unlink()
+    outcome = cli("predict", run, study, "--out", tmp_path / "masks")
+    assert outcome.code == 2
+    [line] = [line for line in outcome.err.splitlines() if line.startswith("medvisionllama: ")]
+    assert "slice 11 of series" in line
+    assert [path.name for path in (tmp_path / "masks").glob("*.dcm")] == [f"{whole}.dcm"]
+
+
 def test_a_dicom_mask_of_a_nifti_scan_is_refused(run, phantoms, tmp_path, cli):
     scan = phantoms / "imagesTr" / "phantom_000.nii.gz"
     outcome = cli("predict", run, scan, "--out", tmp_path / "masks", "--format", "dicom")

@@ -27,7 +27,8 @@ class Scan:
 def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Scan]:
     """List the scans in files and folders, and check every header before any is segmented.
 
-    A folder that holds no scan of one file is searched for DICOM series, with the folders below it.
+    A folder that holds no scan of one file is searched for DICOM series, with the folders below it. Studies hold
+    series that nobody means to segment: one that makes no volume is left to fail when its turn comes, unless all do.
 
     Args:
         channels: names of the channels that the run was trained on. With several, a scan is one 4-D file or, as
@@ -56,20 +57,33 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
         raise DataError(
             f"{', '.join(map(str, inputs))}: no scan there; give files ({', '.join(SUFFIXES)}), DICOM series, or folders of them"
         )
+    failed = []
     for scan in list(scans.values()):
-        headers = [read_header(path) for path in scan.images]
-        found = sum(header.num_channels for header in headers)
-        if found != len(channels):
-            raise DataError(
-                f"{scan.images[0]} has {found} channels, the run was trained on {len(channels)} ({', '.join(channels)}); give scans like those"
-            )
-        numbers = [int(stem_of(path)[-4:]) for path in scan.images] if len(scan.images) > 1 else [0]
-        if numbers != list(range(len(numbers))):
-            raise DataError(
-                f"{scan.images[0]}: the channel files of {scan.case_id} must end in _0000 to _{len(channels) - 1:04d}"
-            )
-        scans[scan.case_id] = replace(scan, num_voxels=found * math.prod(headers[0].shape))
+        try:
+            scans[scan.case_id] = _checked(scan, channels)
+        except DataError as error:
+            if not isinstance(scan.images[0], Series):
+                raise
+            failed.append(error)
+    if len(failed) == len(scans):
+        raise failed[0]
     return list(scans.values())
+
+
+def _checked(scan: Scan, channels: Sequence[str]) -> Scan:
+    """The scan with its size, if its headers fit together and to the run."""
+    headers = [read_header(path) for path in scan.images]
+    found = sum(header.num_channels for header in headers)
+    if found != len(channels):
+        raise DataError(
+            f"{scan.images[0]} has {found} channels, the run was trained on {len(channels)} ({', '.join(channels)}); give scans like those"
+        )
+    numbers = [int(stem_of(path)[-4:]) for path in scan.images] if len(scan.images) > 1 else [0]
+    if numbers != list(range(len(numbers))):
+        raise DataError(
+            f"{scan.images[0]}: the channel files of {scan.case_id} must end in _0000 to _{len(channels) - 1:04d}"
+        )
+    return replace(scan, num_voxels=found * math.prod(headers[0].shape))
 
 
 def _sources(path: Path) -> list[ScanSource]:
