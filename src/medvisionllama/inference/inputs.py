@@ -28,7 +28,7 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
     """List the scans in files and folders, and check every header before any is segmented.
 
     A folder that holds no scan of one file is searched for DICOM series, with the folders below it. Studies hold
-    series that nobody means to segment: one that makes no volume is left to fail when its turn comes, unless all do.
+    series that nobody means to segment: one that makes no volume fails when its turn comes, unless all do.
 
     Args:
         channels: names of the channels that the run was trained on. With several, a scan is one 4-D file or, as
