@@ -15,6 +15,7 @@ _HOMES = {
     "MedVisionLlama": "medvisionllama.networks",
     "Predictor": "medvisionllama.inference.predictor",
     "TokenSegmenter": "medvisionllama.networks",
+    "check": "medvisionllama.api",
     "demo": "medvisionllama.api",
     "evaluate": "medvisionllama.api",
     "fit": "medvisionllama.training.fit",
@@ -25,6 +26,7 @@ _HOMES = {
 __all__ = [*sorted(_HOMES), "__version__"]
 
 if TYPE_CHECKING:
+    from medvisionllama.api import check as check
     from medvisionllama.api import demo as demo
     from medvisionllama.api import evaluate as evaluate
     from medvisionllama.api import predict as predict

@@ -1,0 +1,38 @@
+"""How a NIfTI file says where it lies: two matrices with a code each, and a unit of length.
+
+Our readers resolve these to one matrix. A check wants to know whether they were set and whether they agree.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+
+from medvisionllama.data.formats import nifti
+from medvisionllama.types import AffineMatrix
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Placement as stored; a matrix is None where its code is 0."""
+
+    sform: AffineMatrix | None
+    qform: AffineMatrix | None
+    unit: str
+
+    @property
+    def placed(self) -> bool:
+        """One of the two matrices is set."""
+        return self.sform is not None or self.qform is not None
+
+
+def read_storage(path: Path) -> Storage | None:
+    """Read a NIfTI header's placement; None for other formats."""
+    if not (path.is_file() and path.name.lower().endswith(nifti.SUFFIXES)):
+        return None
+    header = nib.load(path).header
+    try:
+        qform = header.get_qform(coded=True)[0]
+    except ValueError:  # a quaternion longer than 1, in a file whose sform may be well
+        qform = None
+    return Storage(header.get_sform(coded=True)[0], qform, str(header.get_xyzt_units()[0]))
