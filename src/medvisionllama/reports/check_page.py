@@ -96,7 +96,9 @@ def _figure(facts: tuple[CaseFacts, ...], channels: tuple[str, ...]) -> str:
                 linewidths=0,
                 color=COLOURS[4],
             )
-        axes.set(xticks=range(3), xticklabels=list("xyz"), title=title, yscale="log")
+        wide = np.max(values) > 20 * np.min(values)
+        axes.set(xticks=range(3), xticklabels=list("xyz"), title=title, yscale="log" if wide else "linear")
+        axes.set_ylim(bottom=None if wide else 0)
     for index, name in enumerate(channels):
         scales = [
             case.channels[index].scale

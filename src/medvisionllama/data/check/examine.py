@@ -10,7 +10,7 @@ from scipy import ndimage
 from medvisionllama.data.check.facts import CaseFacts, ChannelFacts, MaskFacts
 from medvisionllama.types import Triple
 
-_SAMPLES = 200_000
+_SAMPLES = 50_000
 _VOXELS_AT_ONCE = 1 << 22
 # A mask has few whole values; a scan has many.
 MASK_VALUES = 16

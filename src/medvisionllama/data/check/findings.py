@@ -36,6 +36,7 @@ _ERRORS = {
     "duplicate-across-patients": "the same image under several patients",
     "splits": "a splits file that cannot be used",
     "not-in-splits": "patients that the splits do not know",
+    "splits-leak": "the same image in training and test",
 }
 _WARNINGS = {
     "label-empty": "labels without a labelled voxel",
@@ -61,7 +62,6 @@ _WARNINGS = {
     "spacing-unit": "lengths that are not in millimetres",
     "spacing-implausible": "spacings that no scanner has",
     "anisotropy": "extremely flat voxels",
-    "splits-leak": "the same image in two parts of the splits",
 }
 _NOTES = {
     "no-labels": "images alone were checked",
@@ -74,7 +74,6 @@ _NOTES = {
     "sides-unusual": "left lies on the right in most cases",
     "patient-names": "names that may belong to one patient",
     "unlisted-file": "files that no case uses",
-    "count-declared": "another number of cases than declared",
     "splits-absent": "patients of the splits that are not in the dataset",
 }
 TITLES = {**_ERRORS, **_WARNINGS, **_NOTES}

@@ -44,7 +44,7 @@ def present(dataset: Dataset) -> Dataset:
 
 
 def name_findings(dataset: Dataset) -> list[Finding]:
-    """Labels that carry another case's name, files that nobody lists, and a wrong count."""
+    """Labels that carry another case's name, and files that nobody lists."""
     findings = []
     names = {case.case_id for case in dataset.cases}
     for case in dataset.cases:

@@ -3,8 +3,6 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.check.outliers import MIN_CASES, find_outliers
@@ -12,7 +10,7 @@ from medvisionllama.data.planning import is_ct
 
 # The smallest ratio to the median that is worth a look.
 SPACING_FACTOR, EXTENT_FACTOR, INTENSITY_FACTOR, VOLUME_FACTOR = 1.5, 2.0, 5.0, 4.0
-# Widths of intensities whose 5th and 95th percentiles over cases differ by this are a mixture of scales.
+# Widths of intensities that differ by this are a mixture of scales.
 MIXTURE_RATIO = 10.0
 # Labels smaller than this may be equal by chance.
 _DUPLICATE_LABEL_VOXELS = 50
@@ -126,10 +124,12 @@ def intensity_findings(cases: Sequence[CaseFacts], channels: Sequence[str]) -> l
         }
         if len(scales) < MIN_CASES:
             continue
-        low, high = (float(value) for value in np.percentile(list(scales.values()), [5, 95]))
+        # The outermost twentieth on both sides, at least one case, is left out: one case is no mixture.
+        ordered, cut = sorted(scales.values()), max(1, round(0.05 * len(scales)))
+        low, high = ordered[cut], ordered[-1 - cut]
         if high / low >= MIXTURE_RATIO:
             highs = [case.channels[index].high for case in cases if case.case_id in scales]
-            words = f"{name}: intensities are on very different scales (90 % of the cases span a width of {low:.3g} to {high:.3g}; maxima from {min(highs):.7g} to {max(highs):.7g})"
+            words = f"{name}: intensities are on very different scales (widths of {low:.3g} to {high:.3g} in nine of ten cases; maxima from {min(highs):.7g} to {max(highs):.7g})"
             findings.append(
                 Finding(
                     "ct-mixture", f"{words}; CT should be in Hounsfield units everywhere: convert the others"

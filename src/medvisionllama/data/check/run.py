@@ -67,7 +67,8 @@ def check_dataset(
     """
     root = Path(root)
     dataset, findings, labelled = _open(root, patient_pattern)
-    findings += listing_findings(dataset) if labelled and dataset.cases else []
+    if labelled and not any(finding.code == "layout" for finding in findings):
+        findings += listing_findings(dataset)
     whole = present(dataset)
     if labelled:
         findings += name_findings(dataset)
