@@ -35,14 +35,8 @@ def read_headers(case: Case) -> tuple[CaseFacts | None, list[Finding]]:
     return CaseFacts(case.case_id, case.patient_id, tuple(images), label), findings
 
 
-def check_headers(
-    dataset: Dataset, *, num_channels: int | None = None
-) -> tuple[list[CaseFacts], list[Finding]]:
-    """Read and check the headers of every case.
-
-    Args:
-        num_channels: expected of each case; by default as many as the dataset declares.
-    """
+def check_headers(dataset: Dataset) -> tuple[list[CaseFacts], list[Finding]]:
+    """Read and check the headers of every case."""
     with ThreadPoolExecutor() as pool:
         read = list(pool.map(read_headers, dataset.cases))
     facts = [case for case, _ in read if case is not None]

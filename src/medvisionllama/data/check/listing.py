@@ -81,7 +81,7 @@ def patient_findings(cases: Sequence[Case]) -> list[Finding]:
             groups[base].append(patient)
     # A name with many endings is a study's or a site's; a patient comes a few times.
     alike = {base: names for base, names in groups.items() if 2 <= len(names) <= 6}
-    if len(alike) >= 2 or (alike and len(groups) == 1 and len(patients) <= 6):
+    if len(alike) >= 2:
         base, names = next(iter(alike.items()))
         count = sum(map(len, alike.values()))
         message = f"{count} patients differ from another in the ending of their name only, as {', '.join(names[:3])}; if those are one patient, name it with --patient-pattern, as '^(.+?)[_.-]?[^_.-]+$'"

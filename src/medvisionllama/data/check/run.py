@@ -80,7 +80,7 @@ def check_dataset(
     if splits is not None:
         drawn, found = read_division(splits)
         findings += found
-        if drawn is not None:
+        if drawn is not None and dataset.cases:
             findings += division_findings(drawn, dataset.patients, splits)
             findings += leak_findings(drawn, dataset.patients, findings, splits)
     return CheckReport(
@@ -176,6 +176,10 @@ def _examine_one(
             volumes.append(to_ras(read_voxels(file.path)))
         except DataError as error:
             findings.append(Finding("unreadable", str(error), (case.case_id,), file.path))
+            volumes.append(None)
+        except MemoryError:
+            message = f"{file.path} of shape {file.header.shape} does not fit into memory; is its header right? Crop it, or check it on a machine with more"
+            findings.append(Finding("unreadable", message, (case.case_id,), file.path))
             volumes.append(None)
     images = [volume for volume in volumes[: len(facts.images)] if volume is not None]
     if len(images) < len(facts.images):

@@ -35,4 +35,8 @@ def read_storage(path: Path) -> Storage | None:
         qform = header.get_qform(coded=True)[0]
     except ValueError:  # a quaternion longer than 1, in a file whose sform may be well
         qform = None
-    return Storage(header.get_sform(coded=True)[0], qform, str(header.get_xyzt_units()[0]))
+    try:
+        unit = str(header.get_xyzt_units()[0])
+    except KeyError:  # a code that the standard does not know
+        unit = "unknown"
+    return Storage(header.get_sform(coded=True)[0], qform, unit)
