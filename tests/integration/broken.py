@@ -294,7 +294,7 @@ ERRORS: dict[str, Broken] = {
     "text for an image": Broken(lambda r: scan(r).write_text("x"), "unreadable", CASE, train=True),
     "empty file": Broken(lambda r: scan(r).write_bytes(b""), "unreadable", "damaged", train=True),
     "folder for a file": Broken(
-        lambda r: (label(r).unlink(), label(r).mkdir()), "unreadable", "not a scan", train=True
+        lambda r: (label(r).unlink(), label(r).mkdir()), "unreadable", CASE, train=True
     ),
     "five dimensions": Broken(
         lambda r: change(scan(r), lambda a: np.stack([np.stack([a, a], -1)] * 2, -1)),

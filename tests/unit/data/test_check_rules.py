@@ -3,7 +3,7 @@ import pytest
 
 from medvisionllama.data.check.case_rules import value_findings
 from medvisionllama.data.check.findings import TITLES, Finding, raise_first
-from medvisionllama.data.check.listing import patient_findings
+from medvisionllama.data.check.listing import patient_findings, scans_in
 from medvisionllama.data.check.outliers import find_outliers
 from medvisionllama.data.check.rules import (
     class_findings,
@@ -131,3 +131,22 @@ def test_every_code_has_one_severity_and_errors_raise():
     raise_first([Finding("label-empty", "x")], None)
     with pytest.raises(DataError, match=r"^one$"):
         raise_first([Finding("label-empty", "x"), Finding("unreadable", "one")], None)
+
+
+def test_scans_are_files_we_read_and_folders_of_slices(tmp_path):
+    names = [
+        "a.nii.gz",
+        "b/c.mha",
+        "study/one/1.dcm",
+        "study/one/2.dcm",
+        "study/two/x",
+        "notes.txt",
+        ".h.nii",
+    ]
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(128) + (b"DICM" if name.endswith("x") else b"text"))
+    found = {path.relative_to(tmp_path).as_posix() for path in scans_in(tmp_path)}
+    assert found == {"a.nii.gz", "b/c.mha", "study/one", "study/two"}
+    assert scans_in(tmp_path / "a.nii.gz") == [tmp_path / "a.nii.gz"]

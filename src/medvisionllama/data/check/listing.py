@@ -97,5 +97,15 @@ def scans_in(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     files = [child for child in sorted(path.rglob("*")) if not child.name.startswith(".") and child.is_file()]
-    slices = {child.parent for child in files if child.suffix.lower() in {".dcm", ".ima"}}
+    slices = {child.parent for child in files if _is_slice(child)}
     return sorted({*(child for child in files if is_scan(child) and child.parent not in slices), *slices})
+
+
+def _is_slice(path: Path) -> bool:
+    """A DICOM file, with or without a suffix."""
+    if is_scan(path):
+        return False
+    if path.suffix.lower() in {".dcm", ".ima"}:
+        return True
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
