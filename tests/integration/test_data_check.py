@@ -8,8 +8,9 @@ import pytest
 
 from medvisionllama import check
 
-from .broken import ERRORS, NOTES, WARNINGS, label, scan, to_nnunet, to_plain, truncate
+from .broken import ERRORS, NOTES, WARNINGS
 from .conftest import settings
+from .damage import both, change, disagree, label, scan, to_nnunet, to_plain, truncate, voxel
 
 SEED = 5
 TABLE = {**ERRORS, **WARNINGS, **NOTES}
@@ -20,8 +21,6 @@ def break_dataset(name, dataset_folder):
     root = dataset_folder(num_cases=broken.num_cases, channels=broken.channels, frames=broken.frames, seed=1)
     if broken.channels == ("CT",):
         for path in (root / "imagesTr").iterdir():
-            from .broken import change
-
             change(path, lambda array: array - 300)
     broken.damage(root)
     return root, broken, [option.replace("ROOT", str(root)) for option in broken.options]
@@ -108,8 +107,6 @@ def test_a_long_list_is_cut_and_counted_and_the_summary_comes_last(dataset_folde
 
 def test_the_fast_check_reads_headers_only(dataset_folder, cli):
     root = dataset_folder(num_cases=6, seed=1)
-    from .broken import change, voxel
-
     voxel(scan(root), np.nan)
     assert cli("data", "check", root, "--fast").code == 0
     change(label(root), lambda array: array[:-1])
@@ -120,8 +117,6 @@ def test_the_fast_check_reads_headers_only(dataset_folder, cli):
 
 def test_train_says_what_to_look_at_and_goes_on(dataset_folder, tmp_path, cli):
     root = dataset_folder(num_cases=6, seed=1)
-    from .broken import both, disagree
-
     both(root, disagree)
     outcome = cli("train", root, "--out", tmp_path / "run", "--epochs", 1, "--no-test", *settings())
     assert outcome.code == 0
@@ -171,8 +166,6 @@ def test_the_page_holds_findings_pictures_and_a_figure_and_no_reference_elsewher
 
 def test_cases_with_findings_come_first_on_the_page(dataset_folder, tmp_path):
     root = dataset_folder(num_cases=6, seed=1)
-    from .broken import voxel
-
     voxel(scan(root, "case_004"), np.nan)
     check(root, html=tmp_path / "check.html")
     table = (tmp_path / "check.html").read_text().partition('id="cases"')[2]

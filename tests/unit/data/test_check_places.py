@@ -3,6 +3,7 @@ import pytest
 
 from medvisionllama.data.check.places import (
     axis_order_findings,
+    identity_findings,
     mirror_findings,
     orientation_findings,
     side_findings,
@@ -86,6 +87,13 @@ def test_an_unset_place_is_a_warning_among_set_ones_and_a_note_if_all_are_unset(
     assert storage_findings([case_facts(storage=MM)]) == []
     # Other formats store one matrix and no code.
     assert storage_findings([case_facts(storage=None)]) == []
+
+
+def test_the_identity_is_suspicious_only_where_others_have_a_real_place(case_facts):
+    real = [case_facts(f"c{n}", affine=np.diag([1.0, 1, 3, 1])) for n in range(6)]
+    assert codes(identity_findings([*real, case_facts("lost")])) == ["affine-unset"]
+    assert identity_findings(real) == []
+    assert identity_findings([case_facts(f"c{n}") for n in range(6)]) == []
 
 
 def test_rounding_between_two_matrices_is_no_disagreement(case_facts):

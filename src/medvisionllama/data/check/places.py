@@ -58,6 +58,22 @@ def storage_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
     return findings
 
 
+def identity_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
+    """Scans placed by the identity matrix, where most are placed by a real one: a tool has lost the geometry."""
+    plain = [case for case in cases if np.array_equal(case.images[0].header.affine, np.eye(4))]
+    if len(cases) < _MIN_SIDED_CASES or len(plain) > len(cases) / 4:
+        return []
+    return [
+        Finding(
+            "affine-unset",
+            f"{case.images[0].path} is placed by the identity matrix, most others by a real one; export it again with its geometry",
+            (case.case_id,),
+            case.images[0].path,
+        )
+        for case in plain
+    ]
+
+
 def orientation_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
     """Axes in different orders between cases: harmless where the headers tell, and good to know."""
     axes = Counter(case.images[0].axes for case in cases)

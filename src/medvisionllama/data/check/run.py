@@ -20,6 +20,7 @@ from medvisionllama.data.check.listing import (
 )
 from medvisionllama.data.check.places import (
     axis_order_findings,
+    identity_findings,
     mirror_findings,
     orientation_findings,
     side_findings,
@@ -104,6 +105,7 @@ def dataset_findings(facts: Sequence[CaseFacts], dataset: Dataset) -> list[Findi
         *intensity_findings(facts, dataset.channels),
         *outlier_findings(facts, dataset.classes),
         *storage_findings(facts),
+        *identity_findings(facts),
         *orientation_findings(facts),
         *mirror_findings(facts),
         *axis_order_findings(facts),
