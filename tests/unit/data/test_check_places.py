@@ -94,6 +94,8 @@ def test_the_identity_is_suspicious_only_where_others_have_a_real_place(case_fac
     assert codes(identity_findings([*real, case_facts("lost")])) == ["affine-unset"]
     assert identity_findings(real) == []
     assert identity_findings([case_facts(f"c{n}") for n in range(6)]) == []
+    crops = [case_facts(f"c{n}", affine=np.eye(4) + np.eye(4, k=3)) for n in range(6)]
+    assert identity_findings([*crops, case_facts("first")]) == []
 
 
 def test_rounding_between_two_matrices_is_no_disagreement(case_facts):

@@ -59,9 +59,11 @@ def storage_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
 
 
 def identity_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
-    """Scans placed by the identity matrix, where most are placed by a real one: a tool has lost the geometry."""
+    """Scans placed by the identity matrix, where most have another spacing or other axes: geometry was lost."""
     plain = [case for case in cases if np.array_equal(case.images[0].header.affine, np.eye(4))]
-    if len(cases) < _MIN_SIDED_CASES or len(plain) > len(cases) / 4:
+    # An origin alone tells little: crops of 1 mm begin at 0 or at 1.
+    real = [case for case in cases if not np.allclose(case.images[0].header.affine[:3, :3], np.eye(3))]
+    if len(cases) < _MIN_SIDED_CASES or len(real) < 0.75 * len(cases):
         return []
     return [
         Finding(
