@@ -3,6 +3,7 @@
 import mmap
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ class RangeServer:
     """Body bytes until every connection breaks, for good."""
     hang_up_once_after: int | None = None
     """Body bytes until one connection breaks."""
+    hang_after: int | None = None
+    """Body bytes until the answer pauses, for as long as this stays set."""
     statuses: dict[str, list[int]] = field(default_factory=dict)
     """Statuses with which the next requests for a file are refused."""
     redirect_to: str | None = None
@@ -74,7 +77,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         state = self.state
-        match = re.fullmatch(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", self.path)
+        match = re.fullmatch(
+            r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>[^?]+)(\?.*)?", self.path
+        )
         asked = Asked(
             match["file"] if match else self.path,
             match["revision"] if match else "",
@@ -132,6 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
                     state.hang_up_once_after = None
                     self.close_connection = True
                     return
+                while state.hang_after is not None and state.served >= state.hang_after:
+                    time.sleep(0.01)
                 piece = body[start : start + 4096]
                 self.wfile.write(piece)
                 asked.served += len(piece)
@@ -147,7 +154,7 @@ def serving(root: Path) -> Iterator[RangeServer]:
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
         state.url = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
             yield state

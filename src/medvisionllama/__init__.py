@@ -16,7 +16,9 @@ _HOMES = {
     "Predictor": "medvisionllama.inference.predictor",
     "TokenSegmenter": "medvisionllama.networks",
     "check": "medvisionllama.api",
+    "convert": "medvisionllama.api",
     "demo": "medvisionllama.api",
+    "download": "medvisionllama.api",
     "evaluate": "medvisionllama.api",
     "fit": "medvisionllama.training.fit",
     "load_config": "medvisionllama.config",
@@ -27,7 +29,9 @@ __all__ = [*sorted(_HOMES), "__version__"]
 
 if TYPE_CHECKING:
     from medvisionllama.api import check as check
+    from medvisionllama.api import convert as convert
     from medvisionllama.api import demo as demo
+    from medvisionllama.api import download as download
     from medvisionllama.api import evaluate as evaluate
     from medvisionllama.api import predict as predict
     from medvisionllama.api import train as train

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,47 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a lock file, making it and its folder; its holder may delete both. Windows does without.
+
+    Args:
+        waiting: called once if another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+        return
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Open for writing: network disks lock nothing else.
+            file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        except FileNotFoundError:
+            continue  # its holder has just removed the folder
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_still(path, file):
+                continue  # what was locked has been deleted meanwhile, and locks nobody out
+            yield
+            return
+        finally:
+            os.close(file)
+
+
+def _is_still(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from medvisionllama.config import Config, load_config, read_config
 from medvisionllama.config.load import parse_overrides
-from medvisionllama.errors import ConfigError, DataError
+from medvisionllama.errors import ConfigError
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir
 
@@ -122,52 +122,60 @@ def predict(
     inputs: Sequence[Path | str],
     *,
     out: Path | str,
+    also: Sequence[Path | str] = (),
+    mask_format: str = "auto",
+    probabilities: bool = False,
+    uncertainty: bool = False,
+    largest: bool | None = None,
+    min_ml: float | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    keep_going: bool = False,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Segment scans with a trained run; one mask per scan, on the scan's own grid, named like the scan.
 
     Args:
-        inputs: .nii and .nii.gz files, and folders of them.
+        inputs: scans and folders of scans.
+        also: further runs of the task, folds for example; the probabilities of all are averaged.
+        mask_format: `nifti`, `nrrd` or `mha`; `auto` is each scan's own kind.
+        probabilities: write those of every class to the folder probabilities/, as 4-D NIfTI, background first.
+        uncertainty: write their entropy, from 0 to 1, to the folder uncertainty/.
+        largest: keep the largest component of each class alone; by default as the run's settings say.
+        min_ml: remove components smaller than so many millilitres; by default as the run's settings say.
         overwrite: replace masks that are already there; scans are never replaced.
+        resume: leave out scans whose mask is already there.
+        keep_going: a scan that fails becomes a record with `error` instead of an exception.
 
     Returns:
-        One record per scan: case, mask file, volume of each class in millilitres.
+        One record per scan: case, mask file, volume of each class in millilitres, warnings, seconds.
+
+    Raises:
+        MedVisionLlamaError: anything the user can fix, in one line; before the first scan is segmented where
+            headers tell.
     """
-    from medvisionllama.data.readers import SUFFIXES
+    from medvisionllama.inference.batch import Outputs, predict_scans
     from medvisionllama.inference.inputs import collect_scans
-    from medvisionllama.inference.predictor import Predictor, read_plan
-    from medvisionllama.inference.writers import write_mask
+    from medvisionllama.inference.predictor import Predictor, check_alike
     from medvisionllama.progress import Silent
 
-    if Path(out).name.endswith(SUFFIXES):
-        raise DataError(f"--out is a folder for masks, not a file: {out}; give a folder's name")
-    run_dir = RunDir(Path(run))
-    run_dir.check()
-    scans = collect_scans([Path(path) for path in inputs], channels=read_plan(run_dir).channels)
-    targets = [Path(out) / f"{scan.case_id}.nii.gz" for scan in scans]
-    sources = {path.resolve() for scan in scans for path in scan.images}
-    for target in targets:
-        if target.resolve() in sources:
-            raise DataError(
-                f"{target} is one of the scans and would be overwritten by its mask; choose another --out"
-            )
-        if target.exists() and not overwrite:
-            raise DataError(
-                f"{target} already exists; choose another --out, or give --overwrite to replace masks"
-            )
-    predictor = Predictor.from_run(run_dir.path, device=device)  # type: ignore[arg-type] # checked by the command line
-    names = predictor.plan.mask_classes
-    records = []
-    with (progress or Silent()).track("segmenting", len(scans)) as advance:
-        for number, (scan, target) in enumerate(zip(scans, targets, strict=True), start=1):
-            prediction = predictor.predict(scan.images)
-            write_mask(target, prediction.mask.array, scan.images[0])
-            volumes = {names[value]: round(volume, 4) for value, volume in prediction.volumes_ml.items()}
-            records.append({"case": scan.case_id, "mask": str(target), "volumes_ml": volumes})
-            advance(number, scan.case_id)
-    return records
+    out = Path(out)
+    outputs = Outputs(out, mask_format, probabilities, uncertainty)  # type: ignore[arg-type] # checked by the command line
+    plan = check_alike([run, *also])
+    scans = collect_scans([Path(path) for path in inputs], channels=plan.channels)
+    scans = outputs.missing(scans, overwrite=overwrite, resume=resume)
+    predictor = Predictor.from_run(run, *also, device=device)  # type: ignore[arg-type] # checked by the command line
+    wanted = {"largest_component": largest, "min_component_ml": min_ml}
+    chosen = {key: value for key, value in wanted.items() if value is not None}
+    return predict_scans(
+        predictor,
+        scans,
+        outputs,
+        cleaning=predictor.members[0].config.inference.model_copy(update=chosen),
+        keep_going=keep_going,
+        progress=progress or Silent(),
+    )
 
 
 def evaluate(
@@ -242,6 +250,62 @@ def demo(
     predict(run, [new / "imagesTr"], out=root / "masks", progress=progress)
     evaluate(root / "masks", new / "labelsTr", out=root / "masks" / "evaluation.csv", progress=progress)
     return RunDir(run).report
+
+
+def download(
+    what: str,
+    *,
+    out: Path | str = Path(),
+    mirror: str | None = None,
+    sha256: str | None = None,
+    keep_archive: bool = False,
+    offline: bool | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Fetch a task of the Medical Segmentation Decathlon, or an archive of one's own, and unpack it.
+
+    Args:
+        what: `Task04`, `4` or `hippocampus`; or the https address of a .tar, .tar.gz or .zip.
+        out: folder that gets the dataset's folder.
+
+    Returns:
+        The dataset's folder.
+    """
+    from medvisionllama.data.download import download as fetch
+
+    return fetch(
+        what,
+        Path(out),
+        mirror=mirror,
+        sha256=sha256,
+        keep_archive=keep_archive,
+        offline=offline,
+        progress=progress,
+    )
+
+
+def convert(
+    source: Path | str,
+    out: Path | str,
+    *,
+    to: Literal["msd", "nnunet", "plain"],
+    transfer: Literal["link", "symlink", "copy"] = "link",
+    renumber: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a dataset in another layout, with the same cases, voxels, geometry and names.
+
+    Args:
+        out: a folder that does not exist yet; for nnU-Net named as `Dataset004_Hippocampus`.
+        transfer: how files that need no change come along.
+        renumber: let the label values be 1, 2, 3, ... for nnU-Net, which takes no others.
+
+    Returns:
+        The new folder.
+    """
+    from medvisionllama.data.convert import convert as write
+
+    return write(Path(source), Path(out), to=to, transfer=transfer, renumber=renumber, progress=progress)
 
 
 def _check_changeable(before: Config, after: Config, chosen: Iterable[str]) -> None:

@@ -56,10 +56,11 @@ def test_odd_orientations_come_back_on_their_own_grid(hippocampus, data_root, tm
     predictor = Predictor.from_run(hippocampus.path)
     for number, scan in enumerate(scans):
         target = tmp_path / f"{number}.nii.gz"
-        write_mask(target, predictor.predict(scan).mask.array, scan)
-        mask, image = nib.load(target), nib.load(scan)
-        assert mask.shape == image.shape
-        assert np.array_equal(mask.affine, image.affine)
+        mask = predictor.predict(scan).mask
+        write_mask(target, mask.array, mask.affine, like=scan)
+        written, image = nib.load(target), nib.load(scan)
+        assert written.shape == image.shape
+        assert np.array_equal(written.affine, image.affine)
 
 
 def test_frames_of_one_heart_stay_together_and_thick_slices_are_kept_apart(data_root, tmp_path):

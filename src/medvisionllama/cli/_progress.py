@@ -5,7 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bars
 
 from medvisionllama.progress import Advance
@@ -15,6 +23,9 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 class TerminalProgress:
     """Draws what library functions report."""
+
+    middle: tuple[ProgressColumn, ...] = (TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+    """Between the bar and the time left."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -37,8 +48,7 @@ class TerminalProgress:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
+            *self.middle,
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
@@ -61,3 +71,9 @@ class TerminalProgress:
 
         yield advance
         self.say(f"{title}: done in {time.monotonic() - started:.0f} s")
+
+
+class TransferProgress(TerminalProgress):
+    """The same for work whose units are bytes."""
+
+    middle = (DownloadColumn(), TransferSpeedColumn())

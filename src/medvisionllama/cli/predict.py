@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,16 +12,47 @@ from medvisionllama.cli._options import Json
 def predict(
     run: Annotated[Path, typer.Argument(help="Run folder that `train` made.")],
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT...", help=".nii or .nii.gz files, and folders of them.")
+        list[Path],
+        typer.Argument(metavar="INPUT...", help="Scans (.nii, .nii.gz, .nrrd, .mha), and folders of them."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the masks.")],
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(help="A further run, another fold for example; probabilities are averaged. Repeatable."),
+    ] = None,
+    mask_format: Annotated[
+        Literal["auto", "nifti", "nrrd", "mha"],
+        typer.Option("--format", help="Kind of the mask files; auto is each scan's own kind."),
+    ] = "auto",
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write the probability of every class too.")
+    ] = False,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Write a map of doubt too: 0 certain, 1 undecided.")
+    ] = False,
+    largest: Annotated[
+        bool | None,
+        typer.Option(
+            "--largest/--all-components",
+            help="Keep the largest component of each class alone.",
+            show_default=False,
+        ),
+    ] = None,
+    min_ml: Annotated[
+        float | None, typer.Option(min=0, help="Remove components smaller than so many millilitres.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace masks that are already there.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on: leave out scans whose mask is already there.")
     ] = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Segment scans: one mask per scan, of the same name, on the scan's own grid.
+
+    A scan that cannot be read does not stop the others; the exit code is then 2.
 
     Example: medvisionllama predict runs/hip scan1.nii.gz folder/ --out masks/
     """
@@ -29,14 +60,37 @@ def predict(
     from medvisionllama.cli._progress import TerminalProgress
 
     records = api.predict(
-        run, inputs, out=out, overwrite=overwrite, device=device, progress=TerminalProgress()
+        run,
+        inputs,
+        out=out,
+        also=also or [],
+        mask_format=mask_format,
+        probabilities=probabilities,
+        uncertainty=uncertainty,
+        largest=largest,
+        min_ml=min_ml,
+        overwrite=overwrite,
+        resume=resume,
+        keep_going=True,
+        device=device,
+        progress=TerminalProgress(),
     )
     if as_json:
         typer.echo(json.dumps(records, indent=2))
+    else:
+        for record in records:
+            _show(record)
+    failed = [record for record in records if "error" in record]
+    if failed:
+        for record in failed:
+            typer.echo(f"medvisionllama: {record['error']}", err=True)
+        raise typer.Exit(2)
+
+
+def _show(record: dict[str, Any]) -> None:
+    if "error" in record:
         return
-    for record in records:
-        volumes = (
-            ", ".join(f"{name} {volume:.3f} ml" for name, volume in record["volumes_ml"].items())
-            or "nothing found"
-        )
-        typer.echo(f"{record['mask']}: {volumes}")
+    volumes = ", ".join(f"{name} {volume:.3f} ml" for name, volume in record["volumes_ml"].items())
+    typer.echo(f"{record['mask']}: {volumes or 'empty'}")
+    for line in record["warnings"]:
+        typer.echo(f"  {line}")

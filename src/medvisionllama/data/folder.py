@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from medvisionllama.data import msd
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.index import Case, Dataset, patient_of
 from medvisionllama.data.readers import SUFFIXES, is_scan, read_header, stem_of
@@ -52,7 +53,7 @@ def index_nnunet(root: Path, content: dict[str, Any], patient_pattern: str | Non
 
 
 def index_plain(root: Path, patient_pattern: str | None) -> tuple[Dataset, list[Finding]]:
-    """Index images/ and labels/ by equal names; `_0000` channel endings are understood.
+    """Index images/ and labels/ by equal names; `_0000` channel endings and a names.json are understood.
 
     Returns:
         The dataset, and the images and labels without a partner, which it leaves out.
@@ -85,8 +86,35 @@ def index_plain(root: Path, patient_pattern: str | None) -> tuple[Dataset, list[
     if num_channels == 1 and cases:
         # One file a case may still be 4-D.
         num_channels = _channels_of_first(cases)
-    channels = tuple(f"channel {number}" for number in range(num_channels))
-    return Dataset(root.name, root, cases, channels, {}), alone
+    channels, classes = _names(root, num_channels)
+    return Dataset(root.name, root, cases, channels, classes), alone
+
+
+def read_names(root: Path) -> dict[str, Any]:
+    """Read names.json of a folder with images/ and labels/, which it need not have.
+
+    Raises:
+        DataError: not JSON, or not an object.
+    """
+    path = root / "names.json"
+    return msd.read_dataset_json(path) if path.is_file() else {}
+
+
+def _names(root: Path, num_channels: int) -> tuple[tuple[str, ...], dict[int, str]]:
+    """Names of channels, and of classes by label value, as `data convert` keeps them."""
+    content = read_names(root)
+    channels = content.get("channels", [f"channel {number}" for number in range(num_channels)])
+    classes = content.get("classes", {})
+    whole = isinstance(channels, list) and len(channels) == num_channels and isinstance(classes, dict)
+    try:
+        named = {int(value): str(name) for value, name in classes.items()} if whole else {}
+    except ValueError:
+        whole = False
+    if not whole:
+        raise DataError(
+            f"{root / 'names.json'} must hold 'channels', a list of {num_channels}, and 'classes', as {{'1': 'liver'}}; correct or remove it"
+        )
+    return tuple(map(str, channels)), {value: named[value] for value in sorted(named) if value > 0}
 
 
 def _channels_of_first(cases: Sequence[Case]) -> int:

@@ -12,6 +12,7 @@ from medvisionllama.errors import DataError
 __all__ = [
     "SUFFIXES",
     "Header",
+    "ScanSource",
     "is_scan",
     "read_header",
     "read_image",
@@ -19,6 +20,9 @@ __all__ = [
     "read_voxels",
     "stem_of",
 ]
+
+ScanSource = Path
+"""What a scan is read from."""
 
 
 def stem_of(path: Path) -> str:

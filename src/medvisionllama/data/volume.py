@@ -74,6 +74,12 @@ def from_ras(array: np.ndarray, affine: AffineMatrix) -> np.ndarray:
 def _apply(array: np.ndarray, transform: np.ndarray) -> np.ndarray:
     # nibabel turns the leading axes and leaves trailing ones alone; channels come first here, so move them.
     if array.ndim == 3:
-        return np.ascontiguousarray(apply_orientation(array, transform))
+        return _contiguous(apply_orientation(array, transform))
     turned = apply_orientation(np.moveaxis(array, 0, -1), transform)
-    return np.ascontiguousarray(np.moveaxis(turned, -1, 0))
+    return _contiguous(np.moveaxis(turned, -1, 0))
+
+
+def _contiguous(array: np.ndarray) -> np.ndarray:
+    contiguous = np.ascontiguousarray(array)
+    # A mirrored axis of length one passes for contiguous with its negative stride, which PyTorch refuses.
+    return contiguous if min(contiguous.strides) >= 0 else contiguous.copy()

@@ -18,6 +18,7 @@ from medvisionllama.data.splits import read_splits, select
 from medvisionllama.data.volume import Volume, same_place, to_ras
 from medvisionllama.errors import DataError
 from medvisionllama.evaluation.metrics import measure
+from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.predictor import Predictor
 from medvisionllama.inference.writers import write_mask
 from medvisionllama.progress import Progress, Silent
@@ -107,9 +108,7 @@ def evaluate_folders(
             f"{predicted[missing[0]]} has no label of that name in {labels}; rename it or remove it"
         )
     if not predicted:
-        raise DataError(
-            f"{predictions} holds no .nii or .nii.gz file; give the folder that `medvisionllama predict` wrote"
-        )
+        raise DataError(f"{predictions} holds no mask; give the folder that `medvisionllama predict` wrote")
     pairs = [Pair(name, patient_of(name), predicted[name], truth[name]) for name in sorted(predicted)]
     left_out = len(truth.keys() - predicted.keys())
     if left_out and progress:
@@ -147,7 +146,8 @@ def evaluate_run(
         for number, case in enumerate(cases, start=1):
             assert case.label is not None, "datasets list labelled cases"
             path = run_dir.path / "predictions" / split / f"{case.case_id}.nii.gz"
-            write_mask(path, predictor.predict(case.images).mask.array, case.images[0])
+            mask = clean(predictor.predict(case.images).mask, config.inference)
+            write_mask(path, mask.array, mask.affine, like=case.images[0])
             pairs.append(Pair(case.case_id, case.patient_id, path, case.label))
             advance(number)
     table = evaluate_files(

@@ -1,12 +1,13 @@
 """Which scans a list of files and folders names."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medvisionllama.data.readers import is_scan, read_header, stem_of
+from medvisionllama.data.readers import SUFFIXES, is_scan, read_header, stem_of
 from medvisionllama.errors import DataError
 
 
@@ -16,6 +17,8 @@ class Scan:
 
     case_id: str
     images: tuple[Path, ...]
+    num_voxels: int = 0
+    """Of all channels together."""
 
 
 def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Scan]:
@@ -38,15 +41,16 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
     for (_, case_id), paths in groups.items():
         if case_id in scans:
             raise DataError(
-                f"{paths[0]} and {scans[case_id].images[0]} would both become {case_id}.nii.gz; predict them into two folders"
+                f"{paths[0]} and {scans[case_id].images[0]} would both become the mask {case_id}; predict them into two folders"
             )
         scans[case_id] = Scan(case_id, tuple(sorted(paths, key=stem_of)))
     if not scans:
         raise DataError(
-            f"{', '.join(map(str, inputs))}: no .nii or .nii.gz file there; give scans or folders of scans"
+            f"{', '.join(map(str, inputs))}: no scan there; give files ({', '.join(SUFFIXES)}) or folders of them"
         )
-    for scan in scans.values():
-        found = sum(read_header(path).num_channels for path in scan.images)
+    for scan in list(scans.values()):
+        headers = [read_header(path) for path in scan.images]
+        found = sum(header.num_channels for header in headers)
         if found != len(channels):
             raise DataError(
                 f"{scan.images[0]} has {found} channels, the run was trained on {len(channels)} ({', '.join(channels)}); give scans like those"
@@ -56,6 +60,7 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
             raise DataError(
                 f"{scan.images[0]}: the channel files of {scan.case_id} must end in _0000 to _{len(channels) - 1:04d}"
             )
+        scans[scan.case_id] = replace(scan, num_voxels=found * math.prod(headers[0].shape))
     return list(scans.values())
 
 

@@ -1,5 +1,6 @@
-"""`Predictor`: a trained run as one object that turns scans into masks."""
+"""`Predictor`: one trained run, or several that are averaged, as one object that turns scans into masks."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,53 +13,56 @@ from medvisionllama.checkpoint import copy_into, frozen, load_tensors
 from medvisionllama.config import Config, read_config
 from medvisionllama.data.cache import image_moments, normalise, to_grid
 from medvisionllama.data.planning import Plan
-from medvisionllama.data.readers import read_image
+from medvisionllama.data.readers import ScanSource, read_image
 from medvisionllama.data.volume import Volume, from_ras, to_ras
 from medvisionllama.devices import DeviceChoice, autocast, channels_last, choose_device
 from medvisionllama.errors import CheckpointError, DataError
-from medvisionllama.inference.windows import native_mask, predict_probabilities
+from medvisionllama.inference.slabs import entropy, label_values, likeliest, native_slabs, slab_thickness
+from medvisionllama.inference.windows import probability_planes, slab_axis
 from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_network
 from medvisionllama.run_dir import RunDir
+from medvisionllama.types import AffineMatrix, ImageArray, SpacingMm, Triple
+
+
+def to_bytes(share: Tensor) -> np.ndarray:
+    """Numbers between 0 and 1 in 255 steps, an eighth of their size as float64."""
+    return (share * 255).round().to(torch.uint8).cpu().numpy()
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A mask `[x, y, z]` on the scan's own grid, in the scan's own orientation."""
+    """A mask `[x, y, z]` on the scan's own grid, in the scan's own orientation.
+
+    `probabilities` `[k, x, y, z]`, background first, and `uncertainty` `[x, y, z]`, the entropy of those as a share
+    of the largest possible, are there if asked for: in 255 steps from 0 to 1.
+    """
 
     mask: Volume
+    probabilities: np.ndarray | None = None
+    uncertainty: np.ndarray | None = None
 
     @property
     def volumes_ml(self) -> dict[int, float]:
         """Volume of each label value present."""
         voxel_ml = float(np.prod(self.mask.spacing_mm)) / 1000
-        values, counts = np.unique(self.mask.array, return_counts=True)
-        return {
-            int(value): int(count) * voxel_ml for value, count in zip(values, counts, strict=True) if value
-        }
+        counts = np.bincount(self.mask.array.ravel()) if self.mask.array.size else np.zeros(0)
+        return {int(value): int(counts[value]) * voxel_ml for value in np.flatnonzero(counts) if value}
 
 
-class Predictor:
-    """Segments scans with the best weights of a run."""
+@dataclass(frozen=True)
+class Member:
+    """One trained network and what its run decided."""
 
-    def __init__(self, network: nn.Module, plan: Plan, config: Config, device: torch.device) -> None:
-        self.network = network
-        self.plan = plan
-        self.config = config
-        self.device = device
+    network: nn.Module
+    plan: Plan
+    config: Config
+    device: torch.device
 
     @classmethod
-    def from_run(cls, path: Path | str, *, device: DeviceChoice = "auto") -> Self:
-        """Load a run folder: plan, block and best weights.
-
-        Raises:
-            CheckpointError: not a finished run, damaged files, or a block other than the run was trained around.
-            BlockError: the block cannot be had.
-
-        >>> predictor = Predictor.from_run("runs/hip")  # doctest: +SKIP
-        >>> predictor.predict("scan1.nii.gz").volumes_ml  # doctest: +SKIP
-        """
-        run_dir = RunDir(Path(path))
+    def from_run(cls, path: Path, device: torch.device) -> Self:
+        """Load plan, block and best weights of a run folder; see `Predictor.from_run`."""
+        run_dir = RunDir(path)
         run_dir.check()
         config = read_config(run_dir.config)
         plan = read_plan(run_dir)
@@ -69,44 +73,175 @@ class Predictor:
                 f"{run_dir.best} was trained around another frozen block than the one loaded now; use the block named in {run_dir.manifest.name}"
             )
         copy_into(network, tensors, where=run_dir.best)
-        where = choose_device(device)
-        return cls(channels_last(network).to(where).eval(), plan, config, where)
+        return cls(channels_last(network).to(device).eval(), plan, config, device)
 
-    def predict(self, image: Path | str | tuple[Path, ...] | Volume) -> Prediction:
+    def planes(self, grid: np.ndarray, moments: Sequence[tuple[float, float]], axis: int) -> Iterator[Tensor]:
+        """Probabilities of a scan on this network's grid, in pieces along `axis`."""
+
+        def prepare(slab: Tensor) -> Tensor:
+            return torch.from_numpy(normalise(slab.numpy(), self.plan.normalisation, moments))
+
+        inference = self.config.inference
+        return probability_planes(
+            self.network,
+            torch.from_numpy(grid),
+            self.plan,
+            axis=axis,
+            overlap=inference.overlap,
+            flip=inference.flip,
+            device=self.device,
+            normalise=prepare,
+            context=lambda: autocast(self.config.train.precision, self.device),
+        )
+
+
+@dataclass(frozen=True)
+class PreparedScan:
+    """A scan on the grids that the networks see; its own voxels are gone."""
+
+    affine: AffineMatrix
+    """Of the file, in the file's own orientation."""
+    ras_shape: Triple
+    spacing_mm: SpacingMm
+    """Edge lengths of the scan's voxels in RAS order."""
+    grids: dict[tuple[float, ...], ImageArray]
+    moments: Sequence[tuple[float, float]]
+    """Mean and deviation of each channel's non-zero voxels."""
+    ranges: Sequence[tuple[float, float]]
+    """Least and greatest value of each channel."""
+
+
+class Predictor:
+    """Segments scans with the best weights of a run, or with the mean of several runs' probabilities."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = tuple(members)
+
+    @property
+    def plan(self) -> Plan:
+        """The first run's plan; channels and classes are those of all."""
+        return self.members[0].plan
+
+    @property
+    def network(self) -> nn.Module:
+        """The first run's network."""
+        return self.members[0].network
+
+    @classmethod
+    def from_run(cls, *paths: Path | str, device: DeviceChoice = "auto") -> Self:
+        """Load a run folder, or several whose predictions are averaged.
+
+        Raises:
+            CheckpointError: not a finished run, damaged files, a block other than the run was trained around, or
+                runs of different channels or classes.
+            BlockError: the block cannot be had.
+
+        >>> predictor = Predictor.from_run("runs/hip")  # doctest: +SKIP
+        >>> predictor.predict("scan1.nii.gz").volumes_ml  # doctest: +SKIP
+        """
+        where = choose_device(device)
+        check_alike(paths)
+        return cls([Member.from_run(Path(path), where) for path in paths])
+
+    def predict(
+        self,
+        image: ScanSource | str | tuple[ScanSource, ...] | Volume,
+        *,
+        probabilities: bool = False,
+        uncertainty: bool = False,
+    ) -> Prediction:
         """Segment a scan.
 
         Args:
             image: a file, one file per channel, or a `Volume` whose array is `[channel, x, y, z]`.
+            probabilities: keep those of every class.
+            uncertainty: keep their entropy.
 
         Raises:
             DataError: unreadable, or with other channels than the run was trained on.
         """
-        volume = (
-            image
-            if isinstance(image, Volume)
-            else read_image(image if isinstance(image, tuple) else (Path(image),))
-        )
-        ras = to_ras(volume)
-        mask = native_mask(self.probabilities(ras), ras.shape, self.plan)
-        return Prediction(Volume(from_ras(mask, volume.affine), volume.affine))
+        return self.segment(self.prepare(image), probabilities=probabilities, uncertainty=uncertainty)
 
-    def probabilities(self, ras: Volume) -> Tensor:
-        """Class probabilities `[k, x, y, z]`, background first, on the grid that the network sees, in RAS."""
-        if ras.array.shape[0] != len(self.plan.channels):
+    def prepare(self, image: ScanSource | str | tuple[ScanSource, ...] | Volume) -> PreparedScan:
+        """Read a scan and resample it: the part of `predict` that needs no network."""
+        if not isinstance(image, Volume):
+            sources = image if isinstance(image, tuple) else (image,)
+            image = read_image(tuple(Path(one) if isinstance(one, str) else one for one in sources))
+        if image.array.shape[0] != len(self.plan.channels):
             raise DataError(
-                f"the scan has {ras.array.shape[0]} channels, the run was trained on {len(self.plan.channels)} ({', '.join(self.plan.channels)})"
+                f"the scan has {image.array.shape[0]} channels, the run was trained on {len(self.plan.channels)} ({', '.join(self.plan.channels)})"
             )
-        grid = normalise(to_grid(ras, self.plan), self.plan.normalisation, image_moments(ras.array))
-        inference = self.config.inference
-        with autocast(self.config.train.precision, self.device):
-            return predict_probabilities(
-                self.network,
-                torch.from_numpy(grid),
-                self.plan,
-                overlap=inference.overlap,
-                flip=inference.flip,
-                device=self.device,
+        ras = to_ras(image)
+        return PreparedScan(
+            image.affine,
+            ras.shape,
+            ras.spacing_mm,
+            {_grid_key(member.plan): to_grid(ras, member.plan) for member in self.members},
+            image_moments(ras.array),
+            [(float(channel.min()), float(channel.max())) for channel in ras.array],
+        )
+
+    def segment(
+        self,
+        scan: PreparedScan,
+        *,
+        probabilities: bool = False,
+        uncertainty: bool = False,
+        on_share: Callable[[float], None] = lambda share: None,
+    ) -> Prediction:
+        """Run the networks over a prepared scan, and bring classes back to its own grid slab by slab.
+
+        Args:
+            on_share: told after each slab which share of the scan is done.
+        """
+        axis = slab_axis(scan.ras_shape, [member.plan for member in self.members])
+        values = label_values(self.plan)
+        mask = np.empty(scan.ras_shape, values.dtype)
+        kept = np.empty((len(values), *scan.ras_shape), np.uint8) if probabilities else None
+        doubt = np.empty(scan.ras_shape, np.uint8) if uncertainty else None
+        start = 0
+        for slab in self._slabs(scan, axis, slab_thickness(scan.ras_shape, len(values), axis)):
+            place = [slice(None)] * 3
+            place[axis] = slice(start, start + slab.shape[axis + 1])
+            mask[tuple(place)] = values[likeliest(slab)]
+            if kept is not None:
+                kept[(slice(None), *place)] = to_bytes(slab)
+            if doubt is not None:
+                doubt[tuple(place)] = to_bytes(entropy(slab))
+            start += slab.shape[axis + 1]
+            on_share(start / scan.ras_shape[axis])
+        turned = [None if array is None else from_ras(array, scan.affine) for array in (kept, doubt)]
+        return Prediction(Volume(from_ras(mask, scan.affine), scan.affine), *turned)
+
+    def _slabs(self, scan: PreparedScan, axis: int, thickness: int) -> Iterator[Tensor]:
+        """Mean probabilities `[k, x, y, z]` on the scan's grid in RAS, `thickness` planes at a time."""
+        streams = []
+        for member in self.members:
+            grid = scan.grids[_grid_key(member.plan)]
+            planes = member.planes(grid, scan.moments, axis)
+            x, y, z = grid.shape[1:]
+            streams.append(native_slabs(planes, (x, y, z), scan.ras_shape, axis=axis, thickness=thickness))
+        for slabs in zip(*streams, strict=True):
+            yield slabs[0] if len(slabs) == 1 else torch.stack(slabs).mean(dim=0)
+
+
+def check_alike(paths: Sequence[Path | str]) -> Plan:
+    """Return the plan of the first run, or raise CheckpointError unless all can predict, and the same classes."""
+    plans = []
+    for path in paths:
+        run_dir = RunDir(Path(path))
+        run_dir.check()
+        plans.append(read_plan(run_dir))
+        if (plans[-1].channels, plans[-1].mask_classes) != (plans[0].channels, plans[0].mask_classes):
+            raise CheckpointError(
+                f"{path} has other channels or classes than {paths[0]}; average runs of one task only"
             )
+    return plans[0]
+
+
+def _grid_key(plan: Plan) -> tuple[float, ...]:
+    """Networks whose keys are equal share a scan's grid."""
+    return (0.0, *plan.crop_size) if plan.resize else plan.spacing_mm
 
 
 def read_plan(run_dir: RunDir) -> Plan:

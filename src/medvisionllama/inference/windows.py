@@ -1,19 +1,73 @@
-"""Probabilities of a whole scan: windows of the training crop's size, blended with Gaussian weights (MONAI)."""
+"""Probabilities on the grid that the network sees, a few planes at a time.
 
-from collections.abc import Sequence
+Windows of the training crop's size are blended with Gaussian weights. MONAI blends those that lie side by side in a
+slab; we blend the slabs along one axis and give out each plane as soon as no further slab touches it. The weights
+are a product over axes, so the result is that of blending all windows at once, and memory holds one slab of logits
+however long the scan is.
+"""
 
-import numpy as np
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from medvisionllama.data.planning import Plan
-from medvisionllama.types import LogitBatch
+from medvisionllama.types import LogitBatch, Triple
+
+Network = Callable[[Tensor], LogitBatch]
+_SIGMA = 0.125  # of the Gaussian weights, as a share of the window: MONAI's and nnU-Net's value
+_LEAST_WEIGHT = 1e-3
 
 
-@torch.no_grad()
+def probability_planes(
+    network: Network,
+    image: Tensor,
+    plan: Plan,
+    *,
+    axis: int,
+    overlap: float,
+    flip: bool,
+    device: torch.device | str = "cpu",
+    normalise: Callable[[Tensor], Tensor] = lambda slab: slab,
+    context: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[Tensor]:
+    """Yield class probabilities `[k, x, y, z]`, background first: pieces that follow each other along `axis`.
+
+    Args:
+        image: `[c, x, y, z]` on the network's grid.
+        overlap: share of a window that its neighbour covers too.
+        flip: average with the prediction of the mirrored image, along the axes that training mirrors.
+        normalise: applied to each slab of the image before the network sees it.
+        context: entered while the network works on a slab, and left before anything is given out: autocast, say.
+    """
+    views: list[tuple[int, ...]] = [(), *((turned,) for turned in plan.flip_axes if flip)]
+    window, size = plan.crop_size[axis], image.shape[axis + 1]
+    starts = _starts(size, window, overlap)
+    profile = _profile(window).view([-1 if dim == axis + 2 else 1 for dim in range(5)])
+    total = weight = torch.empty(0)
+    for number, start in enumerate(starts):
+        slab = normalise(image.narrow(axis + 1, start, min(window, size)))
+        with torch.no_grad(), context():
+            logits = torch.cat(
+                [_flipped(network, slab, turns, plan, axis, overlap, device) for turns in views]
+            )
+        if len(starts) == 1:
+            yield _squash(logits, plan)
+            return
+        if number == 0:
+            total, weight = logits * profile, profile.clone()
+        else:
+            kept = window - (start - starts[number - 1])
+            total = _shifted(total, kept, axis + 2) + logits * profile
+            weight = _shifted(weight, kept, axis + 2) + profile
+        finished = starts[number + 1] - start if number + 1 < len(starts) else window
+        yield _squash(total.narrow(axis + 2, 0, finished) / weight.narrow(axis + 2, 0, finished), plan)
+
+
 def predict_probabilities(
-    network: nn.Module,
+    network: Network,
     image: Tensor,
     plan: Plan,
     *,
@@ -21,34 +75,59 @@ def predict_probabilities(
     flip: bool,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Return class probabilities `[k, x, y, z]`, background first, of a normalised image `[c, x, y, z]`.
+    """Return class probabilities `[k, x, y, z]` of a normalised image `[c, x, y, z]`, all at once."""
+    axis = slab_axis(tuple(image.shape[1:]), [plan])
+    planes = probability_planes(network, image, plan, axis=axis, overlap=overlap, flip=flip, device=device)
+    return torch.cat(list(planes), dim=axis + 1)
 
-    Args:
-        overlap: share of a window that its neighbour covers too.
-        flip: average with the prediction of the mirrored image, along the axes that training mirrors.
+
+def slab_axis(shape: Sequence[int], plans: Sequence[Plan]) -> int:
+    """The longest axis that no plan mirrors: a slab along it is the smallest share of the scan.
+
+    Along a mirrored axis the windows of the mirrored image would lie elsewhere than the mirrored windows.
     """
-    batch = image[None]
-    total = _probabilities(network, batch, plan, overlap, device)
-    turns = [(axis + 2,) for axis in plan.flip_axes] if flip else []
-    for axes in turns:
-        total = total + _probabilities(network, batch.flip(axes), plan, overlap, device).flip(axes)
-    return (total / (1 + len(turns)))[0]
+    mirrored = {axis for plan in plans for axis in plan.flip_axes}
+    free = [axis for axis in range(3) if axis not in mirrored] or [0, 1, 2]
+    return max(free, key=lambda axis: (shape[axis], axis))
 
 
-def native_mask(probabilities: Tensor, shape: Sequence[int], plan: Plan) -> np.ndarray:
-    """Bring probabilities to the scan's grid in RAS and take the likeliest class, as label values."""
-    if tuple(probabilities.shape[1:]) != tuple(shape):
-        probabilities = F.interpolate(
-            probabilities[None], size=tuple(shape), mode="trilinear", align_corners=False
-        )[0]
-    winner = probabilities.argmax(dim=0).cpu().numpy()
-    values = np.array([0, *plan.output_values])
-    return values.astype(np.uint8 if values.max() < 256 else np.uint16)[winner]
+def _starts(size: int, window: int, overlap: float) -> list[int]:
+    """First planes of the slabs, spaced as MONAI spaces windows; the last ends with the scan."""
+    if size <= window:
+        return [0]
+    step = max(1, int(window * (1 - overlap)))
+    return [*range(0, size - window, step), size - window]
 
 
-def _probabilities(
-    network: nn.Module, batch: Tensor, plan: Plan, overlap: float, device: torch.device | str
-) -> Tensor:
+def _profile(length: int) -> Tensor:
+    offsets = torch.arange(length) - (length - 1) / 2
+    return torch.exp(-(offsets**2) / (2 * (_SIGMA * length) ** 2)).clamp_min(_LEAST_WEIGHT)
+
+
+def _shifted(held: Tensor, kept: int, dim: int) -> Tensor:
+    """Drop the planes that were given out, and add as many empty ones at the end."""
+    length = held.shape[dim]
+    empty = torch.zeros_like(held.narrow(dim, 0, length - kept))
+    return torch.cat([held.narrow(dim, length - kept, kept), empty], dim=dim)
+
+
+def _flipped(
+    network: Network,
+    slab: Tensor,
+    turns: tuple[int, ...],
+    plan: Plan,
+    axis: int,
+    overlap: float,
+    device: torch.device | str,
+) -> LogitBatch:
+    dims = [turn + 2 for turn in turns]
+    return _blend_row(network, slab[None].flip(dims), plan, axis, overlap, device).flip(dims)
+
+
+def _blend_row(
+    network: Network, slab: Tensor, plan: Plan, axis: int, overlap: float, device: torch.device | str
+) -> LogitBatch:
+    """Logits `[1, k, x, y, z]` of a slab `[1, c, x, y, z]` one window thick."""
     from monai.inferers import sliding_window_inference
 
     def logits(windows: Tensor) -> LogitBatch:
@@ -58,18 +137,27 @@ def _probabilities(
 
     # Windows visit the device one by one; the scan itself, which may be large, stays in main memory.
     blended = sliding_window_inference(
-        batch,
+        slab,
         plan.crop_size,
         1,
         logits,
         overlap=overlap,
-        mode="gaussian",
-        sigma_scale=0.125,
+        roi_weight_map=_row_weights(plan.crop_size, axis),
         sw_device=device,
         device="cpu",
     )
     assert isinstance(blended, Tensor)
+    return blended
+
+
+def _row_weights(window: Triple, axis: int) -> Tensor:
+    profiles = [torch.ones(size) if dim == axis else _profile(size) for dim, size in enumerate(window)]
+    return reduce(torch.mul, torch.meshgrid(*profiles, indexing="ij")).clamp_min(_LEAST_WEIGHT)[None, None]
+
+
+def _squash(logits: LogitBatch, plan: Plan) -> Tensor:
+    """Logits `[view, k, x, y, z]` to probabilities `[k, x, y, z]`, averaged over views."""
     if plan.num_outputs == 1:
-        foreground = blended.sigmoid()
-        return torch.cat([1 - foreground, foreground], dim=1)
-    return blended.softmax(dim=1)
+        foreground = logits.sigmoid().mean(dim=0)
+        return torch.cat([1 - foreground, foreground])
+    return logits.softmax(dim=1).mean(dim=0)

@@ -1,35 +1,120 @@
 """Masks out: the scan's own grid and header, whole numbers, whole files."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.openers import Opener
 
-from medvisionllama._files import atomic_path
+from medvisionllama._files import atomic_path, write_text
+from medvisionllama.colours import rgb_of
+from medvisionllama.data.formats.itk import LPS_TO_RAS
+from medvisionllama.data.readers import ScanSource
+from medvisionllama.data.volume import spacing_of
 from medvisionllama.errors import DataError
-from medvisionllama.types import LabelArray
+from medvisionllama.types import AffineMatrix, LabelArray
+
+NIFTI = (".nii.gz", ".nii")
+_FIRST_VOXEL = 352  # byte of a NIfTI-1 file without extensions
+ITK = (".seg.nrrd", ".nrrd", ".mha")
 
 
-def write_mask(path: Path, mask: LabelArray, like: Path) -> None:
-    """Write `[x, y, z]` with the geometry of the scan `like`.
+def write_mask(
+    path: Path,
+    mask: LabelArray,
+    affine: AffineMatrix,
+    *,
+    like: ScanSource | None = None,
+    classes: Mapping[int, str] | None = None,
+) -> None:
+    """Write `[x, y, z]`; the ending of `path` decides the format.
 
-    The dtype is uint8 up to 255 classes, else uint16; sform, qform, their codes and the units are the scan's.
+    The dtype is uint8 up to 255 classes, else uint16. A NIfTI mask of a NIfTI scan has the scan's sform, qform,
+    their codes and units. A `.seg.nrrd` carries names and colours, as 3D Slicer keeps them.
+
+    Args:
+        like: the scan.
+        classes: names by value, for formats that keep them.
 
     Raises:
-        DataError: the name is not one of a NIfTI file.
+        DataError: an ending that we do not write.
     """
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise DataError(f"{path}: masks are written as .nii or .nii.gz; choose such a name")
-    scan = nib.load(like)
-    header = scan.header.copy()
-    dtype = np.uint8 if mask.max(initial=0) < 256 else np.uint16
-    header.set_data_dtype(dtype)
+    mask = np.ascontiguousarray(mask, dtype=np.uint8 if mask.max(initial=0) < 256 else np.uint16)
+    if path.name.endswith(NIFTI):
+        header = _header_like(like) if isinstance(like, Path) and like.name.endswith(NIFTI) else None
+        _write_nifti(path, mask, affine, header)
+    elif path.name.endswith(ITK):
+        _write_itk(path, mask, affine, classes or {})
+    else:
+        raise DataError(f"{path}: masks are written as {', '.join((*NIFTI, *ITK))}; choose such a name")
+
+
+def write_shares(path: Path, shares: np.ndarray, affine: AffineMatrix) -> None:
+    """Write numbers between 0 and 1, given in 255 steps as `[x, y, z]` or `[k, x, y, z]`, as NIfTI.
+
+    A viewer shows them from 0 to 1; a fourth axis, if any, is the class, background first.
+    """
+    array = shares if shares.ndim == 3 else np.moveaxis(shares, 0, -1)
+    header = nib.Nifti1Image(array, affine, dtype=np.uint8).header
+    header.set_xyzt_units("mm")
+    header.set_slope_inter(1 / 255, 0)
+    header["vox_offset"] = _FIRST_VOXEL
+    # nib.save would choose a slope of its own; these bytes have theirs already.
+    with atomic_path(path) as temporary, Opener(str(temporary), "wb") as file:
+        header.write_to(file)
+        file.write(bytes(_FIRST_VOXEL - file.tell()))
+        file.write(array.tobytes(order="F"))
+
+
+def write_label_table(path: Path, classes: Mapping[int, str]) -> None:
+    """Write names and colours as the label descriptions that ITK-SNAP and 3D Slicer load."""
+    rows = ['    0     0    0    0        0  0  0    "background"']
+    for index, (value, name) in enumerate(classes.items()):
+        red, green, blue = rgb_of(index)
+        # A quotation mark would end the name, a line break the row.
+        text = " ".join(name.replace('"', "'").split())
+        rows.append(f'{value:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{text}"')
+    write_text(path, "\n".join(rows) + "\n")
+
+
+def _header_like(scan: Path) -> nib.Nifti1Header:
+    header = nib.load(scan).header.copy()
     header.set_slope_inter(1, 0)
     header["cal_max"] = header["cal_min"] = 0
     # Free text and extensions of a hospital's file can name the patient; a mask needs neither. NIfTI-2 lacks some.
     for field in {"descrip", "aux_file", "db_name", "data_type", "intent_name"} & set(header.keys()):
         header[field] = b""
     header.extensions.clear()
-    image = type(scan)(np.ascontiguousarray(mask, dtype=dtype), None, header)
+    return header
+
+
+def _write_nifti(path: Path, mask: LabelArray, affine: AffineMatrix, header: nib.Nifti1Header | None) -> None:
+    if header is None:
+        image = nib.Nifti1Image(mask, affine)
+        image.header.set_xyzt_units("mm")
+    else:
+        header.set_data_dtype(mask.dtype)
+        kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+        image = kind(mask, None, header)
     with atomic_path(path) as temporary:
         nib.save(image, temporary)
+
+
+def _write_itk(path: Path, mask: LabelArray, affine: AffineMatrix, classes: Mapping[int, str]) -> None:
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(mask.T)
+    lps = LPS_TO_RAS @ affine
+    spacing = np.asarray(spacing_of(affine))
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    if path.name.endswith(".seg.nrrd"):
+        for index, (value, name) in enumerate(classes.items()):
+            colour = " ".join(f"{part / 255:.4f}" for part in rgb_of(index))
+            facts = {"ID": f"Segment_{value}", "Name": name, "Color": colour, "LabelValue": str(value)}
+            for key, text in {**facts, "Layer": "0"}.items():
+                image.SetMetaData(f"Segment{index}_{key}", text)
+    with atomic_path(path) as temporary:
+        sitk.WriteImage(image, str(temporary), useCompression=True)

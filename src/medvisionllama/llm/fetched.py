@@ -4,7 +4,6 @@ Where it comes from is a function that opens the original as a source: a wheel u
 repository on the Hub.
 """
 
-import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from medvisionllama._http import is_offline
 from medvisionllama.errors import BlockError
 from medvisionllama.llm.cache import NORM, TOKENIZER, BlockCache, layer_file, one_at_a_time
 from medvisionllama.llm.families import Family
@@ -139,13 +139,3 @@ class FetchedSource:
                     bring(original)
             finally:
                 self.cache.tidy()
-
-
-def is_offline(offline: bool | None) -> bool:  # noqa: FBT001 - its own name says what it is
-    """Whether downloads are off: as the caller says, or as HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE says now."""
-    if offline is not None:
-        return offline
-    return any(
-        os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )

@@ -8,12 +8,13 @@ import hashlib
 import os
 import re
 import secrets
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
+from medvisionllama import _http
+from medvisionllama._http import PIECE, TIMEOUT_S, Again
 from medvisionllama.errors import BlockError
 from medvisionllama.llm.ranges import Range, merged
 from medvisionllama.progress import Progress
@@ -23,27 +24,17 @@ if TYPE_CHECKING:
     from requests.auth import AuthBase
 
 T = TypeVar("T")
-_WAITS_S = (0.5, 1.0, 2.0)
-"""Before each further try; a try that brought something does not count."""
-_TIMEOUT_S = (10.0, 60.0)
-"""To connect, and between two pieces of an answer."""
-_PIECE = 1 << 16
-"""Bytes that are lost at most when a connection breaks."""
+_WAITS_S = _http.WAITS_S
 _FIRST = 1 << 16
 """Bytes of a file that are read before anything is known of it: most headers fit."""
 _GAP = 1 << 12
 """Bytes between two ranges that cost less than a further request; the header before a pickle's array has fewer."""
 _MAX_SMALL_FILE = 100_000_000
-_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class InterruptedFetchError(BlockError):
     """The connection was lost; what came so far is kept, and the next fetch goes on from there."""
-
-
-class _Again(Exception):  # noqa: N818 - not an error yet
-    """The server is busy; a further try may succeed."""
 
 
 class Repository:
@@ -52,8 +43,6 @@ class Repository:
     def __init__(
         self, repo: str, revision: str, *, commit: str | None, parts: Path, progress: Progress
     ) -> None:
-        import requests
-
         self.repo = repo
         self.commit = commit if isinstance(commit, str) and _COMMIT.fullmatch(commit) else None
         """What the revision meant when the first file came; later files come from there too."""
@@ -63,9 +52,7 @@ class Repository:
         self._revision = revision
         self._endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         self.host = _host(self._endpoint)
-        self._session = requests.Session()
-        # Compressed answers would have other ranges.
-        self._session.headers["Accept-Encoding"] = "identity"
+        self._session = _http.new_session()
         self._auth = _bearer(_token())
 
     def close(self) -> None:
@@ -83,7 +70,7 @@ class Repository:
                 if response.status_code == 404:
                     return None
                 content = bytearray()
-                for piece in response.iter_content(_PIECE):
+                for piece in response.iter_content(PIECE):
                     content.extend(piece)
                     if len(content) > _MAX_SMALL_FILE:
                         raise BlockError(
@@ -103,7 +90,7 @@ class Repository:
         address = f"{self._endpoint}/{self.repo}/resolve/{quote(self.commit or self._revision, safe='')}/{quote(file)}"
         # `requests` does not take the token along when it is sent to another host.
         response = self._session.get(
-            address, headers=headers, auth=self._auth, stream=True, timeout=_TIMEOUT_S
+            address, headers=headers, auth=self._auth, stream=True, timeout=TIMEOUT_S
         )
         status = response.status_code
         if status in {200, 206, 404, 416}:
@@ -115,42 +102,24 @@ class Repository:
                 f"{self.repo} on {self.host} is gated, private or absent (status {status}); accept its licence on {self._page()} and set HF_TOKEN to your access token"
             )
         if status in {408, 429} or status >= 500:
-            raise _Again(f"status {status}")
+            raise Again(f"status {status}")
         raise BlockError(
             f"{self.host} answered {file} of {self.repo} with status {status}; check HF_ENDPOINT"
         )
 
     def tries(self, attempt: Callable[[], T], file: str, *, done: Callable[[], int] = lambda: 0) -> T:
         """Repeat `attempt` while the connection fails and a few waits have not helped."""
-        import requests
-        from urllib3.exceptions import HTTPError
-
-        failures, before = 0, done()
-        while True:
-            try:
-                return attempt()
-            except (
-                requests.ConnectionError,
-                requests.Timeout,
-                requests.exceptions.ChunkedEncodingError,
-                _Again,
-            ) as error:
-                reason: Exception = error
-            except BlockError:
-                raise
-            # Addresses, of HF_ENDPOINT or of a redirect, that are none make urllib3 and urllib raise their own.
-            except (requests.RequestException, HTTPError, ValueError) as error:
-                raise BlockError(
-                    f"{self.host} cannot be asked for {file} of {self.repo} ({_short(error)}); check HF_ENDPOINT and HF_TOKEN"
-                ) from None
-            if done() > before:
-                failures, before = 0, done()
-            if failures == len(_WAITS_S):
-                raise InterruptedFetchError(
-                    f"the connection to {self.host} failed while {file} of {self.repo} was fetched ({_cause(reason)}); check the network, proxy or HF_ENDPOINT and run the same command again: it goes on where it stopped"
-                ) from None
-            time.sleep(_WAITS_S[failures])
-            failures += 1
+        return _http.tries(
+            attempt,
+            lost=lambda cause: InterruptedFetchError(
+                f"the connection to {self.host} failed while {file} of {self.repo} was fetched ({cause}); check the network, proxy or HF_ENDPOINT and run the same command again: it goes on where it stopped"
+            ),
+            unusable=lambda reason: BlockError(
+                f"{self.host} cannot be asked for {file} of {self.repo} ({reason}); check HF_ENDPOINT and HF_TOKEN"
+            ),
+            done=done,
+            waits_s=_WAITS_S,
+        )
 
     def _page(self) -> str:
         scheme, _, _ = self._endpoint.partition("://")
@@ -188,7 +157,7 @@ class RemoteFile:
                 if response.status_code == 416:  # an empty file has no first byte
                     return True
                 start, end, self.size = self._content_range(response)
-                self._version, self._validator = _version(response)
+                self._version, self._validator = _http.version_of(response)
                 if start != 0 or end != min(_FIRST, self.size):
                     raise self._nonsense(f"bytes {start} to {end} instead of the first {_FIRST}")
                 self._first = self._exactly(response, end)
@@ -260,17 +229,17 @@ class RemoteFile:
                 headers["If-Range"] = self._validator
             with self._repository.get(self._file, headers) as response:
                 first, last, size = self._content_range(response)
-                version, _ = _version(response)
+                version, _ = _http.version_of(response)
                 if size != self.size or version != self._version:
                     raise self._changed()
                 if (first, last) != (place(), end):
                     raise self._nonsense(f"bytes {first} to {last} instead of {place()} to {end}")
-                for piece in response.iter_content(_PIECE):
+                for piece in response.iter_content(PIECE):
                     if place() + len(piece) > end:
                         raise self._nonsense("more bytes than it announced")
                     take(piece)
             if place() != end:
-                raise _Again("the answer ended early")
+                raise Again("the answer ended early")
 
         self._repository.tries(attempt, self._file, done=place)
 
@@ -280,24 +249,23 @@ class RemoteFile:
             raise self._changed()
         if response.status_code == 200 and self._first:
             raise self._changed()  # it did send ranges, and If-Range makes it send a new version whole
-        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if response.status_code != 206 or not match:
+        answered = _http.content_range(response)
+        if answered is None:
             raise BlockError(
                 f"{self._repository.host} ignores the byte ranges asked of {self._file}, so the whole file would have to be fetched; nothing was kept. Download {self._repository.repo} with a tool of your choice and give its folder"
             )
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise self._nonsense("a compressed range")
-        start, last, size = (int(number) for number in match.groups())
-        return start, last + 1, size
+        return answered
 
     def _exactly(self, response: "Response", count: int) -> bytes:
         content = bytearray()
-        for piece in response.iter_content(_PIECE):
+        for piece in response.iter_content(PIECE):
             content.extend(piece)
             if len(content) > count:
                 raise self._nonsense("more bytes than it announced")
         if len(content) != count:
-            raise _Again("the answer ended early")
+            raise Again("the answer ended early")
         return bytes(content)
 
     def _changed(self) -> BlockError:
@@ -311,35 +279,18 @@ class RemoteFile:
         )
 
 
-def _version(response: "Response") -> tuple[str, str]:
-    """What tells one version of a file from another, and what to send as If-Range.
-
-    The Hub names the content when it redirects; the host that then delivers it may say something else each time.
-    """
-    for answer in response.history:
-        if answer.headers.get("X-Linked-Etag"):
-            return answer.headers["X-Linked-Etag"], ""
-    tag, date = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
-    weak = tag.startswith("W/")
-    return tag or date, date if weak or not tag else tag
-
-
 def _host(endpoint: str) -> str:
     """Host and port, without the name and password that an address may carry.
 
     Raises:
         BlockError: no address of a web server.
     """
-    try:
-        parts = urlsplit(endpoint)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    if not host or parts.scheme not in {"http", "https"}:
+    host = _http.host_of(endpoint)
+    if host is None:
         raise BlockError(
             "HF_ENDPOINT is no address of a web server; check HF_ENDPOINT, or unset it for the Hub"
         )
-    return f"{host}:{port}" if port else host
+    return host
 
 
 def _bearer(token: str | None) -> "AuthBase | None":
@@ -364,13 +315,3 @@ def _token() -> str | None:
             "HF_TOKEN holds blanks or letters that no token has; copy it again from your account"
         )
     return token
-
-
-def _cause(error: object) -> str:
-    """What lies behind an error of `requests`, whose own text repeats the address."""
-    found = re.search(r"Caused by (.*)", str(error))
-    return _short(re.sub(r"<[^>]*>|HTTPS?Connection\([^)]*\):?", "", found[1] if found else str(error)))
-
-
-def _short(error: object) -> str:
-    return re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))[:120]

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+from medvisionllama._http import is_offline
 from medvisionllama.errors import BlockError
 from medvisionllama.llm.cache import CONFIG, BlockCache, one_at_a_time
 from medvisionllama.llm.catalog import CatalogEntry
-from medvisionllama.llm.fetched import FetchedSource, is_offline
+from medvisionllama.llm.fetched import FetchedSource
 from medvisionllama.llm.folder import FolderPlace
 from medvisionllama.llm.http import InterruptedFetchError, Repository
 from medvisionllama.llm.ranges import ByteSource

@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 
 from medvisionllama import __version__
 from medvisionllama._files import write_text
+from medvisionllama.colours import colour_of
 from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.check.findings import SEVERITIES, TITLES, Finding
 from medvisionllama.data.check.report import CheckReport
-from medvisionllama.reports.plots import COLOURS, png
+from medvisionllama.reports.plots import png
 from medvisionllama.reports.thumbnails import MAX_PICTURES, Thumbnails
 
 _SHOWN_PER_CODE = 20
@@ -72,7 +73,7 @@ def _class_colours(report: CheckReport) -> list[tuple[str, str]]:
     if len(values) != 1:
         return []
     return [
-        (report.classes.get(value, f"class {value}"), COLOURS[index % len(COLOURS)])
+        (report.classes.get(value, f"class {value}"), colour_of(index))
         for index, value in enumerate(values.pop())
     ]
 
@@ -94,7 +95,7 @@ def _figure(facts: tuple[CaseFacts, ...], channels: tuple[str, ...]) -> str:
                 s=9,
                 alpha=0.5,
                 linewidths=0,
-                color=COLOURS[4],
+                color=colour_of(4),
             )
         wide = np.max(values) > 20 * np.min(values)
         axes.set(xticks=range(3), xticklabels=list("xyz"), title=title, yscale="log" if wide else "linear")
@@ -107,9 +108,7 @@ def _figure(facts: tuple[CaseFacts, ...], channels: tuple[str, ...]) -> str:
         ]
         if scales:
             edges = np.geomspace(min(scales) / 1.1, max(scales) * 1.1, 31)
-            intensities.hist(
-                scales, bins=edges, alpha=0.6, color=COLOURS[index % len(COLOURS)], label=name[:24]
-            )
+            intensities.hist(scales, bins=edges, alpha=0.6, color=colour_of(index), label=name[:24])
             intensities.legend(frameon=False)
     intensities.set(xscale="log", title="width of the intensities", ylabel="cases")
     return png(figure)

@@ -9,6 +9,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader
 
 from medvisionllama._files import write_text
+from medvisionllama.colours import colour_of
 from medvisionllama.config import Config, load_config, read_config
 from medvisionllama.data.index import Case, open_dataset
 from medvisionllama.data.readers import read_image, read_label
@@ -54,7 +55,7 @@ def write_report(run: Path) -> Path:
         cases=None if table is None else table.to_dict(orient="records"),
         dots=None if table is None else plots.dice_by_case(table),
         pictures=[] if table is None else _pictures(run_dir, config, table),
-        colours=plots.COLOURS,
+        colours=[colour_of(index) for index in range(len(plan.mask_classes))],
         best=max((record["dice"] for record in history), default=None),
         tolerance=config.inference.tolerance_mm,
     )

@@ -10,13 +10,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from medvisionllama.colours import colour_of
 from medvisionllama.data.volume import Volume
 from medvisionllama.types import LabelArray
 
 mpl.use("Agg")
 
-# Okabe and Ito's colours, which stay apart in every common form of colour blindness.
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 _PLANES = (("sagittal", 0, (1, 2)), ("coronal", 1, (0, 2)), ("axial", 2, (0, 1)))
 _NAMES = ("right", "front", "up")
 
@@ -30,7 +29,7 @@ def curves(history: Sequence[dict[str, Any]]) -> str:
     left.set(xlabel="step", ylabel="mean training loss")
     for index, name in enumerate(history[0]["dice_per_class"]):
         values = [record["dice_per_class"][name] for record in history]
-        right.plot(steps, values, marker="o", label=name, color=COLOURS[index % len(COLOURS)])
+        right.plot(steps, values, marker="o", label=name, color=colour_of(index))
     right.set(xlabel="step", ylabel="validation Dice")
     right.legend(frameon=False)
     return png(figure)
@@ -49,7 +48,7 @@ def dice_by_case(table: pd.DataFrame) -> str:
             row + rng.uniform(-0.18, 0.18, len(values)),
             s=18,
             alpha=0.7,
-            color=COLOURS[row % len(COLOURS)],
+            color=colour_of(row),
             linewidths=0,
         )
         axes.plot([np.median(values)] * 2, [row - 0.3, row + 0.3], color="black", linewidth=2)
@@ -92,7 +91,7 @@ def overlay(image: Volume, truth: LabelArray, predicted: LabelArray, classes: di
             interpolation="nearest",
         )
         for index, value in enumerate(classes):
-            colour = COLOURS[index % len(COLOURS)]
+            colour = colour_of(index)
             _outline(axes, cut(predicted) == value, (dx, dy), colour, "solid")
             _outline(axes, cut(truth) == value, (dx, dy), colour, "dashed")
         axes.set_title(name, fontsize=10)

@@ -9,9 +9,9 @@ import matplotlib.image
 import numpy as np
 from scipy import ndimage
 
+from medvisionllama.colours import colour_of
 from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.volume import Volume
-from medvisionllama.reports.plots import COLOURS
 
 _HEIGHT = 112
 _MAX_WIDTH = 160
@@ -67,7 +67,7 @@ def draw_slice(
         for index, value in enumerate(values):
             inside = marks == value
             edge = inside & ~ndimage.binary_erosion(inside)
-            pixels[edge] = _rgb(COLOURS[index % len(COLOURS)])
+            pixels[edge] = _rgb(colour_of(index))
     return pixels
 
 

@@ -11,7 +11,8 @@ from medvisionllama.config import Config
 from medvisionllama.data.cache import CachedCase, normalise
 from medvisionllama.data.planning import Plan
 from medvisionllama.evaluation.metrics import dice
-from medvisionllama.inference.windows import native_mask, predict_probabilities
+from medvisionllama.inference.slabs import native_mask
+from medvisionllama.inference.windows import predict_probabilities
 from medvisionllama.networks.segmenter import TokenSegmenter
 
 

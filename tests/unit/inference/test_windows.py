@@ -1,10 +1,13 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from medvisionllama.data.planning import Plan
-from medvisionllama.inference.windows import native_mask, predict_probabilities
+from medvisionllama.inference.slabs import native_mask
+from medvisionllama.inference.windows import predict_probabilities, probability_planes, slab_axis
 
 CROP = (8, 8, 4)
 
@@ -126,3 +129,74 @@ def test_masks_come_back_to_the_scans_own_grid():
     assert mask.shape == (8, 6, 2)
     assert (mask[:4] == 0).all()
     assert (mask[4:] == 2).all()
+
+
+def _all_at_once(network, image, overlap, axis):
+    """Every window, weighted by Gaussians that never vanish across a row nor along it, added up and divided."""
+
+    def gaussian(size):
+        return torch.exp(-((torch.arange(size) - (size - 1) / 2) ** 2) / (2 * (0.125 * size) ** 2))
+
+    def starts(size, window):
+        step = max(1, int(window * (1 - overlap)))
+        return sorted({min(start, size - window) for start in range(0, size - window + step, step)})
+
+    along = gaussian(CROP[axis]).clamp_min(1e-3).view([-1 if dim == axis else 1 for dim in range(3)])
+    across = torch.ones(CROP)
+    for dim in {0, 1, 2} - {axis}:
+        across = across * gaussian(CROP[dim]).view([-1 if other == dim else 1 for other in range(3)])
+    weights = along * across.clamp_min(1e-3)
+    total, count = torch.zeros(3, *image.shape[1:]), torch.zeros(image.shape[1:])
+    for corner in itertools.product(*map(starts, image.shape[1:], CROP)):
+        place = tuple(slice(start, start + size) for start, size in zip(corner, CROP, strict=True))
+        total[(slice(None), *place)] += weights * network(image[(slice(None), *place)][None])[0]
+        count[place] += weights
+    return (total / count).softmax(dim=0)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize("shape", [(21, 19, 11), (8, 20, 4), (9, 9, 13)])
+def test_blending_slab_by_slab_is_blending_all_windows_at_once(axis, overlap, shape):
+    image, plan = _image(shape), _plan(flip_axes=())
+    pieces = list(probability_planes(_OneSided(), image, plan, axis=axis, overlap=overlap, flip=False))
+    torch.testing.assert_close(
+        torch.cat(pieces, axis + 1), _all_at_once(_OneSided(), image, overlap, axis), atol=1e-5, rtol=1e-5
+    )
+    assert max(piece.shape[axis + 1] for piece in pieces) <= CROP[axis]
+
+
+def test_only_one_slab_of_the_scan_is_normalised_at_a_time():
+    seen = []
+
+    def normalise(slab):
+        seen.append(tuple(slab.shape))
+        return slab - 100
+
+    shifted = list(
+        probability_planes(
+            _Voxelwise(3),
+            _image((9, 9, 20)) + 100,
+            _plan(),
+            axis=2,
+            overlap=0.5,
+            flip=True,
+            normalise=normalise,
+        )
+    )
+    expected = predict_probabilities(_Voxelwise(3), _image((9, 9, 20)), _plan(), overlap=0.5, flip=True)
+    assert set(seen) == {(2, 9, 9, CROP[2])}
+    torch.testing.assert_close(torch.cat(shifted, 3), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_slabs_run_along_the_longest_axis_that_is_not_mirrored():
+    assert slab_axis((512, 512, 800), [_plan()]) == 2
+    assert slab_axis((900, 512, 90), [_plan()]) == 1
+    assert slab_axis((900, 512, 90), [_plan(flip_axes=())]) == 0
+    assert slab_axis((900, 512, 90), [_plan(flip_axes=(0, 1, 2))]) == 0
+
+
+def test_gradients_stay_on_between_the_pieces():
+    planes = probability_planes(_Voxelwise(3), _image((9, 9, 20)), _plan(), axis=2, overlap=0.5, flip=False)
+    next(planes)
+    assert torch.is_grad_enabled()

@@ -15,7 +15,7 @@ from medvisionllama.errors import DataError
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
-SUFFIXES = (".nrrd", ".mha")
+SUFFIXES = (".seg.nrrd", ".nrrd", ".mha")
 _HEADER_BYTES = 1 << 16
 # ITK counts towards the patient's left and back (LPS), we towards right and front (RAS).
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

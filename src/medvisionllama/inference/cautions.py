@@ -1,0 +1,40 @@
+"""What a user should know before trusting a mask."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from medvisionllama.data.planning import Plan
+from medvisionllama.inference.predictor import Prediction, PreparedScan
+
+_SPACING_RATIO = 2.0
+
+
+def cautions(scan: PreparedScan, prediction: Prediction, plan: Plan) -> list[str]:
+    """One line for each doubt about a prediction."""
+    lines = []
+    if not plan.resize:
+        ratios = np.divide(scan.spacing_mm, plan.spacing_mm)
+        if ratios.max() > _SPACING_RATIO or ratios.min() < 1 / _SPACING_RATIO:
+            theirs, ours = (
+                " × ".join(f"{edge:.3g}" for edge in edges) for edges in (scan.spacing_mm, plan.spacing_mm)
+            )
+            lines.append(f"voxels of {theirs} mm are far from those of training, {ours} mm")
+    for name, (low, high), rule in zip(plan.channels, scan.ranges, plan.normalisation, strict=True):
+        if low == high:
+            lines.append(f"channel {name} is the same everywhere")
+        elif rule.kind == "dataset" and low >= 0:
+            lines.append(f"channel {name} has no value below 0; CT in Hounsfield units has air at -1000")
+    if not prediction.volumes_ml:
+        lines.append("nothing was found")
+    return lines + _cut(prediction, plan.mask_classes)
+
+
+def _cut(prediction: Prediction, classes: Mapping[int, str]) -> list[str]:
+    """Classes that end where the scan ends."""
+    mask = prediction.mask.array
+    faces = [mask.take(end, axis=axis) for axis in range(3) if mask.shape[axis] > 1 for end in (0, -1)]
+    touching = {int(value) for face in faces for value in np.unique(face)} - {0}
+    return [
+        f"{classes[value]} touches the edge of the scan; its volume may be cut" for value in sorted(touching)
+    ]

@@ -1,0 +1,179 @@
+"""Many scans at once: ensembles, maps, formats, and what happens when one of them is bad."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from medvisionllama import Predictor, api
+from medvisionllama.errors import CheckpointError
+
+from .conftest import TINY
+
+FAST = {
+    **TINY,
+    "network.insert": "none",
+    "train.num_validations": 1,
+    "train.ema_decay": 0,
+    "train.warmup_steps": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def runs(phantoms, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    for fold in (0, 1):
+        overrides = {**FAST, "train.seed": fold}
+        api.train(phantoms, out=root / f"fold{fold}", fold=fold, epochs=6, overrides=overrides, test=False)
+    return [root / "fold0", root / "fold1"]
+
+
+@pytest.fixture
+def scans(phantoms, tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for number in range(3):
+        shutil.copy(phantoms / "imagesTr" / f"phantom_{number:03d}.nii.gz", folder)
+    return folder
+
+
+def probabilities(run, scan):
+    shares = Predictor.from_run(*run).predict(scan, probabilities=True).probabilities
+    return shares / 255
+
+
+def test_runs_given_together_are_averaged(runs, scans):
+    scan = scans / "phantom_000.nii.gz"
+    alone = [probabilities([run], scan) for run in runs]
+    assert not np.allclose(*alone, atol=0.02)
+    np.testing.assert_allclose(probabilities(runs, scan), np.mean(alone, axis=0), atol=2 / 255)
+
+
+def test_the_command_averages_too(runs, scans, tmp_path, cli):
+    outcome = cli("predict", runs[0], scans, "--also", runs[1], "--out", tmp_path / "masks")
+    assert outcome.code == 0, outcome.err
+    expected = Predictor.from_run(*runs).predict(scans / "phantom_001.nii.gz").mask.array
+    written = nib.load(tmp_path / "masks" / "phantom_001.nii.gz")
+    np.testing.assert_array_equal(np.asarray(written.dataobj), expected)
+
+
+def test_runs_of_other_classes_are_not_averaged(runs, scans, dataset_folder, tmp_path):
+    other = dataset_folder("other", num_cases=6, values=(3, 5))
+    api.train(other, out=tmp_path / "other", epochs=1, overrides=FAST, test=False)
+    with pytest.raises(CheckpointError, match="other channels or classes"):
+        api.predict(runs[0], [scans], also=[tmp_path / "other"], out=tmp_path / "masks")
+    assert not (tmp_path / "masks").exists()
+
+
+def test_maps_of_probability_and_doubt_fit_the_mask(runs, scans, tmp_path):
+    [record] = api.predict(
+        runs[0], [scans / "phantom_000.nii.gz"], out=tmp_path / "m", probabilities=True, uncertainty=True
+    )
+    mask = nib.load(record["mask"])
+    shares = nib.load(record["probabilities"]).get_fdata()
+    doubt = nib.load(record["uncertainty"]).get_fdata()
+    assert shares.shape == (*mask.shape, 3)
+    np.testing.assert_allclose(shares.sum(axis=-1), 1, atol=3 / 255)
+    clear = np.sort(shares, axis=-1)
+    clear = clear[..., -1] - clear[..., -2] > 2 / 255
+    np.testing.assert_array_equal(shares.argmax(axis=-1)[clear], np.asarray(mask.dataobj)[clear])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        expected = -np.nansum(shares * np.log(shares), axis=-1) / np.log(3)
+    np.testing.assert_allclose(doubt, expected, atol=0.05)
+    assert np.array_equal(nib.load(record["uncertainty"]).affine, mask.affine)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ending"),
+    [("auto", ".seg.nrrd"), ("nifti", ".nii.gz"), ("mha", ".mha"), ("nrrd", ".seg.nrrd")],
+)
+def test_an_nrrd_scan_gives_the_mask_of_the_same_scan_in_nifti(runs, scans, tmp_path, wanted, ending):
+    nifti = scans / "phantom_002.nii.gz"
+    sitk.WriteImage(sitk.ReadImage(str(nifti)), str(tmp_path / "phantom_002.nrrd"))
+    [record] = api.predict(runs[0], [tmp_path / "phantom_002.nrrd"], out=tmp_path / "m", mask_format=wanted)
+    assert record["mask"] == str(tmp_path / "m" / f"phantom_002{ending}")
+    expected = Predictor.from_run(runs[0]).predict(nifti).mask
+    written = sitk.ReadImage(record["mask"])
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(written).T, expected.array)
+    original = sitk.ReadImage(str(nifti))
+    np.testing.assert_allclose(written.GetOrigin(), original.GetOrigin(), atol=1e-4)
+    np.testing.assert_allclose(written.GetDirection(), original.GetDirection(), atol=1e-5)
+
+
+def test_one_bad_scan_is_named_and_the_others_are_segmented(runs, scans, tmp_path, cli):
+    bad = scans / "phantom_001.nii.gz"
+    bad.write_bytes(bad.read_bytes()[:-30])
+    outcome = cli("predict", runs[0], scans, "--out", tmp_path / "masks")
+    assert outcome.code == 2
+    [line] = [line for line in outcome.err.splitlines() if line.startswith("medvisionllama: ")]
+    assert "phantom_001.nii.gz is damaged or truncated" in line
+    assert sorted(path.name for path in (tmp_path / "masks").glob("*.nii.gz")) == [
+        "phantom_000.nii.gz",
+        "phantom_002.nii.gz",
+    ]
+
+
+def test_an_interrupted_batch_goes_on_with_the_scans_that_are_left(runs, scans, tmp_path, cli):
+    assert cli("predict", runs[0], scans / "phantom_000.nii.gz", "--out", tmp_path / "m").code == 0
+    before = (tmp_path / "m" / "phantom_000.nii.gz").stat().st_mtime_ns
+    assert cli("predict", runs[0], scans, "--out", tmp_path / "m").code == 2
+    outcome = cli("predict", runs[0], scans, "--out", tmp_path / "m", "--resume", "--json")
+    assert outcome.code == 0, outcome.err
+    assert [record["case"] for record in json.loads(outcome.out)] == ["phantom_001", "phantom_002"]
+    assert (tmp_path / "m" / "phantom_000.nii.gz").stat().st_mtime_ns == before
+
+
+def test_components_can_be_removed(runs, scans, tmp_path):
+    options = {"largest": True, "min_ml": 1e6, "overwrite": True}
+    [all_kept] = api.predict(runs[0], [scans / "phantom_000.nii.gz"], out=tmp_path / "m")
+    [none_kept] = api.predict(runs[0], [scans / "phantom_000.nii.gz"], out=tmp_path / "m", **options)
+    assert all_kept["volumes_ml"]
+    assert none_kept["volumes_ml"] == {}
+    assert "nothing was found" in none_kept["warnings"]
+
+
+def test_doubtful_scans_are_named(runs, scans, tmp_path):
+    source = nib.load(scans / "phantom_000.nii.gz")
+    wide = source.affine @ np.diag([4, 4, 4, 1])
+    nib.save(nib.Nifti1Image(np.full(source.shape, 7, np.int16), wide), tmp_path / "odd.nii.gz")
+    [record] = api.predict(runs[0], [tmp_path / "odd.nii.gz"], out=tmp_path / "m")
+    text = " ".join(record["warnings"])
+    assert "far from those of training" in text
+    assert "the same everywhere" in text
+
+
+def test_ctrl_c_stops_at_once_and_leaves_whole_masks_only(runs, phantoms, tmp_path):
+    scans = tmp_path / "many"
+    scans.mkdir()
+    for number in range(60):
+        shutil.copy(
+            phantoms / "imagesTr" / f"phantom_{number % 8:03d}.nii.gz", scans / f"{number:03d}x.nii.gz"
+        )
+    command = [sys.executable, "-m", "medvisionllama", "predict", runs[0], scans, "--out", tmp_path / "m"]
+    process = subprocess.Popen(
+        [*map(str, command), "--probabilities"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "m").glob("[0-9]*.nii.gz")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    masks = sorted((tmp_path / "m").glob("[0-9]*.nii.gz"))
+    assert 1 <= len(masks) < 60
+    for mask in masks:
+        assert np.asarray(nib.load(mask).dataobj).shape == nib.load(scans / mask.name).shape
+    assert not list((tmp_path / "m").rglob(".partial-*"))
