@@ -125,7 +125,7 @@ def _open(root: Path, pattern: str | None) -> tuple[Dataset, list[Finding], bool
         if not scans:
             raise
         cases = tuple(_scan_case(root, path) for path in scans)
-        message = f"{root} is no dataset; {len(cases)} scans were checked as images, without labels"
+        message = f"{root} is no dataset; {len(cases)} scan{' was' if len(cases) == 1 else 's were'} checked as images, without labels"
         return Dataset(root.name, root, cases, ("image",), {}), [Finding("no-labels", message)], False
     return dataset, findings, True
 
