@@ -15,6 +15,7 @@ _HOMES = {
     "MedVisionLlama": "medvisionllama.networks",
     "Predictor": "medvisionllama.inference.predictor",
     "TokenSegmenter": "medvisionllama.networks",
+    "check": "medvisionllama.api",
     "convert": "medvisionllama.api",
     "demo": "medvisionllama.api",
     "download": "medvisionllama.api",
@@ -27,6 +28,7 @@ _HOMES = {
 __all__ = [*sorted(_HOMES), "__version__"]
 
 if TYPE_CHECKING:
+    from medvisionllama.api import check as check
     from medvisionllama.api import convert as convert
     from medvisionllama.api import demo as demo
     from medvisionllama.api import download as download

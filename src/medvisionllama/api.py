@@ -14,7 +14,52 @@ from medvisionllama.run_dir import RunDir
 if TYPE_CHECKING:
     import pandas as pd
 
+    from medvisionllama.data.check.report import CheckReport
     from medvisionllama.training.fit import RunResult
+
+
+def check(
+    data: Path | str,
+    *,
+    fast: bool = False,
+    splits: Path | str | None = None,
+    patient_pattern: str | None = None,
+    html: Path | str | None = None,
+    progress: Progress | None = None,
+) -> "CheckReport":
+    """Find what would break or mislead training on a dataset, or on scans without labels.
+
+    Args:
+        fast: read headers only.
+        splits: a splits file that must fit the dataset.
+        patient_pattern: regular expression whose first group is the patient in a case's name.
+        html: where to write a page with pictures of every case.
+
+    Returns:
+        Findings and facts; `report.ok` is False when training must not start.
+
+    Raises:
+        DataError: there is nothing to check.
+    """
+    from medvisionllama.data.check.run import check_dataset
+
+    pictures = None
+    if html is not None:
+        from medvisionllama.reports.check_page import write_check_page
+        from medvisionllama.reports.thumbnails import Thumbnails
+
+        pictures = Thumbnails()
+    report = check_dataset(
+        Path(data),
+        fast=fast,
+        splits=None if splits is None else Path(splits),
+        patient_pattern=patient_pattern,
+        look=pictures,
+        progress=progress,
+    )
+    if html is not None and pictures is not None:
+        write_check_page(report, Path(html), pictures)
+    return report
 
 
 def train(

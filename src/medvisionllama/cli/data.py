@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from medvisionllama.cli import data_convert, data_download
+from medvisionllama.cli import data_check, data_convert, data_download
 from medvisionllama.cli._options import Json
 
 app = typer.Typer(help="Look at a dataset: what is in it, how it is divided.", no_args_is_help=True)
+app.command("check")(data_check.check)
 app.command("download")(data_download.download)
 app.command("convert")(data_convert.convert)
 Data = Annotated[

@@ -4,16 +4,14 @@ Intensities and class volumes are measured while the cache is filled (`cache.py`
 """
 
 from collections.abc import Container
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from nibabel.orientations import io_orientation
 
-from medvisionllama.data.index import Case, Dataset
-from medvisionllama.data.readers import Header, read_header
-from medvisionllama.data.volume import same_place
-from medvisionllama.errors import DataError
+from medvisionllama.data.check.facts import CaseFacts
+from medvisionllama.data.check.findings import raise_first
+from medvisionllama.data.check.headers import check_headers
+from medvisionllama.data.index import Dataset
 from medvisionllama.types import SpacingMm, Triple
 
 
@@ -24,6 +22,8 @@ class Fingerprint:
     shapes: dict[str, Triple]
     spacings_mm: dict[str, SpacingMm]
     num_channels: int
+    facts: tuple[CaseFacts, ...] = ()
+    """Headers of all cases, for rules that only warn (`check/run.py`)."""
 
     @property
     def median_spacing_mm(self) -> SpacingMm:
@@ -46,54 +46,15 @@ def fingerprint(dataset: Dataset, *, only: Container[str] | None = None) -> Fing
             is found before training and not after.
 
     Raises:
-        DataError: a label whose grid differs from its image's, or a case with another number of channels.
+        DataError: a file that cannot be read, a label whose grid differs from its image's, or a case with another
+            number of channels; the first of them, with the number of the others.
     """
-    with ThreadPoolExecutor() as pool:
-        headers = list(pool.map(check_case, dataset.cases))
-    num_channels = len(dataset.channels)
-    for case, (channels, _, _) in zip(dataset.cases, headers, strict=True):
-        if channels != num_channels:
-            names = ", ".join(dataset.channels)
-            raise DataError(
-                f"{case.images[0]} has {channels} channels, the dataset declares {num_channels} ({names}); correct one of them"
-            )
-    described = [
-        (case.case_id, header)
-        for case, header in zip(dataset.cases, headers, strict=True)
-        if only is None or case.case_id in only
-    ]
+    facts, findings = check_headers(dataset)
+    raise_first(findings, dataset.root)
+    described = [case for case in facts if only is None or case.case_id in only]
     return Fingerprint(
-        {name: shape for name, (_, shape, _) in described},
-        {name: spacing for name, (_, _, spacing) in described},
-        num_channels,
+        {case.case_id: case.shape for case in described},
+        {case.case_id: case.spacing_mm for case in described},
+        len(dataset.channels),
+        tuple(facts),
     )
-
-
-def check_case(case: Case) -> tuple[int, Triple, SpacingMm]:
-    """Return channels, shape and spacing in RAS of one case.
-
-    Raises:
-        DataError: image and label lie on different grids.
-    """
-    images = [read_header(path) for path in case.images]
-    first = images[0]
-    if case.label is not None:
-        label = read_header(case.label)
-        if label.shape != first.shape:
-            raise DataError(
-                f"{case.label} has shape {label.shape}, its image {case.images[0].name} has {first.shape}; redraw or resample the label on the image's grid"
-            )
-        if not same_place(first.affine, label.affine, first.shape):
-            raise DataError(
-                f"{case.label} has another affine than its image {case.images[0].name}; if the voxels do match, copy the image's header to the label"
-            )
-    order = _ras_order(first)
-    x, y, z = (first.shape[axis] for axis in order)
-    dx, dy, dz = (first.spacing_mm[axis] for axis in order)
-    return sum(header.num_channels for header in images), (x, y, z), (dx, dy, dz)
-
-
-def _ras_order(header: Header) -> list[int]:
-    """Array axis that becomes x, y and z."""
-    target = io_orientation(header.affine)[:, 0].astype(int).tolist()
-    return [target.index(axis) for axis in range(3)]

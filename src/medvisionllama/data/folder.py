@@ -1,10 +1,12 @@
 """Two layouts told by folder names: nnU-Net's raw folders, and images/ beside labels/."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from medvisionllama.data import msd
+from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.index import Case, Dataset, patient_of
 from medvisionllama.data.readers import SUFFIXES, is_scan, read_header, stem_of
 from medvisionllama.errors import DataError
@@ -50,11 +52,14 @@ def index_nnunet(root: Path, content: dict[str, Any], patient_pattern: str | Non
     )
 
 
-def index_plain(root: Path, patient_pattern: str | None) -> Dataset:
+def index_plain(root: Path, patient_pattern: str | None) -> tuple[Dataset, list[Finding]]:
     """Index images/ and labels/ by equal names; `_0000` channel endings and a names.json are understood.
 
+    Returns:
+        The dataset, and the images and labels without a partner, which it leaves out.
+
     Raises:
-        DataError: an image has no label, or a label no image.
+        DataError: cases have different numbers of channel files.
     """
     labels = {stem_of(path): path for path in _scans(root / "labels")}
     groups: dict[str, list[Path]] = {}
@@ -62,14 +67,15 @@ def index_plain(root: Path, patient_pattern: str | None) -> Dataset:
         stem = stem_of(path)
         case_id = stem if stem in labels else re.sub(r"_\d{4}$", "", stem)
         groups.setdefault(case_id, []).append(path)
+    alone = []
     for case_id in sorted(groups.keys() ^ labels.keys()):
         missing = "labels" if case_id in groups else "images"
-        raise DataError(
-            f"{root}: the case {case_id!r} has no file in {missing}/; add {missing}/{case_id}{SUFFIXES[0]} or remove its partner"
-        )
+        message = f"{root}: the case {case_id!r} has no file in {missing}/; add {missing}/{case_id}{SUFFIXES[0]} or remove its partner"
+        alone.append(Finding("no-partner", message, (case_id,)))
     cases = tuple(
         Case(case_id, patient_of(case_id, patient_pattern), tuple(images), labels[case_id])
         for case_id, images in sorted(groups.items())
+        if case_id in labels
     )
     counts = {len(case.images) for case in cases}
     if len(counts) > 1:
@@ -79,9 +85,9 @@ def index_plain(root: Path, patient_pattern: str | None) -> Dataset:
     num_channels = max(counts, default=1)
     if num_channels == 1 and cases:
         # One file a case may still be 4-D.
-        num_channels = read_header(cases[0].images[0]).num_channels
+        num_channels = _channels_of_first(cases)
     channels, classes = _names(root, num_channels)
-    return Dataset(root.name, root, cases, channels, classes)
+    return Dataset(root.name, root, cases, channels, classes), alone
 
 
 def read_names(root: Path) -> dict[str, Any]:
@@ -109,6 +115,16 @@ def _names(root: Path, num_channels: int) -> tuple[tuple[str, ...], dict[int, st
             f"{root / 'names.json'} must hold 'channels', a list of {num_channels}, and 'classes', as {{'1': 'liver'}}; correct or remove it"
         )
     return tuple(map(str, channels)), {value: named[value] for value in sorted(named) if value > 0}
+
+
+def _channels_of_first(cases: Sequence[Case]) -> int:
+    """Number of channels of the first image that can be read; what is wrong with others is said later."""
+    for case in cases:
+        try:
+            return read_header(case.images[0]).num_channels
+        except DataError:
+            continue
+    return 1
 
 
 def _scans(folder: Path) -> list[Path]:

@@ -6,8 +6,12 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medvisionllama.errors import DataError
+
+if TYPE_CHECKING:
+    from medvisionllama.data.check.findings import Finding
 
 # What may follow a patient's name in a file name: cardiac frames and phases, visits, sessions, time points,
 # scans of one study. Two volumes that differ only there are one patient.
@@ -47,7 +51,24 @@ def open_dataset(root: Path, *, patient_pattern: str | None = None) -> Dataset:
     """Index an MSD folder, an nnU-Net raw folder, or a folder with images/ and labels/.
 
     Raises:
-        DataError: no such folder, no layout recognised, or files that the layout promises are absent.
+        DataError: no such folder, no layout recognised, or files that the layout promises are absent; the first of
+            them, with the number of the others.
+    """
+    from medvisionllama.data.check.findings import raise_first
+    from medvisionllama.data.check.listing import listing_findings
+
+    dataset, problems = index_dataset(root, patient_pattern=patient_pattern)
+    raise_first([*problems, *listing_findings(dataset)], dataset.root)
+    return dataset
+
+
+def index_dataset(root: Path, *, patient_pattern: str | None = None) -> tuple[Dataset, list["Finding"]]:
+    """Index a dataset as `open_dataset` does, but only list the images and labels without a partner.
+
+    Whether the files exist is not asked.
+
+    Raises:
+        DataError: no such folder, or no layout recognised.
     """
     from medvisionllama.data import folder, msd
 
@@ -64,11 +85,10 @@ def open_dataset(root: Path, *, patient_pattern: str | None = None) -> Dataset:
             else folder.index_nnunet(root, content, patient_pattern)
         )
     elif (root / "images").is_dir() and (root / "labels").is_dir():
-        dataset = folder.index_plain(root, patient_pattern)
+        return folder.index_plain(root, patient_pattern)
     else:
         raise DataError(f"{root} holds no dataset; expected dataset.json, or the folders images/ and labels/")
-    _check(dataset)
-    return dataset
+    return dataset, []
 
 
 def patient_of(case_id: str, pattern: str | None = None) -> str:
@@ -91,20 +111,3 @@ def patient_of(case_id: str, pattern: str | None = None) -> str:
             f"data.patient_pattern={pattern!r} does not match the case {case_id!r}; every case needs a patient"
         )
     return patient
-
-
-def _check(dataset: Dataset) -> None:
-    if not dataset.cases:
-        raise DataError(
-            f"{dataset.root} holds no labelled cases; put images and labels of the same names there"
-        )
-    seen: set[str] = set()
-    for case in dataset.cases:
-        if case.case_id in seen:
-            raise DataError(f"{dataset.root}: the case {case.case_id!r} is listed twice; remove one")
-        seen.add(case.case_id)
-        for path in (*case.images, case.label):
-            if path is not None and not path.is_file():
-                raise DataError(
-                    f"{dataset.root}: {path} is named by the dataset but does not exist; restore it or remove the case"
-                )

@@ -58,6 +58,14 @@ def to_ras(volume: Volume) -> Volume:
     return Volume(_apply(volume.array, transform), affine)
 
 
+def ras_grid(shape: Triple, affine: AffineMatrix) -> tuple[Triple, AffineMatrix]:
+    """Shape and affine that `to_ras` gives a volume, without its voxels."""
+    transform = ornt_transform(io_orientation(affine), RAS)
+    order = np.argsort(transform[:, 0])
+    x, y, z = (shape[axis] for axis in order)
+    return (x, y, z), affine @ inv_ornt_aff(transform, shape)
+
+
 def from_ras(array: np.ndarray, affine: AffineMatrix) -> np.ndarray:
     """Undo `to_ras`: bring `[..., x, y, z]` in RAS back to the axes of an image with this `affine`."""
     return _apply(array, ornt_transform(RAS, io_orientation(affine)))

@@ -15,7 +15,7 @@ from medvisionllama.data.index import open_dataset, patient_of
 from medvisionllama.data.msd import read_dataset_json
 from medvisionllama.data.readers import is_scan, read_label, stem_of
 from medvisionllama.data.splits import read_splits, select
-from medvisionllama.data.volume import Volume, same_place
+from medvisionllama.data.volume import Volume, same_place, to_ras
 from medvisionllama.errors import DataError
 from medvisionllama.evaluation.metrics import measure
 from medvisionllama.inference.postprocess import clean
@@ -58,7 +58,8 @@ def evaluate_files(
     rows: list[dict[str, Any]] = []
     with (progress or Silent()).track("measuring", len(pairs)) as advance:
         for number, pair in enumerate(pairs, start=1):
-            predicted, truth = read_label(pair.prediction), read_label(pair.label)
+            # A label may be stored with other axes than its image, and the mask has the image's.
+            predicted, truth = (to_ras(read_label(path)) for path in (pair.prediction, pair.label))
             _same_grid(pair, predicted, truth)
             if merged:
                 truth = Volume((truth.array > 0).astype(np.uint8), truth.affine)

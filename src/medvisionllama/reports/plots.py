@@ -32,7 +32,7 @@ def curves(history: Sequence[dict[str, Any]]) -> str:
         right.plot(steps, values, marker="o", label=name, color=colour_of(index))
     right.set(xlabel="step", ylabel="validation Dice")
     right.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def dice_by_case(table: pd.DataFrame) -> str:
@@ -58,7 +58,7 @@ def dice_by_case(table: pd.DataFrame) -> str:
         xlabel="Dice of each case (bar: median)",
         ylim=(len(names) - 0.5, -0.5),
     )
-    return _png(figure)
+    return png(figure)
 
 
 def overlay(image: Volume, truth: LabelArray, predicted: LabelArray, classes: dict[int, str]) -> str:
@@ -99,7 +99,7 @@ def overlay(image: Volume, truth: LabelArray, predicted: LabelArray, classes: di
         axes.set_ylabel(f"{_NAMES[up]} →", fontsize=8)
         axes.set_xticks([])
         axes.set_yticks([])
-    return _png(figure)
+    return png(figure)
 
 
 def _outline(axes: Any, mask: np.ndarray, pixel: tuple[float, float], colour: str, style: str) -> None:
@@ -111,7 +111,8 @@ def _outline(axes: Any, mask: np.ndarray, pixel: tuple[float, float], colour: st
     axes.contour(x, y, padded, levels=[0.5], colors=[colour], linewidths=1.6, linestyles=style)
 
 
-def _png(figure: Figure) -> str:
+def png(figure: Figure) -> str:
+    """A figure as an inline address."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

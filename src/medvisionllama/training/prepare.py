@@ -6,7 +6,8 @@ from pathlib import Path
 from medvisionllama._files import canonical_hash
 from medvisionllama.config import Config
 from medvisionllama.data.cache import CachedCase, build_cache, fit_normalisation, found_classes
-from medvisionllama.data.fingerprint import fingerprint
+from medvisionllama.data.check.run import dataset_findings
+from medvisionllama.data.fingerprint import Fingerprint, fingerprint
 from medvisionllama.data.index import Dataset, open_dataset
 from medvisionllama.data.planning import Plan, make_plan
 from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select
@@ -43,6 +44,7 @@ def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> P
     dataset, splits, selection = divide(config, drawn=drawn)
     seen = [case for case in dataset.cases if case.case_id not in set(selection.test)]
     found = fingerprint(dataset, only={case.case_id for case in seen})
+    _say_warnings(dataset, found, progress)
     patch = None if config.network.head == "skip" else config.network.patch_size
     plan = make_plan(
         dataset,
@@ -106,3 +108,15 @@ def divide(config: Config, *, drawn: Path | None) -> tuple[Dataset, Splits, Sele
             num_cases=config.data.num_cases,
         ),
     )
+
+
+def _say_warnings(dataset: Dataset, found: Fingerprint, progress: Progress) -> None:
+    """Show what the headers give reason to look at; training goes on."""
+    warnings = [
+        finding for finding in dataset_findings(found.facts, dataset) if finding.severity == "warning"
+    ]
+    if warnings:
+        more = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
+        progress.say(
+            f"look at this: {warnings[0].message}{more}; see all with: medvisionllama data check {dataset.root}"
+        )

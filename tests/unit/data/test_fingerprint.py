@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from medvisionllama.data.fingerprint import check_case, fingerprint
-from medvisionllama.data.index import Case, open_dataset
+from medvisionllama.data.fingerprint import fingerprint
+from medvisionllama.data.index import Case, Dataset, open_dataset
 from medvisionllama.errors import DataError
 
 SHAPE = (4, 5, 6)
@@ -18,6 +18,12 @@ def case(tmp_path, write_nifti):
         return Case("a", "a", (image,), label)
 
     return make
+
+
+def check_case(case):
+    """Channels, shape and spacing of a dataset of one case."""
+    found = fingerprint(Dataset("one", case.label.parent, (case,), ("image",), {}))
+    return found.num_channels, found.shapes["a"], found.spacings_mm["a"]
 
 
 def test_shape_and_spacing_are_in_ras(case):
@@ -77,4 +83,25 @@ def test_another_number_of_channels_than_declared_is_refused(dataset_folder, wri
     shape = fingerprint(open_dataset(root)).shapes["case_001"]
     write_nifti(root / "imagesTr" / "case_001.nii.gz", np.ones(shape), dtype=np.float32)
     with pytest.raises(DataError, match=r"case_001.*has 1 channels, the dataset declares 2 \(T1, T2\)"):
+        fingerprint(open_dataset(root))
+
+
+def test_a_label_with_permuted_and_mirrored_axes_of_the_same_grid_is_accepted(tmp_path, write_nifti):
+    affine = np.diag([1.0, 2, 3, 1])
+    turned = np.array([[0, -1.0, 0, 3], [0, 0, 2, 0], [3, 0, 0, 0], [0, 0, 0, 1]])
+    image = write_nifti(tmp_path / "image.nii.gz", np.ones(SHAPE), affine, np.float32)
+    label = write_nifti(tmp_path / "label.nii.gz", np.ones((6, 4, 5)), turned, np.uint8)
+    assert check_case(Case("a", "a", (image,), label)) == (1, SHAPE, (1.0, 2.0, 3.0))
+
+
+def test_the_refusal_counts_the_other_problems_and_names_the_command_that_lists_them(
+    dataset_folder, write_nifti
+):
+    root = dataset_folder(num_cases=4)
+    for case in ("case_001", "case_003"):
+        write_nifti(root / "labelsTr" / f"{case}.nii.gz", np.ones(SHAPE), dtype=np.uint8)
+    (root / "imagesTr" / "case_002.nii.gz").write_text("no scan")
+    with pytest.raises(
+        DataError, match=r"case_001.* has shape .*\(and 2 more; list them all with: medvisionllama data check"
+    ):
         fingerprint(open_dataset(root))

@@ -1,0 +1,60 @@
+"""Rules on a splits file: does it fit the dataset, and does an image sit in two of its parts?"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from medvisionllama.data.check.findings import Finding
+from medvisionllama.data.splits import Splits, read_splits
+from medvisionllama.errors import DataError
+
+
+def read_division(path: Path) -> tuple[Splits | None, list[Finding]]:
+    """Read splits; what is wrong with the file itself becomes a finding."""
+    try:
+        return read_splits(path), []
+    except DataError as error:
+        return None, [Finding("splits", str(error), file=path)]
+
+
+def division_findings(splits: Splits, patients: Mapping[str, str], path: Path) -> list[Finding]:
+    """Patients that the splits do not know, and parts without a patient.
+
+    Args:
+        patients: patient of each case.
+    """
+    found, findings = set(patients.values()), []
+    listed: set[str] = set(splits.test)
+    for number, fold in enumerate(splits.folds):
+        parts = {"train": fold.train, "validation": fold.validation, "test": splits.test}
+        listed |= {*fold.train, *fold.validation}
+        for patient in sorted(found - {*fold.train, *fold.validation, *splits.test}):
+            cases = tuple(case for case, owner in patients.items() if owner == patient)
+            message = f"{path}: the patient {patient!r} is in no part of fold {number}; draw new splits for this dataset"
+            findings.append(Finding("not-in-splits", message, cases, path))
+        for name, part in parts.items():
+            if not found & set(part):
+                message = f"{path}: no patient of the {name} part of fold {number} is in this dataset; draw new splits for it"
+                findings.append(Finding("splits", message, file=path))
+    absent = listed - found
+    if absent:
+        message = (
+            f"{path}: {len(absent)} of {len(listed)} patients are not in this dataset, as {min(absent)!r}"
+        )
+        findings.append(Finding("splits-absent", message, file=path))
+    return findings
+
+
+def leak_findings(
+    splits: Splits, patients: Mapping[str, str], duplicates: Sequence[Finding], path: Path
+) -> list[Finding]:
+    """Say where an image that occurs under several patients is in the test and in training."""
+    findings = []
+    for finding in duplicates:
+        if finding.code != "duplicate-across-patients":
+            continue
+        tested = [case for case in finding.cases if patients[case] in splits.test]
+        trained = [case for case in finding.cases if case not in tested]
+        if tested and trained:
+            message = f"{path}: the image of {tested[0]}, which is kept for the test, is also {trained[0]}, which is not; remove one and draw new splits"
+            findings.append(Finding("splits-leak", message, finding.cases, path))
+    return findings

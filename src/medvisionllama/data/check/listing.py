@@ -1,0 +1,111 @@
+"""Rules on a dataset's list of files, before any is opened."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from medvisionllama.data.check.findings import Finding
+from medvisionllama.data.index import Case, Dataset
+from medvisionllama.data.readers import is_scan, stem_of
+
+_FOLDERS = ("imagesTr", "labelsTr")
+_ENDING = re.compile(r"(?:[_.-][a-z]?\d{1,3}|[_.-][a-z]|(?<=\d)[a-z])$", re.IGNORECASE)
+
+
+def listing_findings(dataset: Dataset) -> list[Finding]:
+    """No cases, a case twice, or files that do not exist: what `open_dataset` refuses."""
+    if not dataset.cases:
+        message = f"{dataset.root} holds no labelled cases; put images and labels of the same names there"
+        return [Finding("layout", message)]
+    findings = []
+    counts = Counter(case.case_id for case in dataset.cases)
+    for case_id, count in counts.items():
+        if count > 1:
+            times = "twice" if count == 2 else f"{count} times"
+            message = f"{dataset.root}: the case {case_id!r} is listed {times}; remove one"
+            findings.append(Finding("listed-twice", message, (case_id,)))
+    for case in dataset.cases:
+        for path in (*case.images, *([case.label] if case.label else [])):
+            if not path.exists():
+                message = f"{dataset.root}: {path} is named by the dataset but does not exist; restore it or remove the case"
+                findings.append(Finding("missing-file", message, (case.case_id,), path))
+    return findings
+
+
+def present(dataset: Dataset) -> Dataset:
+    """The dataset without repeated cases and without those that lack a file."""
+    cases: dict[str, Case] = {}
+    for case in dataset.cases:
+        if all(path.exists() for path in (*case.images, *([case.label] if case.label else []))):
+            cases.setdefault(case.case_id, case)
+    return replace(dataset, cases=tuple(cases.values()))
+
+
+def name_findings(dataset: Dataset) -> list[Finding]:
+    """Labels that carry another case's name, and files that nobody lists."""
+    findings = []
+    names = {case.case_id for case in dataset.cases}
+    for case in dataset.cases:
+        stem = stem_of(case.label) if case.label else case.case_id
+        if stem != case.case_id and stem in names:
+            message = f"{dataset.root}: the case {case.case_id!r} is paired with the label of {stem!r}; is the list right?"
+            findings.append(Finding("pair-names", message, (case.case_id,), case.label))
+    used = {path.resolve() for case in dataset.cases for path in (*case.images, case.label) if path}
+    for name in _FOLDERS:
+        folder = dataset.root / name
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        unlisted = [path.name for path in files if is_scan(path) and path.resolve() not in used]
+        if unlisted:
+            shown = ", ".join(unlisted[:3]) + (" and more" if len(unlisted) > 3 else "")
+            message = (
+                f"{folder}: no case uses {len(unlisted)} of its files ({shown}); list them or move them away"
+            )
+            findings.append(Finding("unlisted-file", message, file=folder))
+    return findings
+
+
+def patient_findings(cases: Sequence[Case]) -> list[Finding]:
+    """Too few patients, and names that differ in their ending only yet count as different patients."""
+    patients = {case.patient_id for case in cases}
+    findings = []
+    if len(patients) < 3:
+        message = f"a split needs at least 3 patients (train, validation, test), found {len(patients)}; label more patients, or check data.patient_pattern (--patient-pattern)"
+        findings.append(Finding("too-few-patients", message))
+    groups: dict[str, list[str]] = defaultdict(list)
+    for patient in sorted(patients):
+        base = _ENDING.sub("", patient)
+        # Without a digit it is the name of the study, not of a patient.
+        if base != patient and re.search(r"\d", base):
+            groups[base].append(patient)
+    # A name with many endings is a study's or a site's; a patient comes a few times.
+    alike = {base: names for base, names in groups.items() if 2 <= len(names) <= 6}
+    if len(alike) >= 2:
+        base, names = next(iter(alike.items()))
+        count = sum(map(len, alike.values()))
+        message = f"{count} patients differ from another in the ending of their name only, as {', '.join(names[:3])}; if those are one patient, name it with --patient-pattern, as '^(.+?)[_.-]?[^_.-]+$'"
+        members = tuple(
+            case.case_id for case in cases if any(case.patient_id in names for names in alike.values())
+        )
+        findings.append(Finding("patient-names", message, members))
+    return findings
+
+
+def scans_in(path: Path) -> list[Path]:
+    """Scans of a folder that is no dataset: files we read, at any depth, and folders of DICOM slices."""
+    if path.is_file():
+        return [path]
+    files = [child for child in sorted(path.rglob("*")) if not child.name.startswith(".") and child.is_file()]
+    slices = {child.parent for child in files if _is_slice(child)}
+    return sorted({*(child for child in files if is_scan(child) and child.parent not in slices), *slices})
+
+
+def _is_slice(path: Path) -> bool:
+    """A DICOM file, with or without a suffix."""
+    if is_scan(path):
+        return False
+    if path.suffix.lower() in {".dcm", ".ima"}:
+        return True
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"

@@ -1,0 +1,152 @@
+import numpy as np
+import pytest
+
+from medvisionllama.data.check.case_rules import value_findings
+from medvisionllama.data.check.findings import TITLES, Finding, raise_first
+from medvisionllama.data.check.listing import patient_findings, scans_in
+from medvisionllama.data.check.outliers import find_outliers
+from medvisionllama.data.check.rules import (
+    class_findings,
+    duplicate_findings,
+    intensity_findings,
+    outlier_findings,
+)
+from medvisionllama.data.index import Case
+from medvisionllama.errors import DataError
+
+
+def codes(findings):
+    return [finding.code for finding in findings]
+
+
+def box(size=2, value=1, shape=(6, 7, 8)):
+    label = np.zeros(shape, np.uint8)
+    label[1 : 1 + size, 1 : 1 + size, 1 : 1 + size] = value
+    return label
+
+
+def test_a_case_without_fault_gives_no_finding(case_facts):
+    assert value_findings(case_facts(label=box()), ("MRI",), {1: "organ"}) == []
+
+
+def test_undeclared_values_are_listed_and_undeclared_classes_allow_all(case_facts):
+    case = case_facts(label=box(value=7))
+    (finding,) = value_findings(case, ("MRI",), {1: "organ"})
+    assert finding.code == "label-undeclared"
+    assert "label value 7, which the dataset does not declare (0 background, 1 organ)" in finding.message
+    assert value_findings(case, ("MRI",), {}) == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "found"),
+    [(-1024, 3071, False), (-100, 200, False), (0, 4095, True), (-60_000, 10, True), (-1000, 90_000, True)],
+)
+def test_ct_must_be_in_hounsfield_units(case_facts, low, high, found):
+    image = np.linspace(low, high, 6 * 7 * 8).reshape(6, 7, 8)
+    assert ("ct-not-hu" in codes(value_findings(case_facts(image=image), ("CT",), {}))) is found
+    assert "ct-not-hu" not in codes(value_findings(case_facts(image=image), ("MRI",), {}))
+
+
+def test_an_outlier_is_both_far_and_unusual():
+    usual = {str(number): 10.0 for number in range(9)}
+    assert find_outliers({**usual, "far": 21}, factor=2) == {"far": (21, pytest.approx(10))}
+    assert find_outliers({**usual, "near": 19}, factor=2) == {}
+    # The same distance among values that vary as much is nothing unusual.
+    wide = {str(number): 10.0 * 3 ** (number % 5 - 2) for number in range(10)}
+    assert find_outliers({**wide, "far": 21}, factor=2) == {}
+
+
+def test_there_are_no_outliers_among_a_few_or_among_zeros():
+    assert find_outliers({**{str(n): 1.0 for n in range(6)}, "far": 100}, factor=2) == {}
+    assert find_outliers({**{str(n): 1.0 for n in range(9)}, "none": 0.0}, factor=2) == {}
+
+
+def test_volumes_are_compared_class_by_class_in_millilitres(case_facts):
+    cases = [case_facts(f"c{n}", label=box(2), affine=np.diag([10.0, 10, 10, 1])) for n in range(8)]
+    cases.append(case_facts("large", label=box(4), affine=np.diag([10.0, 10, 10, 1])))
+    (finding,) = outlier_findings(cases, {1: "or{gan}"})
+    assert finding.cases == ("large",)
+    assert "or{gan} has 64 ml, the median is 8 ml" in finding.message
+
+
+def test_duplicates_within_a_patient_are_less_than_across(case_facts):
+    same = [case_facts("a", patient="p", seed=1), case_facts("b", patient="p", seed=1)]
+    assert codes(duplicate_findings(same)) == ["duplicate-within-patient"]
+    (finding,) = duplicate_findings([*same, case_facts("c", seed=1), case_facts("d", seed=2)])
+    assert (finding.code, finding.severity) == ("duplicate-across-patients", "error")
+    assert finding.cases == ("a", "b", "c")
+
+
+def test_equal_labels_count_only_if_large_and_on_different_images(case_facts):
+    def pair(label, seeds=(1, 2)):
+        return [case_facts(str(n), label=label, seed=seed) for n, seed in enumerate(seeds)]
+
+    assert codes(duplicate_findings(pair(box(4)))) == ["duplicate-label"]
+    assert duplicate_findings(pair(box(3))) == []
+    assert codes(duplicate_findings(pair(box(4), (1, 1)))) == ["duplicate-across-patients"]
+
+
+def test_constant_images_are_no_duplicates(case_facts):
+    assert duplicate_findings([case_facts(name, image=np.ones((4, 4, 4))) for name in "ab"]) == []
+
+
+def test_a_mixture_of_scales_is_one_finding_and_needs_more_than_one_odd_case(case_facts):
+    def cases(factors):
+        return [
+            case_facts(f"c{n}", image=factor * np.random.default_rng(n).normal(100, 10, (6, 7, 8)))
+            for n, factor in enumerate(factors)
+        ]
+
+    assert codes(intensity_findings(cases([1] * 8 + [50]), ("MRI",))) == ["intensity-outlier"]
+    assert codes(intensity_findings(cases([1] * 6 + [50] * 4), ("MRI",))) == ["intensity-mixture"]
+    assert codes(intensity_findings(cases([1] * 6 + [50] * 4), ("CT",))) == ["ct-mixture"]
+    assert intensity_findings(cases([1] * 6 + [3] * 4), ("MRI",)) == []
+
+
+def test_classes_that_are_never_met_are_named_once(case_facts):
+    found = class_findings([case_facts(label=box())], {1: "organ", 2: "tumour"})
+    assert codes(found) == ["class-unseen"]
+    assert "class 2 (tumour)" in found[0].message
+    empty = class_findings([case_facts(label=box(0))], {1: "organ"})
+    assert codes(empty) == ["all-labels-empty"]
+
+
+@pytest.mark.parametrize(
+    ("names", "alike"),
+    [
+        (["p01_a", "p01_b", "p02_a", "p02_b"], True),
+        (["p01-1", "p01-2", "p02-1", "p02-2", "p03-1"], True),
+        ([f"hippocampus_{n:03d}" for n in range(9)], False),
+        ([f"brats_2013_pat000{n}_1" for n in range(5)], False),
+        ([f"site1_{n:03d}" for n in range(40)], False),
+    ],
+)
+def test_names_that_differ_in_their_ending_may_be_one_patient(names, alike):
+    found = patient_findings([Case(name, name, (), None) for name in names])
+    assert codes(found) == (["patient-names"] if alike else [])
+
+
+def test_every_code_has_one_severity_and_errors_raise():
+    assert {Finding(code, "x").severity for code in TITLES} == {"error", "warning", "note"}
+    raise_first([Finding("label-empty", "x")], None)
+    with pytest.raises(DataError, match=r"^one$"):
+        raise_first([Finding("label-empty", "x"), Finding("unreadable", "one")], None)
+
+
+def test_scans_are_files_we_read_and_folders_of_slices(tmp_path):
+    names = [
+        "a.nii.gz",
+        "b/c.mha",
+        "study/one/1.dcm",
+        "study/one/2.dcm",
+        "study/two/x",
+        "notes.txt",
+        ".h.nii",
+    ]
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(128) + (b"DICM" if name.endswith("x") else b"text"))
+    found = {path.relative_to(tmp_path).as_posix() for path in scans_in(tmp_path)}
+    assert found == {"a.nii.gz", "b/c.mha", "study/one", "study/two"}
+    assert scans_in(tmp_path / "a.nii.gz") == [tmp_path / "a.nii.gz"]
