@@ -14,6 +14,7 @@ from medvisionllama.run_dir import RunDir
 if TYPE_CHECKING:
     import pandas as pd
 
+    from medvisionllama.data.planning import Plan
     from medvisionllama.training.fit import RunResult
 
 
@@ -70,6 +71,21 @@ def train(
             evaluate_run(result.path, split="test", progress=progress)
         write_report(result.path)
     return result
+
+
+def plan(
+    data: Path | str, *, preset: str = "small", overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> "Plan":
+    """Decide from headers what a training would decide; `plan.lines` says why.
+
+    Raises:
+        MedVisionLlamaError: a dataset or settings that cannot be used as they are.
+    """
+    from medvisionllama.training.prepare import divide, plan_of
+
+    config = load_config(preset, {"data.path": Path(data), **parse_overrides(overrides)})
+    dataset, _, selection = divide(config, drawn=config.data.splits)
+    return plan_of(dataset, selection, config)
 
 
 def predict(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from medvisionllama._files import atomic_path, canonical_hash, user_cache, write_json
+from medvisionllama.config.schema import parse_window
 from medvisionllama.data.index import Case
 from medvisionllama.data.planning import Normalisation, Plan, is_ct
 from medvisionllama.data.readers import read_image, read_label
@@ -115,23 +116,36 @@ def found_classes(cases: Sequence[CachedCase]) -> dict[int, str]:
     return {value: f"class {value}" for value in values}
 
 
-def fit_normalisation(cases: Sequence[CachedCase], channels: Sequence[str]) -> tuple[Normalisation, ...]:
+def fit_normalisation(
+    cases: Sequence[CachedCase], channels: Sequence[str], *, rules: Sequence[str] = ()
+) -> tuple[Normalisation, ...]:
     """Choose the normalisation of each channel; `cases` are those that train.
 
-    CT is clipped to the 0.5 and 99.5 percentiles of foreground voxels and scaled by their mean and deviation
-    (nnU-Net's rule).
+    `dataset`, the rule for CT, clips to the 0.5 and 99.5 percentiles of foreground voxels and scales by their mean
+    and deviation (nnU-Net's rule). A window is scaled as if its values were evenly spread.
+
+    Args:
+        rules: `Plan.channel_rules`; by default `dataset` for CT and `image` for all else.
     """
     result = []
-    for index, channel in enumerate(channels):
-        if not is_ct(channel):
+    rules = rules or ["dataset" if is_ct(channel) else "image" for channel in channels]
+    for index, rule in enumerate(rules):
+        if rule == "image":
             result.append(Normalisation(kind="image"))
+            continue
+        if rule != "dataset":
+            low, high = parse_window(rule)
+            spread = (high - low) / math.sqrt(12)
+            result.append(
+                Normalisation(kind="dataset", low=low, high=high, mean=(low + high) / 2, std=spread)
+            )
             continue
         samples = np.concatenate(
             [np.asarray(case.facts["foreground_samples"][index], dtype=np.float64) for case in cases]
         )
         if samples.size == 0:
             raise DataError(
-                f"no labelled voxel in the {len(cases)} training cases, so CT intensities cannot be scaled; check the labels"
+                f"no labelled voxel in the {len(cases)} training cases, so CT intensities cannot be scaled; check the labels, or give a window: --set data.normalisation=-160:240"
             )
         low, high = (float(value) for value in np.percentile(samples, [0.5, 99.5]))
         clipped = samples.clip(low, high)
@@ -226,7 +240,7 @@ def _prepare(case: Case, plan: Plan, root: Path) -> CachedCase:
         "format": _FORMAT,
         "spacing": plan.spacing_mm,
         "resize": plan.crop_size if plan.resize else None,
-        "ct": [is_ct(name) for name in plan.channels],
+        "ct": [rule == "dataset" for rule in plan.channel_rules],
     }
     folder = root / canonical_hash([content, settings])[:32]
     facts_path = folder / "facts.json"
@@ -260,7 +274,7 @@ def _write_arrays(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
         "foreground_moments": [_moments(channel[native.array > 0]) for channel in image.array],
         "class_voxels": {str(value): int(count) for value, count in zip(values, counts, strict=True)},
         "foreground_samples": _foreground_samples(image.array, native.array)
-        if any(map(is_ct, plan.channels))
+        if "dataset" in plan.channel_rules
         else [],
     }
 

@@ -41,18 +41,9 @@ def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> P
         DataError: the dataset cannot be used as it is.
     """
     dataset, splits, selection = divide(config, drawn=drawn)
-    seen = [case for case in dataset.cases if case.case_id not in set(selection.test)]
-    found = fingerprint(dataset, only={case.case_id for case in seen})
-    patch = None if config.network.head == "skip" else config.network.patch_size
-    plan = make_plan(
-        dataset,
-        found,
-        config.data,
-        flip=config.augment.enabled and config.augment.flip == "auto",
-        patch_size=patch,
-    )
+    plan = plan_of(dataset, selection, config)
     wanted = {*selection.train, *selection.validation}
-    chosen = [case for case in seen if case.case_id in wanted]
+    chosen = [case for case in dataset.cases if case.case_id in wanted]
     progress.say(
         f"{dataset.name}: {len(dataset.cases)} cases of {len(set(dataset.patients.values()))} patients; "
         f"{len(selection.train)} train, {len(selection.validation)} validate, {len(selection.test)} are kept for the test"
@@ -63,19 +54,36 @@ def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> P
     cases = {case.case_id: case for case in cached}
     if not plan.classes:
         plan = plan.model_copy(update={"classes": found_classes(cached)})
-    rules = fit_normalisation([cases[name] for name in selection.train], plan.channels)
-    plan = plan.model_copy(update={"normalisation": rules})
-    size, spacing = "×".join(map(str, plan.crop_size)), " × ".join(f"{edge:g}" for edge in plan.spacing_mm)
-    progress.say(
-        f"{'whole scans resized to' if plan.resize else 'crops of'} {size} voxels"
-        + ("" if plan.resize else f" of {spacing} mm")
+    rules = fit_normalisation(
+        [cases[name] for name in selection.train], plan.channels, rules=plan.channel_rules
     )
+    plan = plan.with_normalisation(rules, len(selection.train))
+    for line in plan.lines:
+        progress.say(line)
     return PreparedData(
         splits,
         selection,
         plan,
         train=tuple(cases[name] for name in selection.train),
         validation=tuple(cases[name] for name in selection.validation),
+    )
+
+
+def plan_of(dataset: Dataset, selection: Selection, config: Config) -> Plan:
+    """Plan from the headers of the cases that are not kept for the test.
+
+    Raises:
+        DataError: headers that do not fit together.
+        ConfigError: settings that do not fit the dataset.
+    """
+    test = set(selection.test)
+    found = fingerprint(dataset, only={case.case_id for case in dataset.cases} - test)
+    return make_plan(
+        dataset,
+        found,
+        config.data,
+        flip=config.augment.enabled and config.augment.flip == "auto",
+        patch_size=None if config.network.head == "skip" else config.network.patch_size,
     )
 
 
