@@ -232,9 +232,10 @@ def to_grid(volume: Volume, plan: Plan) -> ImageArray:
 
 def _prepare(case: Case, plan: Plan, root: Path) -> CachedCase:
     assert case.label is not None, "only labelled cases are cached"
+    contents = [path.read_bytes() for path in (*case.images, case.label)]
     digest = hashlib.sha256()
-    for path in (*case.images, case.label):
-        digest.update(path.read_bytes())
+    for part in contents:
+        digest.update(part)
     content = digest.hexdigest()
     settings = {
         "format": _FORMAT,
@@ -247,16 +248,19 @@ def _prepare(case: Case, plan: Plan, root: Path) -> CachedCase:
     if facts_path.is_file():
         facts = json.loads(facts_path.read_text())
     else:
-        facts = {"content_sha256": content, **_write_arrays(case, plan, folder)}
+        facts = {"content_sha256": content, **_write_arrays(case, contents, plan, folder)}
         # Written last: a folder without it is an unfinished one, and is filled again.
         write_json(facts_path, facts)
     _check_values(case, facts, plan)
     return CachedCase(case.case_id, case.patient_id, folder, facts)
 
 
-def _write_arrays(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
+def _write_arrays(case: Case, contents: list[bytes], plan: Plan, folder: Path) -> dict[str, Any]:
+    """Preprocess a case from its files' bytes, the label's last."""
     assert case.label is not None
-    image, native = to_ras(read_image(case.images)), to_ras(read_label(case.label))
+    image = to_ras(read_image(case.images, contents[:-1]))
+    native = to_ras(read_label(case.label, contents.pop()))
+    contents.clear()  # a scan in memory is enough
     grid = to_grid(image, plan)
     label = resample_label(native.array, (grid.shape[1], grid.shape[2], grid.shape[3]))
     resampled = label.shape != native.array.shape
@@ -266,14 +270,15 @@ def _write_arrays(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
     for name, array in arrays.items():
         with atomic_path(folder / f"{name}.npy") as temporary:
             np.save(temporary, np.ascontiguousarray(array), allow_pickle=False)
-    values, counts = np.unique(native.array, return_counts=True)
+    counts = np.bincount(native.array.ravel())
+    inside = np.flatnonzero(native.array)
     return {
         "resampled": resampled,
         "spacing_mm": image.spacing_mm,
         "moments": image_moments(image.array),
-        "foreground_moments": [_moments(channel[native.array > 0]) for channel in image.array],
-        "class_voxels": {str(value): int(count) for value, count in zip(values, counts, strict=True)},
-        "foreground_samples": _foreground_samples(image.array, native.array)
+        "foreground_moments": [_moments(channel.ravel()[inside]) for channel in image.array],
+        "class_voxels": {str(value): int(counts[value]) for value in np.flatnonzero(counts)},
+        "foreground_samples": _foreground_samples(image.array, inside)
         if "dataset" in plan.channel_rules
         else [],
     }
@@ -281,18 +286,23 @@ def _write_arrays(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
 
 def _centres(label: LabelArray) -> np.ndarray:
     rng = np.random.default_rng(0)
-    rows = []
-    for value in np.unique(label[label > 0]):
-        voxels = np.argwhere(label == value)
+    # One pass over the volume however many classes: sort the labelled voxels by class, in their order.
+    inside = np.flatnonzero(label)
+    values = label.ravel()[inside]
+    inside = inside[np.argsort(values, kind="stable")]
+    rows, start = [], 0
+    counts = np.bincount(values)
+    for value in np.flatnonzero(counts):
+        voxels = inside[start : start + counts[value]]
+        start += counts[value]
         kept = voxels[rng.permutation(len(voxels))[:_CENTRES_PER_CLASS]]
-        rows.append(np.column_stack([np.full(len(kept), value), kept]))
+        rows.append(np.column_stack([np.full(len(kept), value), *np.unravel_index(kept, label.shape)]))
     return np.concatenate(rows).astype(np.int32) if rows else np.zeros((0, 4), np.int32)
 
 
-def _foreground_samples(image: ImageArray, label: LabelArray) -> list[list[float]]:
-    voxels = image[:, label > 0]
-    kept = np.random.default_rng(0).permutation(voxels.shape[1])[:_SAMPLES]
-    samples: list[list[float]] = voxels[:, kept].tolist()
+def _foreground_samples(image: ImageArray, inside: np.ndarray) -> list[list[float]]:
+    kept = inside[np.random.default_rng(0).permutation(len(inside))[:_SAMPLES]]
+    samples: list[list[float]] = image.reshape(len(image), -1)[:, kept].tolist()
     return samples
 
 
