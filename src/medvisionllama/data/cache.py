@@ -79,12 +79,14 @@ def build_cache(
     plan: Plan,
     *,
     folder: Path | None = None,
+    workers: int | None = None,
     on_case: Callable[[], None] = lambda: None,
 ) -> tuple[CachedCase, ...]:
     """Preprocess cases in parallel, skipping those already there.
 
     Args:
         folder: where the cache lives; by default the user's cache folder.
+        workers: threads; by default as many as cores, but at most four.
         on_case: called after each case, for a progress bar.
 
     Raises:
@@ -98,7 +100,7 @@ def build_cache(
         return result
 
     # Each worker holds a few copies of a whole scan, so their number must not grow with the cores.
-    with ThreadPoolExecutor(max_workers=min(_WORKERS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=workers or min(_WORKERS, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(prepare, case) for case in cases]
         try:
             return tuple(future.result() for future in futures)
