@@ -3,8 +3,9 @@
 Both start from the same .nii.gz files and end with what their training reads. Ours: hash, RAS, resampling where
 the spacing differs (linear), foreground voxels and statistics, float32 `.npy` flushed to disk. nnU-Net's
 (`3d_fullres`): crop to non-zero, normalisation, resampling where the spacing differs (order-3 splines), foreground
-voxels, compressed blosc2. In neither set does the spacing differ, so neither resamples. nnU-Net starts two processes,
-we two threads; what it takes them to start is measured by an empty pool before each turn, and given apart.
+voxels, compressed blosc2. In neither set does the spacing differ, so neither resamples. nnU-Net starts two
+processes, we two threads; what it takes them to start is measured by an empty pool before each turn, and given
+apart.
 """
 
 import argparse

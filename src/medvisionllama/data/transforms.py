@@ -40,6 +40,8 @@ class Augmentation:
         self.spacing_mm = np.asarray(spacing_mm)
         self.crop_size = crop_size
         self.flip_axes = flip_axes
+        # Along an axis of one voxel there is nothing to turn into, to zoom or to shift to.
+        self.flat_axes = [axis for axis, size in enumerate(crop_size) if size == 1]
 
     def __call__(
         self, images: ImageBatch, labels: LabelBatch, rng: np.random.Generator
@@ -64,6 +66,8 @@ class Augmentation:
             zoom = np.exp(rng.uniform(*np.log(config.scale)))
             matrix = np.diag(1 / self.spacing_mm) @ turn @ np.diag(self.spacing_mm) / zoom
             shift = rng.uniform(-1, 1, 3) * config.translation * np.asarray(self.crop_size)
+            matrix[self.flat_axes, self.flat_axes] = 1.0
+            shift[self.flat_axes] = 0.0
         for axis in self.flip_axes:
             if rng.random() < 0.5:
                 matrix[:, axis] *= -1
@@ -77,7 +81,9 @@ class Augmentation:
     def _axis_freedom(self) -> np.ndarray:
         """Share of the full angle allowed about each axis: turning thick slices into the plane makes stairs."""
         planes = [np.delete(self.spacing_mm, axis) for axis in range(3)]
-        return np.array([0.25 if plane.max() > _IN_PLANE_RATIO * plane.min() else 1.0 for plane in planes])
+        freedom = np.array([0.25 if plane.max() > _IN_PLANE_RATIO * plane.min() else 1.0 for plane in planes])
+        flat = [any(other != axis for other in self.flat_axes) for axis in range(3)]
+        return np.where(flat, 0.0, freedom)
 
 
 def apply_affine(
