@@ -81,11 +81,13 @@ def plan(
     Raises:
         MedVisionLlamaError: a dataset or settings that cannot be used as they are.
     """
+    from medvisionllama.data.fingerprint import fingerprint
     from medvisionllama.training.prepare import divide, plan_of
 
     config = load_config(preset, {"data.path": Path(data), **parse_overrides(overrides)})
     dataset, _, selection = divide(config, drawn=config.data.splits)
-    return plan_of(dataset, selection, config)
+    found = fingerprint(dataset, only=set(dataset.patients) - set(selection.test))
+    return plan_of(dataset, found, config)
 
 
 def predict(

@@ -6,7 +6,7 @@ from pathlib import Path
 from medvisionllama._files import canonical_hash
 from medvisionllama.config import Config
 from medvisionllama.data.cache import CachedCase, build_cache, fit_normalisation, found_classes
-from medvisionllama.data.fingerprint import fingerprint
+from medvisionllama.data.fingerprint import Fingerprint, fingerprint
 from medvisionllama.data.index import Dataset, open_dataset
 from medvisionllama.data.planning import Plan, make_plan
 from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select
@@ -41,9 +41,11 @@ def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> P
         DataError: the dataset cannot be used as it is.
     """
     dataset, splits, selection = divide(config, drawn=drawn)
-    plan = plan_of(dataset, selection, config)
+    seen = [case for case in dataset.cases if case.case_id not in set(selection.test)]
+    found = fingerprint(dataset, only={case.case_id for case in seen})
+    plan = plan_of(dataset, found, config)
     wanted = {*selection.train, *selection.validation}
-    chosen = [case for case in dataset.cases if case.case_id in wanted]
+    chosen = [case for case in seen if case.case_id in wanted]
     progress.say(
         f"{dataset.name}: {len(dataset.cases)} cases of {len(set(dataset.patients.values()))} patients; "
         f"{len(selection.train)} train, {len(selection.validation)} validate, {len(selection.test)} are kept for the test"
@@ -69,15 +71,12 @@ def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> P
     )
 
 
-def plan_of(dataset: Dataset, selection: Selection, config: Config) -> Plan:
-    """Plan from the headers of the cases that are not kept for the test.
+def plan_of(dataset: Dataset, found: Fingerprint, config: Config) -> Plan:
+    """Plan as a run of this configuration would; `found` leaves the test cases out.
 
     Raises:
-        DataError: headers that do not fit together.
         ConfigError: settings that do not fit the dataset.
     """
-    test = set(selection.test)
-    found = fingerprint(dataset, only={case.case_id for case in dataset.cases} - test)
     return make_plan(
         dataset,
         found,
