@@ -114,13 +114,15 @@ def _theta(drawn: Parameters, crop: Triple, region: torch.Size) -> np.ndarray:
 def _sample_labels(labels: LabelBatch, grid: Tensor) -> LabelBatch:
     best = torch.zeros(grid.shape[:-1])
     result = torch.zeros(grid.shape[:-1], dtype=torch.int64)
-    for value in labels.unique().tolist():
-        mask = (labels == value).float()[:, None]
-        share = F.grid_sample(mask, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0]
-        # Outside the region no class has a share, and the result stays background.
-        stronger = share > best
-        result[stronger] = value
-        best = torch.where(stronger, share, best)
+    # A few classes at a time: the places are found once for all of them, and memory stays small for many classes.
+    for values in labels.unique().split(4):
+        masks = (labels[:, None] == values.view(-1, 1, 1, 1)).float()
+        shares = F.grid_sample(masks, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        for value, share in zip(values.tolist(), shares.unbind(1), strict=True):
+            # Outside the region no class has a share, and the result stays background.
+            stronger = share > best
+            result[stronger] = value
+            best = torch.where(stronger, share, best)
     return result
 
 

@@ -177,4 +177,4 @@ def test_a_structure_of_three_voxels_among_sixty_classes_is_found(write_nifti, t
     sampler = BatchSampler(cases, plan, DataConfig(foreground_share=1.0), OFF, batch_size=2, seed=0)
     batches = [sampler.batch(step)[1] for step in range(200)]
     # One class of sixty is drawn once in sixty crops; without turns it would be three voxels of 13,000.
-    assert sum(int((labels == 60).any()) for labels in batches) >= 3
+    assert sum(int((labels == 60).any()) for labels in batches) >= 5
