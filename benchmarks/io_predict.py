@@ -3,9 +3,9 @@
     python benchmarks/io.py predict
 
 Makes an artificial CT of 512 × 512 × 800 voxels of 0.8 × 0.8 × 1 mm with five organs, trains a small run on small
-volumes of the same kind for a minute, and segments the CT in a fresh process: read, resample, run windows, bring six
-classes back to 210 million voxels, write. Export is all that follows the network: interpolating probabilities back,
-taking the likeliest class, turning the mask to the scan's orientation, and writing it compressed.
+volumes of the same kind for a minute, and segments the CT in a fresh process: read, resample, run windows, bring
+six classes back to 210 million voxels, write. Export is all that follows the network: interpolating probabilities
+back, taking the likeliest class, turning the mask to the scan's orientation, and writing it compressed.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--child", nargs=3, metavar=("RUN", "SCAN", "OUT"), help=argparse.SUPPRESS)
 
 
-def main(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     if arguments.child:
         print(json.dumps(timed_prediction(*map(Path, arguments.child))))
         return
@@ -54,8 +54,8 @@ def main(arguments: argparse.Namespace) -> None:
     try:
         scan = root / "big.nii.gz"
         write_ct(scan, None, SHAPE, SPACING, seed=0)
-        run = train(root, arguments.overlap)
-        command = [sys.executable, __file__, "--child", str(run), str(scan), str(root / "masks")]
+        trained = train(root, arguments.overlap)
+        command = [sys.executable, __file__, "--child", str(trained), str(scan), str(root / "masks")]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         facts = json.loads(printed.splitlines()[-1])
     finally:
@@ -109,8 +109,7 @@ def write_ct(
         plane = np.where(body, 40.0, -1000.0)
         for value, (centre, radii, mean) in enumerate(ORGANS.values(), start=1):
             distance = sum(
-                ((axis - at) / radius) ** 2
-                for axis, at, radius in zip((x, y, z), centre, radii, strict=True)
+                ((axis - at) / radius) ** 2 for axis, at, radius in zip((x, y, z), centre, radii, strict=True)
             )
             inside = distance < 1
             plane[inside] = mean
@@ -153,7 +152,9 @@ def timed_prediction(run: Path, scan: Path, out: Path) -> dict[str, Any]:
     return {
         "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30, 2),
         "peak_before_gib": round(loaded / 2**30, 2),
-        "seconds": {key: round(value, 1) for key, value in {**seconds, "export": export, "total": total}.items()},
+        "seconds": {
+            key: round(value, 1) for key, value in {**seconds, "export": export, "total": total}.items()
+        },
         "export_share": round(export / total, 4),
         "mask_shape": list(mask.shape),
         "volumes_ml": record["volumes_ml"],
@@ -180,4 +181,4 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
-    main(parser.parse_args())
+    run(parser.parse_args())

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from medvisionllama.data.check.report import CheckReport
+    from medvisionllama.data.planning import Plan
     from medvisionllama.training.fit import RunResult
 
 
@@ -115,6 +116,23 @@ def train(
             evaluate_run(result.path, split="test", progress=progress)
         write_report(result.path)
     return result
+
+
+def plan(
+    data: Path | str, *, preset: str = "small", overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> "Plan":
+    """Decide from headers what a training would decide; `plan.lines` says why.
+
+    Raises:
+        MedVisionLlamaError: a dataset or settings that cannot be used as they are.
+    """
+    from medvisionllama.data.fingerprint import fingerprint
+    from medvisionllama.training.prepare import divide, plan_of
+
+    config = load_config(preset, {"data.path": Path(data), **parse_overrides(overrides)})
+    dataset, _, selection = divide(config, drawn=config.data.splits)
+    found = fingerprint(dataset, only=set(dataset.patients) - set(selection.test))
+    return plan_of(dataset, found, config)
 
 
 def predict(

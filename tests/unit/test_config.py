@@ -170,6 +170,12 @@ def test_a_value_outside_its_limits_is_refused_by_name(key, value):
         "data.spacing_mm=[1, -1, 1]",
         "network.block.layers=[]",
         "train.learning_rate=.nan",
+        "data.normalisation=240:-160",
+        "data.normalisation=soft tissue",
+        "data.normalisation=0:inf",
+        "data.flip_axes=w",
+        "data.strides=[[2,2,2],[2,2,2]]",
+        "data.strides=[[0,2,2],[2,2,2],[2,2,2]]",
     ],
 )
 def test_a_value_that_can_only_fail_later_is_refused_now(override):
@@ -184,6 +190,9 @@ def test_a_value_that_can_only_fail_later_is_refused_now(override):
         (["network.tokens=false", "network.head=linear"], ("tokens=false", "head=linear")),
         (["data.geometry=resize"], ("data.geometry=resize", "data.crop_size")),
         (["network.head=linear", "data.crop_size=[16, 16, 12]"], ("crop_size=(16, 16, 12)", "patch_size=8")),
+        (["network.head=linear", "data.strides=[[2,2,2],[2,2,2],[2,2,2]]"], ("data.strides", "head=linear")),
+        (["augment.flip=none", "data.flip_axes=x"], ("data.flip_axes", "augment.flip=none")),
+        (["augment.enabled=false", "data.flip_axes=x"], ("data.flip_axes", "augment.enabled=false")),
         (["train.max_minutes=null"], ("train.epochs", "train.max_minutes")),
     ],
 )
@@ -229,3 +238,33 @@ def test_overrides_apply_on_top_of_a_file(tmp_path):
     write_config(load_config("paper"), tmp_path / "config.yaml")
     config = read_config(tmp_path / "config.yaml", ["train.epochs=3"])
     assert (config.train.epochs, config.train.batch_size) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("data.normalisation=-160:40", ("-160:40",)),
+        ("data.normalisation=[-160:40]", ("-160:40",)),
+        ("data.normalisation=image, 190:20", ValueError),
+        ("data.normalisation=['-160:40', image]", ("-160:40", "image")),
+        ("data.normalisation=image,20:190.5", ("image", "20:190.5")),
+        ("data.flip_axes=x,y", ("x", "y")),
+        ("data.flip_axes=[]", ()),
+        ("data.strides=[[2,2,1],[2,2,1],[2,2,2]]", ((2, 2, 1), (2, 2, 1), (2, 2, 2))),
+        ("network.block.layers=[28:30]", (28, 29)),
+    ],
+)
+def test_lists_windows_and_ranges_are_read_as_typed(text, value):
+    if value is ValueError:
+        assert "window as -160:240" in refusal(text)
+        return
+    config = load_config("small", [text])
+    section, name = text.split("=")[0].rsplit(".", 1)
+    where = config.network.block if section == "network.block" else getattr(config, section)
+    assert getattr(where, name) == value
+
+
+def test_a_window_survives_the_file(tmp_path):
+    config = load_config("small", ["data.normalisation=-160:40"])
+    write_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config

@@ -3,17 +3,18 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from medvisionllama.cli import data_check, data_convert, data_download
+from medvisionllama.cli import data_check, data_convert, data_download, data_plan
 from medvisionllama.cli._options import Json
 
 app = typer.Typer(help="Look at a dataset: what is in it, how it is divided.", no_args_is_help=True)
 app.command("check")(data_check.check)
 app.command("download")(data_download.download)
 app.command("convert")(data_convert.convert)
+app.command("plan")(data_plan.plan)
 Data = Annotated[
     Path, typer.Argument(help="MSD folder, nnU-Net raw folder, or a folder with images/ and labels/.")
 ]
@@ -29,9 +30,9 @@ def fingerprint(data: Data, as_json: Json = False) -> None:
 
     dataset = open_dataset(data)
     found = read(dataset)
-    plan = make_plan(dataset, found, DataConfig(), flip=True, patch_size=None)
+    decided = make_plan(dataset, found, DataConfig(), flip=True, patch_size=None)
     shapes = list(found.shapes.values())
-    facts = {
+    facts: dict[str, Any] = {
         "name": dataset.name,
         "cases": len(dataset.cases),
         "patients": len(set(dataset.patients.values())),
@@ -43,15 +44,17 @@ def fingerprint(data: Data, as_json: Json = False) -> None:
             " × ".join(f"{edge:g}" for edge in spacing): count
             for spacing, count in Counter(found.spacings_mm.values()).most_common(5)
         },
-        "planned_spacing_mm": list(plan.spacing_mm),
-        "planned_crop": list(plan.crop_size),
-        "planned_strides": [list(stride) for stride in plan.strides],
-        "mirrored_axes": list(plan.flip_axes),
+        "planned_spacing_mm": list(decided.spacing_mm),
+        "planned_crop": list(decided.crop_size),
+        "planned_strides": [list(stride) for stride in decided.strides],
+        "mirrored_axes": list(decided.flip_axes),
+        "reasons": decided.reasons,
     }
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    for key, value in facts.items():
+    reasons = facts.pop("reasons")
+    for key, value in {**facts, **{f"why {key}": reason for key, reason in reasons.items()}}.items():
         typer.echo(f"{key.replace('_', ' '):20} {value}")
 
 

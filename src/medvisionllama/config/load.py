@@ -1,6 +1,7 @@
 """Preset, then overrides, then validation; and the same configuration to and from YAML."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -104,8 +105,12 @@ def _split_override(text: str) -> tuple[str, Any]:
     kind = _known_types(Config).get(key)
     if kind is str:
         return key, value.strip()
-    if get_origin(kind) is tuple and value.strip() and not value.lstrip().startswith(("[", "null", "~")):
-        value = f"[{','.join(repr(part.strip()) if ':' in part else part for part in value.split(','))}]"
+    if get_origin(kind) is tuple:
+        # YAML reads 28:30 as minutes and seconds, here it is a range or a window.
+        if not {"'", '"'} & set(value):
+            value = re.sub(r"[^\s,\[\]]*:[^\s,\[\]]*", lambda found: repr(found[0]), value)
+        if value.strip() and not value.lstrip().startswith(("[", "null", "~")):
+            value = f"[{value}]"
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:

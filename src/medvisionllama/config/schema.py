@@ -4,6 +4,7 @@ Unknown keys are errors, and so are values that contradict each other; both are 
 built, before a scan is read or a weight allocated.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Size = tuple[Positive, Positive, Positive]
+Step = Annotated[int, Field(ge=1, le=4)]
+Stride = tuple[Step, Step, Step]
 
 
 def parse_layers(text: Any) -> tuple[Any, ...]:
@@ -38,6 +41,22 @@ def parse_layers(text: Any) -> tuple[Any, ...]:
     return tuple(numbers)
 
 
+def parse_window(text: str) -> tuple[float, float]:
+    """Read `-160:240`.
+
+    Raises:
+        ValueError: not two numbers, the smaller first.
+    """
+    low, _, high = text.partition(":")
+    try:
+        window = float(low), float(high)
+    except ValueError:
+        window = math.nan, math.nan
+    if not -math.inf < window[0] < window[1] < math.inf:
+        raise ValueError(f"{text!r} is no rule; write auto, image, dataset, or a window as -160:240")
+    return window
+
+
 class Section(BaseModel):
     """A group of settings: unknown keys refused, values frozen once built, docstrings under fields kept as help."""
 
@@ -57,11 +76,26 @@ class DataConfig(Section):
     geometry: Literal["native", "resize"] = "native"
     """Crop at the dataset's median spacing, or squeeze the whole volume into `crop_size`, as published."""
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    """Spacing of training in x, y, z; by default the fingerprint's median. No effect with geometry=resize."""
+    """Spacing of training in x, y, z; by default the fingerprint's median, where a crop shows enough of it (see
+    `coarsest_mm`). No effect with geometry=resize."""
+    coarsest_mm: Annotated[float, Field(ge=0)] = 2.0
+    """Where a crop of `max_crop_voxels` would show less than an eighth of the median scan, fine axes are made
+    coarser until it does, but not coarser than this; 0 keeps the scans' own spacing. No effect beside spacing_mm
+    or crop_size."""
+    thick_axis_percentile: Annotated[float, Field(ge=0, le=100)] = 10.0
+    """Where slices are thick, few and differ between scans, their spacing is this percentile; 50 is the median."""
     crop_size: Size | None = None
     """Voxels of a training crop in x, y, z; by default from the fingerprint and `max_crop_voxels`."""
     max_crop_voxels: Positive = 131_072
     """Upper limit of a planned crop: the compute of one step grows with it."""
+    strides: tuple[Stride, Stride, Stride] | None = None
+    """Downsampling in x, y, z at the stem's second and third stage and at the tokens, as [[2,2,1],[2,2,1],[2,2,2]];
+    by default axes with thick slices are halved later. Only with network.head=skip."""
+    flip_axes: tuple[Literal["x", "y", "z"], ...] | None = None
+    """Axes that are mirrored, as x or x,y or []; by default x, unless class names tell left from right."""
+    normalisation: tuple[str, ...] | None = None
+    """How each channel is scaled, in order: `image` by each scan's own mean and deviation, `dataset` by percentiles
+    of labelled voxels, a window as -160:240, or `auto`: `dataset` for CT, else `image`."""
     patient_pattern: str | None = None
     """Regular expression whose first group is the patient in a case's name; by default a rule that knows frames,
     phases, visits and time points."""
@@ -77,6 +111,14 @@ class DataConfig(Section):
     """Number of training cases used instead of a fraction; whole patients, nested like fractions."""
     foreground_share: Share = 0.5
     """Share of crops centred on a labelled voxel, classes taking turns."""
+
+    @field_validator("normalisation")
+    @classmethod
+    def _known_rules(cls, rules: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for rule in rules or ():
+            if rule not in {"auto", "image", "dataset"}:
+                parse_window(rule)
+        return rules
 
 
 class AugmentConfig(Section):
@@ -268,6 +310,14 @@ class Config(Section):
     def _fits_together(self) -> "Config":
         if self.data.geometry == "resize" and self.data.crop_size is None:
             raise ValueError("data.geometry=resize needs data.crop_size, the shape to resize to")
+        if self.network.head != "skip" and self.data.strides:
+            raise ValueError(
+                f"data.strides has no effect with network.head={self.network.head}; set network.patch_size"
+            )
+        if self.data.flip_axes and not (self.augment.enabled and self.augment.flip == "auto"):
+            raise ValueError(
+                "data.flip_axes asks for mirroring, augment.flip=none or augment.enabled=false forbids it; drop one"
+            )
         if self.network.head != "skip" and self.data.crop_size:
             patch = self.network.patch_size
             if any(size % patch for size in self.data.crop_size):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from medvisionllama._files import atomic_path, canonical_hash, user_cache, write_json
+from medvisionllama.config.schema import parse_window
 from medvisionllama.data.index import Case
 from medvisionllama.data.planning import Normalisation, Plan, is_ct
 from medvisionllama.data.readers import read_image, read_label
@@ -78,12 +79,14 @@ def build_cache(
     plan: Plan,
     *,
     folder: Path | None = None,
+    workers: int | None = None,
     on_case: Callable[[], None] = lambda: None,
 ) -> tuple[CachedCase, ...]:
     """Preprocess cases in parallel, skipping those already there.
 
     Args:
         folder: where the cache lives; by default the user's cache folder.
+        workers: threads; by default as many as cores, but at most four.
         on_case: called after each case, for a progress bar.
 
     Raises:
@@ -97,7 +100,7 @@ def build_cache(
         return result
 
     # Each worker holds a few copies of a whole scan, so their number must not grow with the cores.
-    with ThreadPoolExecutor(max_workers=min(_WORKERS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=workers or min(_WORKERS, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(prepare, case) for case in cases]
         try:
             return tuple(future.result() for future in futures)
@@ -115,23 +118,36 @@ def found_classes(cases: Sequence[CachedCase]) -> dict[int, str]:
     return {value: f"class {value}" for value in values}
 
 
-def fit_normalisation(cases: Sequence[CachedCase], channels: Sequence[str]) -> tuple[Normalisation, ...]:
+def fit_normalisation(
+    cases: Sequence[CachedCase], channels: Sequence[str], *, rules: Sequence[str] = ()
+) -> tuple[Normalisation, ...]:
     """Choose the normalisation of each channel; `cases` are those that train.
 
-    CT is clipped to the 0.5 and 99.5 percentiles of foreground voxels and scaled by their mean and deviation
-    (nnU-Net's rule).
+    `dataset`, the rule for CT, clips to the 0.5 and 99.5 percentiles of foreground voxels and scales by their mean
+    and deviation (nnU-Net's rule). A window is scaled as if its values were evenly spread.
+
+    Args:
+        rules: `Plan.channel_rules`; by default `dataset` for CT and `image` for all else.
     """
     result = []
-    for index, channel in enumerate(channels):
-        if not is_ct(channel):
+    rules = rules or ["dataset" if is_ct(channel) else "image" for channel in channels]
+    for index, rule in enumerate(rules):
+        if rule == "image":
             result.append(Normalisation(kind="image"))
+            continue
+        if rule != "dataset":
+            low, high = parse_window(rule)
+            spread = (high - low) / math.sqrt(12)
+            result.append(
+                Normalisation(kind="dataset", low=low, high=high, mean=(low + high) / 2, std=spread)
+            )
             continue
         samples = np.concatenate(
             [np.asarray(case.facts["foreground_samples"][index], dtype=np.float64) for case in cases]
         )
         if samples.size == 0:
             raise DataError(
-                f"no labelled voxel in the {len(cases)} training cases, so CT intensities cannot be scaled; check the labels"
+                f"no labelled voxel in the {len(cases)} training cases, so CT intensities cannot be scaled; check the labels, or give a window: --set data.normalisation=-160:240"
             )
         low, high = (float(value) for value in np.percentile(samples, [0.5, 99.5]))
         clipped = samples.clip(low, high)
@@ -218,31 +234,35 @@ def to_grid(volume: Volume, plan: Plan) -> ImageArray:
 
 def _prepare(case: Case, plan: Plan, root: Path) -> CachedCase:
     assert case.label is not None, "only labelled cases are cached"
+    contents = [path.read_bytes() for path in (*case.images, case.label)]
     digest = hashlib.sha256()
-    for path in (*case.images, case.label):
-        digest.update(path.read_bytes())
+    for part in contents:
+        digest.update(part)
     content = digest.hexdigest()
     settings = {
         "format": _FORMAT,
         "spacing": plan.spacing_mm,
         "resize": plan.crop_size if plan.resize else None,
-        "ct": [is_ct(name) for name in plan.channels],
+        "ct": [rule == "dataset" for rule in plan.channel_rules],
     }
     folder = root / canonical_hash([content, settings])[:32]
     facts_path = folder / "facts.json"
     if facts_path.is_file():
         facts = json.loads(facts_path.read_text())
     else:
-        facts = {"content_sha256": content, **_write_arrays(case, plan, folder)}
+        facts = {"content_sha256": content, **_write_arrays(case, contents, plan, folder)}
         # Written last: a folder without it is an unfinished one, and is filled again.
         write_json(facts_path, facts)
     _check_values(case, facts, plan)
     return CachedCase(case.case_id, case.patient_id, folder, facts)
 
 
-def _write_arrays(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
+def _write_arrays(case: Case, contents: list[bytes], plan: Plan, folder: Path) -> dict[str, Any]:
+    """Preprocess a case from its files' bytes, the label's last."""
     assert case.label is not None
-    image, native = to_ras(read_image(case.images)), to_ras(read_label(case.label))
+    image = to_ras(read_image(case.images, contents[:-1]))
+    native = to_ras(read_label(case.label, contents.pop()))
+    contents.clear()  # a scan in memory is enough
     grid = to_grid(image, plan)
     label = resample_label(native.array, (grid.shape[1], grid.shape[2], grid.shape[3]))
     resampled = label.shape != native.array.shape
@@ -252,33 +272,39 @@ def _write_arrays(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
     for name, array in arrays.items():
         with atomic_path(folder / f"{name}.npy") as temporary:
             np.save(temporary, np.ascontiguousarray(array), allow_pickle=False)
-    values, counts = np.unique(native.array, return_counts=True)
+    counts = np.bincount(native.array.ravel())
+    inside = np.flatnonzero(native.array)
     return {
         "resampled": resampled,
         "spacing_mm": image.spacing_mm,
         "moments": image_moments(image.array),
-        "foreground_moments": [_moments(channel[native.array > 0]) for channel in image.array],
-        "class_voxels": {str(value): int(count) for value, count in zip(values, counts, strict=True)},
-        "foreground_samples": _foreground_samples(image.array, native.array)
-        if any(map(is_ct, plan.channels))
+        "foreground_moments": [_moments(channel.ravel()[inside]) for channel in image.array],
+        "class_voxels": {str(value): int(counts[value]) for value in np.flatnonzero(counts)},
+        "foreground_samples": _foreground_samples(image.array, inside)
+        if "dataset" in plan.channel_rules
         else [],
     }
 
 
 def _centres(label: LabelArray) -> np.ndarray:
     rng = np.random.default_rng(0)
-    rows = []
-    for value in np.unique(label[label > 0]):
-        voxels = np.argwhere(label == value)
+    # One pass over the volume however many classes: sort the labelled voxels by class, in their order.
+    inside = np.flatnonzero(label)
+    values = label.ravel()[inside]
+    inside = inside[np.argsort(values, kind="stable")]
+    rows, start = [], 0
+    counts = np.bincount(values)
+    for value in np.flatnonzero(counts):
+        voxels = inside[start : start + counts[value]]
+        start += counts[value]
         kept = voxels[rng.permutation(len(voxels))[:_CENTRES_PER_CLASS]]
-        rows.append(np.column_stack([np.full(len(kept), value), kept]))
+        rows.append(np.column_stack([np.full(len(kept), value), *np.unravel_index(kept, label.shape)]))
     return np.concatenate(rows).astype(np.int32) if rows else np.zeros((0, 4), np.int32)
 
 
-def _foreground_samples(image: ImageArray, label: LabelArray) -> list[list[float]]:
-    voxels = image[:, label > 0]
-    kept = np.random.default_rng(0).permutation(voxels.shape[1])[:_SAMPLES]
-    samples: list[list[float]] = voxels[:, kept].tolist()
+def _foreground_samples(image: ImageArray, inside: np.ndarray) -> list[list[float]]:
+    kept = inside[np.random.default_rng(0).permutation(len(inside))[:_SAMPLES]]
+    samples: list[list[float]] = image.reshape(len(image), -1)[:, kept].tolist()
     return samples
 
 

@@ -31,6 +31,11 @@ class Fingerprint:
         return (x, y, z)
 
     @property
+    def median_shape(self) -> tuple[float, float, float]:
+        x, y, z = (float(value) for value in np.median(list(self.shapes.values()), axis=0))
+        return (x, y, z)
+
+    @property
     def median_extent_mm(self) -> SpacingMm:
         """Median size of the imaged region along each axis."""
         extents = [np.multiply(self.shapes[case], self.spacings_mm[case]) for case in self.shapes]

@@ -1,4 +1,4 @@
-"""From a fingerprint to the numbers a run needs: spacing, crop, strides, mirrored axes, normalisation."""
+"""From a fingerprint to the numbers a run needs, and why: spacing, crop, strides, mirrored axes, normalisation."""
 
 import math
 import re
@@ -7,14 +7,32 @@ from typing import Literal, TypedDict
 from pydantic import BaseModel, ConfigDict
 
 from medvisionllama.config import DataConfig
+from medvisionllama.data import plan_reasons as why
 from medvisionllama.data.fingerprint import Fingerprint
+from medvisionllama.data.grid_rules import (
+    Strides,
+    median_or_thinner,
+    plan_crop,
+    plan_strides,
+    raise_spacing,
+    thick_axis,
+    total_stride,
+)
 from medvisionllama.data.index import Dataset
+from medvisionllama.errors import ConfigError
 from medvisionllama.types import SpacingMm, Triple
 
-Strides = tuple[Triple, Triple, Triple]
-# An axis is halved only while its voxels are not much longer than the finest axis's: nnU-Net's rule (Isensee et
-# al. 2021, Nature Methods, supplementary note on architecture), which keeps 10 mm slices apart.
-_COARSER = 2.0
+__all__ = [
+    "NetworkSizes",
+    "Normalisation",
+    "Plan",
+    "Strides",
+    "is_ct",
+    "make_plan",
+    "plan_crop",
+    "plan_strides",
+    "total_stride",
+]
 
 
 class NetworkSizes(TypedDict):
@@ -58,6 +76,59 @@ class Plan(BaseModel):
     """Downsampling of the stem's second and third stage and of the tokens, an axis each."""
     flip_axes: tuple[int, ...]
     normalisation: tuple[Normalisation, ...] = ()
+    normalisation_rules: tuple[str, ...] = ()
+    """What was asked for each channel (`data.normalisation`); empty if nothing was."""
+    reasons: dict[str, str] = {}
+    """Why, in one sentence for each decision; empty in plans written before there were any."""
+
+    @property
+    def decisions(self) -> "Plan":
+        """The plan without its reasons: what two runs must share."""
+        return self.model_copy(update={"reasons": {}})
+
+    @property
+    def channel_rules(self) -> tuple[str, ...]:
+        """Each channel's rule with `auto` resolved: `image`, `dataset`, or a window as `-160:240`."""
+        asked = self.normalisation_rules or ("auto",) * len(self.channels)
+        return tuple(
+            ("dataset" if is_ct(name) else "image") if rule == "auto" else rule
+            for name, rule in zip(self.channels, asked, strict=True)
+        )
+
+    def with_normalisation(self, rules: tuple[Normalisation, ...], num_cases: int) -> "Plan":
+        """Add what was measured on the cases that train."""
+        reasons = {
+            why.normalisation_key(self.channels, number): why.normalisation(
+                asked,
+                by_hand=bool(self.normalisation_rules) and self.normalisation_rules[number] != "auto",
+                limits=(rule.low, rule.high),
+                num_cases=num_cases,
+            )
+            for number, (asked, rule) in enumerate(zip(self.channel_rules, rules, strict=True))
+        }
+        return self.model_copy(update={"normalisation": rules, "reasons": self.reasons | reasons})
+
+    @property
+    def lines(self) -> list[str]:
+        """The plan in a few lines: what was decided, and why where that is known."""
+        size = "×".join(map(str, self.crop_size))
+        decided = {
+            "resize": f"whole scans resized to {size} voxels" if self.resize else "",
+            "crop_size": "" if self.resize else f"crops of {size} voxels",
+            "spacing_mm": "" if self.resize else f"voxels of {why.lengths(self.spacing_mm)}",
+            "strides": "strides " + ", ".join("×".join(map(str, stride)) for stride in self.strides),
+            "flip_axes": "mirrored axes: " + (", ".join("xyz"[axis] for axis in self.flip_axes) or "none"),
+        }
+        lines = [
+            f"{text}: {self.reasons[key]}" if key in self.reasons else text
+            for key, text in decided.items()
+            if text
+        ]
+        rest: dict[str, list[str]] = {}
+        for key, reason in self.reasons.items():
+            if key not in decided:
+                rest.setdefault(reason, []).append(key.removeprefix("normalisation of "))
+        return lines + [f"normalisation of {', '.join(keys)}: {reason}" for reason, keys in rest.items()]
 
     @property
     def num_outputs(self) -> int:
@@ -91,25 +162,44 @@ def make_plan(
     """Decide spacing, crop and strides.
 
     Args:
+        flip: mirroring is allowed.
         patch_size: edge of a cubic token patch, or None where a stem with planned strides makes the tokens.
+
+    Raises:
+        ConfigError: `data.normalisation` names another number of channels than the dataset has.
     """
-    spacing = data.spacing_mm or found.median_spacing_mm
-    if data.geometry == "resize":
-        assert data.crop_size is not None, "checked with the configuration"
-        # Voxels of a squeezed scan are this large, and rotations must know it.
-        x, y, z = (
-            round(extent / size, 4)
-            for extent, size in zip(found.median_extent_mm, data.crop_size, strict=True)
-        )
-        spacing = (x, y, z)
-    strides = plan_strides(spacing) if patch_size is None else ((patch_size,) * 3, (1, 1, 1), (1, 1, 1))
+    reasons: dict[str, str] = {}
+    spacing, reasons["spacing_mm"] = _spacing(found, data)
+    extent = found.median_extent_mm
+    shape = tuple(length / edge for length, edge in zip(extent, spacing, strict=True))
+    if patch_size is not None:
+        strides: Strides = ((patch_size,) * 3, (1, 1, 1), (1, 1, 1))
+        reasons["strides"] = f"tokens are cubes of {patch_size} voxels (network.patch_size)"
+    elif data.strides is not None:
+        strides, reasons["strides"] = data.strides, f"{why.BY_HAND} (data.strides)"
+    else:
+        # To whole voxels, or a median scan of 15.99 would be counted as one of 15.
+        strides = plan_strides(spacing, [round(size, 1) for size in shape])
+        reasons["strides"] = why.strides(strides, spacing, shape)
     unit = total_stride(strides)
     if data.crop_size is not None:
         x, y, z = (math.ceil(size / step) * step for size, step in zip(data.crop_size, unit, strict=True))
         crop = (x, y, z)
     else:
-        crop = plan_crop(found.median_extent_mm, spacing, unit, data.max_crop_voxels)
-    return Plan(
+        crop = plan_crop(extent, spacing, unit, data.max_crop_voxels)
+    reasons["crop_size"] = why.crop(crop, spacing, extent, unit, data)
+    flips, reasons["flip_axes"] = _flips(dataset, data, allowed=flip)
+    reasons["resize"] = (
+        "whole scans are squeezed to crop_size (data.geometry=resize)"
+        if data.geometry == "resize"
+        else "scans keep their proportions and are cropped (data.geometry=native)"
+    )
+    asked = data.normalisation or ()
+    if asked and len(asked) != len(dataset.channels):
+        raise ConfigError(
+            f"data.normalisation names {len(asked)} channels, the dataset has {len(dataset.channels)} ({', '.join(dataset.channels)}); name each"
+        )
+    plan = Plan(
         channels=dataset.channels,
         classes=dataset.classes,
         merged=data.labels == "foreground",
@@ -117,49 +207,48 @@ def make_plan(
         spacing_mm=spacing,
         crop_size=crop,
         strides=strides,
-        flip_axes=(0,) if flip and not _tells_sides(dataset.classes) else (),
+        flip_axes=flips,
+        normalisation_rules=asked,
     )
+    for number, rule in enumerate(plan.channel_rules):
+        key = why.normalisation_key(dataset.channels, number)
+        reasons[key] = why.normalisation(rule, by_hand=bool(asked) and asked[number] != "auto")
+    return plan.model_copy(update={"reasons": reasons})
 
 
-def plan_strides(spacing_mm: SpacingMm) -> Strides:
-    """Halve each axis at each of three stages, but leave an axis alone while its voxels are much coarser.
+def _spacing(found: Fingerprint, data: DataConfig) -> tuple[SpacingMm, str]:
+    extent = found.median_extent_mm
+    if data.geometry == "resize":
+        assert data.crop_size is not None, "checked with the configuration"
+        # Voxels of a squeezed scan are this large, and rotations must know it.
+        x, y, z = (round(length / size, 4) for length, size in zip(extent, data.crop_size, strict=True))
+        return (x, y, z), f"follows from squeezing the median scan of {why.lengths(extent)}"
+    if data.spacing_mm is not None:
+        return data.spacing_mm, f"{why.BY_HAND} (data.spacing_mm)"
+    axis = thick_axis(found.median_spacing_mm, found.median_shape)
+    spacings = list(found.spacings_mm.values())
+    native = median_or_thinner(spacings, axis, data.thick_axis_percentile)
+    reason = why.native_spacing(spacings, native, axis, data.thick_axis_percentile)
+    if data.crop_size is not None:
+        return native, reason
+    raised = raise_spacing(native, extent, data.max_crop_voxels, data.coarsest_mm)
+    if raised != native:
+        reason = why.raised_spacing(native, raised, extent, data)
+    return raised, reason
 
-    >>> plan_strides((1.5, 1.5, 10.0))
-    ((2, 2, 1), (2, 2, 1), (2, 2, 2))
-    """
-    stages = []
-    current = list(spacing_mm)
-    for _ in range(3):
-        finest = min(current)
-        x, y, z = (2 if size < _COARSER * finest else 1 for size in current)
-        stages.append((x, y, z))
-        current = [size * step for size, step in zip(current, stages[-1], strict=True)]
-    return (stages[0], stages[1], stages[2])
 
-
-def total_stride(strides: Strides) -> Triple:
-    """Voxels per token along each axis."""
-    x, y, z = (math.prod(stage[axis] for stage in strides) for axis in range(3))
-    return (x, y, z)
-
-
-def plan_crop(extent_mm: SpacingMm, spacing_mm: SpacingMm, unit: Triple, max_voxels: int) -> Triple:
-    """Cover the median scan, then shorten the physically longest axis until the crop fits the budget."""
-    crop = [
-        max(1, math.ceil(extent / size / step - 0.05)) * step
-        for extent, size, step in zip(extent_mm, spacing_mm, unit, strict=True)
-    ]
-    while math.prod(crop) > max_voxels:
-        lengths = [
-            size * edge if size > step else 0.0
-            for size, edge, step in zip(crop, spacing_mm, unit, strict=True)
-        ]
-        longest = lengths.index(max(lengths))
-        if lengths[longest] == 0.0:
-            break
-        crop[longest] -= unit[longest]
-    x, y, z = crop
-    return (x, y, z)
+def _flips(dataset: Dataset, data: DataConfig, *, allowed: bool) -> tuple[tuple[int, ...], str]:
+    sides = _tells_sides(dataset.classes)
+    if data.flip_axes is not None:
+        reason = f"{why.BY_HAND} (data.flip_axes)"
+        if sides and "x" in data.flip_axes:
+            reason += f", although the class {sides!r} tells left from right"
+        return tuple("xyz".index(name) for name in sorted(set(data.flip_axes))), reason
+    if not allowed:
+        return (), f"{why.BY_HAND} (augment.flip=none or augment.enabled=false)"
+    if sides:
+        return (), f"nothing is mirrored, since the class {sides!r} tells left from right"
+    return (0,), "left and right are mirrored, since no class name tells them apart"
 
 
 def is_ct(channel: str) -> bool:
@@ -167,10 +256,9 @@ def is_ct(channel: str) -> bool:
     return channel.strip().lower() in {"ct", "ctnormalization"}
 
 
-def _tells_sides(classes: dict[int, str]) -> bool:
+def _tells_sides(classes: dict[int, str]) -> str | None:
+    """The first class name with a word for a side."""
     # "left ventricle" and "right ventricle" differ in shape and wall, not by mirroring alone, but a network that
     # has seen mirrored hearts has lost the position that tells them apart in an unclear scan.
-    return any(
-        re.search(r"(?<![a-z])(left|right|l|r|lt|rt|lv|rv|la|ra|lh|rh)(?![a-z])", name.lower())
-        for name in classes.values()
-    )
+    sides = r"(?<![a-z])(left|right|l|r|lt|rt|lv|rv|la|ra|lh|rh)(?![a-z])"
+    return next((name for name in classes.values() if re.search(sides, name.lower())), None)

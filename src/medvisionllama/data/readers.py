@@ -1,5 +1,6 @@
 """Scans in, checked. Every refusal names the file, what is wrong with it and what to do."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,29 +49,36 @@ def read_header(path: ScanSource) -> Header:
     return header
 
 
-def read_voxels(path: ScanSource) -> Volume:
+def read_voxels(path: ScanSource, content: bytes | None = None) -> Volume:
     """Read `[channel, x, y, z]` as stored, whatever the values: for those who look for what is wrong with them.
+
+    Args:
+        content: the file's bytes, where the caller has them already; formats that cannot use them read again.
 
     Raises:
         DataError: the file is missing, damaged, truncated, or is not a 3-D or 4-D image.
     """
     module = format_of(path)
+    if hasattr(module, "read"):
+        array, header = module.read(path, content)
+        return Volume(array, header.affine)
     return Volume(module.read_voxels(path), module.read_header(path).affine)
 
 
-def read_image(paths: tuple[ScanSource, ...]) -> Volume:
+def read_image(paths: tuple[ScanSource, ...], contents: Sequence[bytes | None] = ()) -> Volume:
     """Read one case's image as float32 `[channel, x, y, z]`.
 
     Args:
         paths: one file (3-D, or 4-D with channels last) or DICOM series, or one per channel.
+        contents: the bytes of each file, as for `read_voxels`.
 
     Raises:
         DataError: unreadable or truncated, NaN or infinite voxels, or channels of different geometry.
     """
     channels: list[np.ndarray] = []
     first: Volume | None = None
-    for path in paths:
-        volume = read_voxels(path)
+    for path, content in zip(paths, contents or (None,) * len(paths), strict=True):
+        volume = read_voxels(path, content)
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is refused below
             array = volume.array.astype(np.float32, copy=False)
         check_finite(path, array)
@@ -85,13 +93,13 @@ def read_image(paths: tuple[ScanSource, ...]) -> Volume:
     return Volume(np.ascontiguousarray(array), first.affine)
 
 
-def read_label(path: ScanSource) -> Volume:
-    """Read a label as integers `[x, y, z]`.
+def read_label(path: ScanSource, content: bytes | None = None) -> Volume:
+    """Read a label as integers `[x, y, z]`; `content` as for `read_voxels`.
 
     Raises:
         DataError: unreadable or truncated, not 3-D, fractional or negative values.
     """
-    volume = read_voxels(path)
+    volume = read_voxels(path, content)
     if len(volume.array) > 1:
         raise DataError(
             f"{path}: a label must be 3-D, this one has {len(volume.array)} channels; merge them to class numbers"

@@ -40,6 +40,8 @@ class Augmentation:
         self.spacing_mm = np.asarray(spacing_mm)
         self.crop_size = crop_size
         self.flip_axes = flip_axes
+        # Along an axis of one voxel there is nothing to turn into, to zoom or to shift to.
+        self.flat_axes = [axis for axis, size in enumerate(crop_size) if size == 1]
 
     def __call__(
         self, images: ImageBatch, labels: LabelBatch, rng: np.random.Generator
@@ -64,6 +66,8 @@ class Augmentation:
             zoom = np.exp(rng.uniform(*np.log(config.scale)))
             matrix = np.diag(1 / self.spacing_mm) @ turn @ np.diag(self.spacing_mm) / zoom
             shift = rng.uniform(-1, 1, 3) * config.translation * np.asarray(self.crop_size)
+            matrix[self.flat_axes, self.flat_axes] = 1.0
+            shift[self.flat_axes] = 0.0
         for axis in self.flip_axes:
             if rng.random() < 0.5:
                 matrix[:, axis] *= -1
@@ -77,7 +81,9 @@ class Augmentation:
     def _axis_freedom(self) -> np.ndarray:
         """Share of the full angle allowed about each axis: turning thick slices into the plane makes stairs."""
         planes = [np.delete(self.spacing_mm, axis) for axis in range(3)]
-        return np.array([0.25 if plane.max() > _IN_PLANE_RATIO * plane.min() else 1.0 for plane in planes])
+        freedom = np.array([0.25 if plane.max() > _IN_PLANE_RATIO * plane.min() else 1.0 for plane in planes])
+        flat = [any(other != axis for other in self.flat_axes) for axis in range(3)]
+        return np.where(flat, 0.0, freedom)
 
 
 def apply_affine(
@@ -108,13 +114,15 @@ def _theta(drawn: Parameters, crop: Triple, region: torch.Size) -> np.ndarray:
 def _sample_labels(labels: LabelBatch, grid: Tensor) -> LabelBatch:
     best = torch.zeros(grid.shape[:-1])
     result = torch.zeros(grid.shape[:-1], dtype=torch.int64)
-    for value in labels.unique().tolist():
-        mask = (labels == value).float()[:, None]
-        share = F.grid_sample(mask, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0]
-        # Outside the region no class has a share, and the result stays background.
-        stronger = share > best
-        result[stronger] = value
-        best = torch.where(stronger, share, best)
+    # A few classes at a time: the places are found once for all of them, and memory stays small for many classes.
+    for values in labels.unique().split(4):
+        masks = (labels[:, None] == values.view(-1, 1, 1, 1)).float()
+        shares = F.grid_sample(masks, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        for value, share in zip(values.tolist(), shares.unbind(1), strict=True):
+            # Outside the region no class has a share, and the result stays background.
+            stronger = share > best
+            result[stronger] = value
+            best = torch.where(stronger, share, best)
     return result
 
 

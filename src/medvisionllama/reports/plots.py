@@ -17,6 +17,7 @@ from medvisionllama.types import LabelArray
 mpl.use("Agg")
 
 _PLANES = (("sagittal", 0, (1, 2)), ("coronal", 1, (0, 2)), ("axial", 2, (0, 1)))
+_NAMED = 10
 _NAMES = ("right", "front", "up")
 
 
@@ -27,9 +28,16 @@ def curves(history: Sequence[dict[str, Any]]) -> str:
     steps = [record["step"] for record in history]
     left.plot(steps, [record["loss"] for record in history], marker="o", color="#555555")
     left.set(xlabel="step", ylabel="mean training loss")
-    for index, name in enumerate(history[0]["dice_per_class"]):
+    names = list(history[0]["dice_per_class"])
+    many = len(names) > _NAMED
+    for index, name in enumerate(names):
         values = [record["dice_per_class"][name] for record in history]
-        right.plot(steps, values, marker="o", label=name, color=colour_of(index))
+        # More names than fit would squeeze the axes to nothing; then only the mean of the lines is named.
+        label, look = (None, {"linewidth": 0.7}) if many else (name, {"marker": "o"})
+        right.plot(steps, values, label=label, color=colour_of(index), **look)
+    if many:
+        means = [np.mean(list(record["dice_per_class"].values())) for record in history]
+        right.plot(steps, means, marker="o", color="black", label=f"mean of {len(names)} classes")
     right.set(xlabel="step", ylabel="validation Dice")
     right.legend(frameon=False)
     return png(figure)

@@ -126,9 +126,12 @@ def with_absolute_paths(config: Config) -> Config:
 def check_unchanged(run_dir: RunDir, data: PreparedData) -> None:
     """Raise CheckpointError if a run that is to go on would see other data than it began with."""
     run_dir.check_same_data(data.hashes)
-    if data.plan != read_plan(run_dir):
+    before = read_plan(run_dir).decisions.model_dump()
+    now = data.plan.decisions.model_dump()
+    changed = [name for name, value in now.items() if value != before[name]]
+    if changed:
         raise CheckpointError(
-            f"the dataset's scans changed since {run_dir.path} began, so that its plan differs; start a new run"
+            f"the scans, or our rules for them, changed since {run_dir.path} began: its plan differs in {', '.join(changed)}; start a new run"
         )
 
 

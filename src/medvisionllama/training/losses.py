@@ -12,7 +12,9 @@ def targets(labels: LabelBatch, num_outputs: int) -> Tensor:
     """Class numbers to `[b, k, x, y, z]`: one map a class, or the foreground alone if there is one output."""
     if num_outputs == 1:
         return (labels > 0).float()[:, None]
-    return F.one_hot(labels, num_outputs).movedim(-1, 1).float()
+    # `F.one_hot` would hold 64-bit integers first: half a gigabyte for a crop with 62 outputs.
+    maps = torch.zeros((*labels.shape, num_outputs), device=labels.device).movedim(-1, 1)
+    return maps.scatter_(1, labels[:, None], 1.0)
 
 
 def dice_ce_loss(logits: LogitBatch, target: Tensor) -> Tensor:

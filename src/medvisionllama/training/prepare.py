@@ -45,14 +45,7 @@ def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> P
     seen = [case for case in dataset.cases if case.case_id not in set(selection.test)]
     found = fingerprint(dataset, only={case.case_id for case in seen})
     _say_warnings(dataset, found, progress)
-    patch = None if config.network.head == "skip" else config.network.patch_size
-    plan = make_plan(
-        dataset,
-        found,
-        config.data,
-        flip=config.augment.enabled and config.augment.flip == "auto",
-        patch_size=patch,
-    )
+    plan = plan_of(dataset, found, config)
     wanted = {*selection.train, *selection.validation}
     chosen = [case for case in seen if case.case_id in wanted]
     progress.say(
@@ -65,19 +58,33 @@ def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> P
     cases = {case.case_id: case for case in cached}
     if not plan.classes:
         plan = plan.model_copy(update={"classes": found_classes(cached)})
-    rules = fit_normalisation([cases[name] for name in selection.train], plan.channels)
-    plan = plan.model_copy(update={"normalisation": rules})
-    size, spacing = "×".join(map(str, plan.crop_size)), " × ".join(f"{edge:g}" for edge in plan.spacing_mm)
-    progress.say(
-        f"{'whole scans resized to' if plan.resize else 'crops of'} {size} voxels"
-        + ("" if plan.resize else f" of {spacing} mm")
+    rules = fit_normalisation(
+        [cases[name] for name in selection.train], plan.channels, rules=plan.channel_rules
     )
+    plan = plan.with_normalisation(rules, len(selection.train))
+    for line in plan.lines:
+        progress.say(line)
     return PreparedData(
         splits,
         selection,
         plan,
         train=tuple(cases[name] for name in selection.train),
         validation=tuple(cases[name] for name in selection.validation),
+    )
+
+
+def plan_of(dataset: Dataset, found: Fingerprint, config: Config) -> Plan:
+    """Plan as a run of this configuration would; `found` leaves the test cases out.
+
+    Raises:
+        ConfigError: settings that do not fit the dataset.
+    """
+    return make_plan(
+        dataset,
+        found,
+        config.data,
+        flip=config.augment.enabled and config.augment.flip == "auto",
+        patch_size=None if config.network.head == "skip" else config.network.patch_size,
     )
 
 

@@ -14,6 +14,7 @@ from medvisionllama.data.planning import (
     plan_strides,
     total_stride,
 )
+from medvisionllama.errors import ConfigError
 
 ISOTROPIC = Fingerprint({"a": (35, 50, 36), "b": (37, 48, 35)}, dict.fromkeys("ab", (1.0, 1.0, 1.0)), 1)
 
@@ -135,3 +136,120 @@ def test_a_plan_survives_json(tmp_path):
 )
 def test_computed_tomography_is_told_by_its_channel_name(channel, expected):
     assert is_ct(channel) is expected
+
+
+THICK = (0.6, 0.6, 4.0)
+
+
+def of_spacings(*spacings: tuple[float, float, float], shape=(40, 40, 8)) -> Fingerprint:
+    cases = {str(number): spacing for number, spacing in enumerate(spacings)}
+    return Fingerprint(dict.fromkeys(cases, shape), cases, 1)
+
+
+def planned(tmp_path, found: Fingerprint, **settings) -> Plan:
+    return make_plan(dataset(tmp_path), found, DataConfig(**settings), flip=True, patch_size=None)
+
+
+def test_thick_slices_that_differ_take_the_tenth_percentile(tmp_path):
+    found = of_spacings(*[THICK] * 8, (0.6, 0.6, 2.0), (0.6, 0.6, 2.0), (0.6, 0.6, 2.0))
+    plan = planned(tmp_path, found)
+    assert plan.spacing_mm == (0.6, 0.6, 2.0)
+    assert "percentile 10" in plan.reasons["spacing_mm"]
+    assert planned(tmp_path, found, thick_axis_percentile=50).spacing_mm == THICK
+
+
+def test_the_thick_axis_never_becomes_thinner_than_the_others(tmp_path):
+    found = of_spacings(*[THICK] * 8, *[(0.6, 0.6, 0.3)] * 3)
+    assert planned(tmp_path, found).spacing_mm == (0.6, 0.6, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("common", "rare", "shape"),
+    [
+        ((1.0, 1.0, 2.0), (1.0, 1.0, 1.0), (40, 40, 8)),  # not thick
+        (THICK, (0.6, 0.6, 2.0), (20, 40, 8)),  # thick, but not few
+    ],
+)
+def test_spacings_that_differ_take_the_median_else(tmp_path, common, rare, shape):
+    assert planned(tmp_path, of_spacings(*[common] * 8, *[rare] * 3, shape=shape)).spacing_mm == common
+
+
+def test_an_axis_of_one_slice_is_never_halved(tmp_path):
+    plan = planned(tmp_path, of_spacings((1.0, 1.0, 1.0), shape=(64, 64, 1)))
+    assert total_stride(plan.strides) == (8, 8, 1)
+    assert plan.crop_size == (64, 64, 1)
+    assert plan.reasons["strides"] == "z has 1 voxel and is never halved in three stages"
+
+
+def test_the_spacing_of_a_single_slice_decides_nothing(tmp_path):
+    plan = planned(tmp_path, of_spacings((1.0, 1.0, 0.1), shape=(64, 64, 1)))
+    assert total_stride(plan.strides) == (8, 8, 1)
+
+
+def test_few_slices_are_halved_as_often_as_they_last(tmp_path):
+    plan = planned(tmp_path, of_spacings((1.0, 1.0, 1.0), shape=(64, 64, 12)))
+    assert (total_stride(plan.strides), plan.crop_size) == ((8, 8, 4), (64, 64, 12))
+
+
+def test_a_given_crop_keeps_the_spacing_of_the_scans(tmp_path):
+    found = of_spacings((0.8, 0.8, 0.8), shape=(512, 512, 512))
+    assert planned(tmp_path, found).spacing_mm == (2.0, 2.0, 2.0)
+    assert planned(tmp_path, found, crop_size=(64, 64, 64)).spacing_mm == (0.8, 0.8, 0.8)
+
+
+def test_what_is_set_by_hand_is_obeyed_and_said(tmp_path):
+    strides = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
+    plan = plan_of(
+        tmp_path,
+        "left",
+        spacing_mm=(2, 2, 2),
+        crop_size=(16, 16, 16),
+        strides=strides,
+        flip_axes=("z", "x"),
+        normalisation=("-160:240",),
+    )
+    assert (plan.spacing_mm, plan.crop_size, plan.strides) == ((2, 2, 2), (16, 16, 16), strides)
+    assert plan.flip_axes == (0, 2)
+    assert plan.channel_rules == ("-160:240",)
+    by_hand = {key: reason for key, reason in plan.reasons.items() if "set by you" in reason}
+    assert by_hand.keys() == {"spacing_mm", "crop_size", "strides", "flip_axes", "normalisation of MRI"}
+    assert "'left' tells left from right" in by_hand["flip_axes"]
+
+
+def test_no_axis_is_mirrored_if_so_asked(tmp_path):
+    assert plan_of(tmp_path, flip_axes=()).flip_axes == ()
+
+
+def test_a_rule_for_each_channel_or_none(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"data.normalisation names 2 channels, the dataset has 1 \(MRI\); name each"
+    ):
+        plan_of(tmp_path, normalisation=("image", "dataset"))
+
+
+def test_auto_follows_the_name_of_the_channel(tmp_path):
+    plan = plan_of(tmp_path, normalisation=("auto",)).model_copy(update={"channels": ("CT",)})
+    assert plan.channel_rules == ("dataset",)
+
+
+def test_the_reason_of_ct_names_its_measured_limits(tmp_path):
+    plan = plan_of(tmp_path).model_copy(update={"channels": ("CT",)})
+    rule = Normalisation(kind="dataset", low=-57.25, high=164.0, mean=100.0, std=40.0)
+    reason = plan.with_normalisation((rule,), 30).reasons["normalisation of CT"]
+    assert "30 training cases, here -57.25 to 164" in reason
+
+
+def test_a_plan_of_an_older_version_is_read_without_reasons(tmp_path):
+    plan = plan_of(tmp_path)
+    old = plan.model_dump(mode="json", exclude={"reasons", "normalisation_rules"})
+    read = Plan.model_validate(old)
+    assert read.reasons == {}
+    assert read.decisions == plan.decisions
+    assert read.lines[0] == "crops of 40×56×40 voxels"
+
+
+def test_the_lines_of_a_plan_give_reasons(tmp_path):
+    lines = plan_of(tmp_path).lines
+    assert lines[0].startswith("crops of 40×56×40 voxels: covers the median scan of 36 × 49 × 35.5 mm")
+    assert lines[1] == "voxels of 1 × 1 × 1 mm: what every scan has"
+    assert len(lines) == 5

@@ -148,3 +148,33 @@ def test_cases_without_labels_are_cut_anywhere(dataset_folder, write_nifti, tmp_
     images, labels = made.batch(0)
     assert images.ne(0).all()
     assert labels.eq(0).all()
+
+
+def test_a_structure_of_three_voxels_among_sixty_classes_is_found(write_nifti, tmp_path):
+    rng = np.random.default_rng(0)
+    label = np.zeros((40, 40, 40), np.uint8)
+    label[8:32, 8:32, 8:32] = np.arange(1, 61)[rng.integers(0, 60, (24, 24, 24))]
+    label[label == 60] = 1
+    label[3, 3, 3:6] = 60
+    root = tmp_path / "data"
+    write_nifti(root / "images" / "a1.nii.gz", rng.normal(size=label.shape), dtype=np.float32)
+    write_nifti(root / "labels" / "a1.nii.gz", label)
+    dataset = open_dataset(root)
+    plan = make_plan(
+        dataset, fingerprint(dataset), DataConfig(crop_size=(16, 16, 16)), flip=False, patch_size=None
+    )
+    cases = build_cache(dataset.cases, plan, folder=tmp_path / "cache")
+    assert len(cases[0].centres) <= 60 * 1000
+    assert sorted(map(tuple, cases[0].centres[cases[0].centres[:, 0] == 60][:, 1:].tolist())) == [
+        (3, 3, 3), (3, 3, 4), (3, 3, 5)
+    ]  # fmt: skip
+    plan = plan.model_copy(
+        update={
+            "classes": {value: str(value) for value in range(1, 61)},
+            "normalisation": fit_normalisation(cases, plan.channels),
+        }
+    )
+    sampler = BatchSampler(cases, plan, DataConfig(foreground_share=1.0), OFF, batch_size=2, seed=0)
+    batches = [sampler.batch(step)[1] for step in range(200)]
+    # One class of sixty is drawn once in sixty crops; without turns it would be three voxels of 13,000.
+    assert sum(int((labels == 60).any()) for labels in batches) >= 5

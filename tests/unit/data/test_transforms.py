@@ -228,3 +228,34 @@ def test_intensity_effects_are_drawn_with_their_probability():
     rng = np.random.default_rng(0)
     assert all(not augmentation(intensity_probability=0.0).draw(rng).effects for _ in range(20))
     assert set(augmentation(intensity_probability=1.0).draw(rng).effects) == set(EFFECTS)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_slice_is_moved_in_its_plane_only(axis):
+    crop = tuple(1 if other == axis else 12 for other in range(3))
+    made = Augmentation(
+        AugmentConfig(spatial_probability=1.0, rotation_degrees=90), (1.0, 1.0, 1.0), crop, flip_axes=()
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        drawn = made.draw(rng)
+        across = np.eye(3)[axis]
+        np.testing.assert_allclose(drawn.matrix[axis], across, atol=1e-12)
+        np.testing.assert_allclose(drawn.matrix[:, axis], across, atol=1e-12)
+        assert drawn.shift[axis] == 0
+        assert np.abs(np.delete(drawn.shift, axis)).min() > 0
+
+
+def test_a_slice_is_not_faded_by_the_padding_beside_it():
+    made = Augmentation(
+        AugmentConfig(spatial_probability=1.0, intensity_probability=0),
+        (1.0, 1.0, 1.0),
+        (12, 12, 1),
+        flip_axes=(),
+    )
+    images, labels = torch.zeros(1, 1, 16, 16, 3), torch.zeros(1, 16, 16, 3, dtype=torch.int64)
+    images[..., 1], labels[..., 1] = 1.0, 1
+    for seed in range(5):
+        moved, classes = made(images, labels, np.random.default_rng(seed))
+        torch.testing.assert_close(moved[0, 0, 4:8, 4:8, 0], torch.ones(4, 4))
+        assert (classes[0, 4:8, 4:8, 0] == 1).all()

@@ -1,19 +1,24 @@
 """NIfTI-1 and NIfTI-2, compressed or not, by nibabel."""
 
 import gzip
+import io
+import math
 import zlib
 from pathlib import Path
-from typing import IO, cast
 
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.volumeutils import apply_read_scaling
 
+from medvisionllama.data.formats.gzip_bytes import Unpacker
 from medvisionllama.data.formats.header import Header, make_header, unreadable
 from medvisionllama.errors import DataError
 
 SUFFIXES = (".nii.gz", ".nii")
+# First number of the header, and its length in bytes.
+_KINDS = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
 _UNREADABLE = (
     ImageFileError,
     HeaderDataError,
@@ -29,31 +34,74 @@ _UNREADABLE = (
 
 def read_header(path: Path) -> Header:
     """Shape and placement, from the first bytes of the file."""
-    image = _open(path)
-    return make_header(path, image.shape, np.asarray(image.affine, dtype=np.float64))
+    return _header(path, _open(path))
 
 
 def read_voxels(path: Path) -> np.ndarray:
     """Voxels `[channel, x, y, z]`, as stored, or as floats where the header scales them."""
-    image = _open(path)
-    header = make_header(path, image.shape, np.asarray(image.affine, dtype=np.float64))
-    if image.get_data_dtype().kind not in "iuf":
-        raise DataError(f"{path} stores {image.get_data_dtype()} voxels; allowed: integers and real numbers")
+    return read(path)[0]
+
+
+def read(path: Path, content: bytes | None = None) -> tuple[np.ndarray, Header]:
+    """Voxels `[channel, x, y, z]` and header, from one reading of the file.
+
+    Args:
+        content: the file's bytes, where the caller has them already.
+    """
+    packed = path.name.lower().endswith(".gz")
     try:
-        array = _compressed(path, image) if path.name.endswith(".gz") else np.asarray(image.dataobj)
+        if content is None and packed:
+            content = path.read_bytes()
+        found = None if content is None else _unpack(path, content, packed=packed)
+        if found is None:
+            # A plain file is mapped; and nibabel's words for what is no NIfTI are better than ours.
+            image = _open(path)
+            header = _header(path, image)
+            _check_type(path, image.get_data_dtype())
+            array = np.asarray(image.dataobj)
+        else:
+            array, header = found
+    except DataError:
+        raise
     except _UNREADABLE as error:
         raise unreadable(path, error) from None
-    return np.moveaxis(array.reshape(*header.shape, header.num_channels), -1, 0)
+    array = np.moveaxis(array.reshape(*header.shape, header.num_channels, order="F"), -1, 0)
+    # Bytes cannot be written to; a copy is due anyway, unless the array happens to lie in our order.
+    return (array.copy() if array.flags.c_contiguous else array), header
 
 
-def _compressed(path: Path, image: nib.Nifti1Image) -> np.ndarray:
-    # nibabel stops at the last voxel; gzip keeps its checksum behind it, so read to the end, once.
-    with gzip.open(path) as file:
-        stream = cast(IO[bytes], file)
-        array: np.ndarray = np.asarray(type(image).from_stream(stream).dataobj)
-        while stream.read(1 << 20):
-            pass
-    return array
+def _unpack(path: Path, content: bytes, *, packed: bool) -> tuple[np.ndarray, Header] | None:
+    """Voxels and header, or None for what does not begin like NIfTI."""
+    source = Unpacker(content) if packed else io.BytesIO(content)
+    head = source.read(max(_KINDS))
+    sizes = [int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")]
+    size = next((size for size in sizes if size in _KINDS and size <= len(head)), None)
+    if size is None:
+        return None
+    raw = _KINDS[size].header_class(head[:size])
+    shape, dtype = raw.get_data_shape(), raw.get_data_dtype()
+    header = make_header(path, shape, np.asarray(raw.get_best_affine(), dtype=np.float64))
+    _check_type(path, dtype)
+    offset, declared = int(raw.get_data_offset()), math.prod(shape) * dtype.itemsize
+    # No more is unpacked than the header declares: a small file may unpack to anything.
+    before = head + source.read(max(0, offset - len(head)))
+    body = source.read(declared - len(before[offset:]))
+    voxels = np.frombuffer(before[offset:] + body if len(before) > offset else body, dtype)
+    if isinstance(source, Unpacker):
+        source.drain()
+    slope, inter = raw.get_slope_inter()
+    if slope is not None and (slope, inter) != (1.0, 0.0):
+        voxels = apply_read_scaling(voxels, np.float64(slope), np.float64(inter))
+    return voxels.reshape(shape, order="F"), header
+
+
+def _check_type(path: Path, dtype: np.dtype) -> None:
+    if dtype.kind not in "iuf":
+        raise DataError(f"{path} stores {dtype} voxels; allowed: integers and real numbers")
+
+
+def _header(path: Path, image: nib.Nifti1Image) -> Header:
+    return make_header(path, image.shape, np.asarray(image.affine, dtype=np.float64))
 
 
 def _open(path: Path) -> nib.Nifti1Image:

@@ -1,0 +1,34 @@
+"""`medvisionllama data plan`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medvisionllama.cli._options import Json
+
+
+def plan(
+    data: Annotated[
+        Path, typer.Argument(help="MSD folder, nnU-Net raw folder, or a folder with images/ and labels/.")
+    ],
+    preset: Annotated[str, typer.Option(help="small (default), paper or reference.")] = "small",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any setting of `train`; repeat as needed."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what `train` would decide from the headers of these scans, and why.
+
+    Test cases are left out, as in training. Numbers that need voxels, such as a CT channel's percentiles, are
+    measured when training prepares the scans; the run's plan.json holds them.
+    """
+    from medvisionllama import api
+
+    decided = api.plan(data, preset=preset, overrides=set_ or [])
+    if as_json:
+        typer.echo(decided.model_dump_json(indent=2))
+        return
+    for line in decided.lines:
+        typer.echo(line)

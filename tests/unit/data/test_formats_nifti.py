@@ -1,0 +1,91 @@
+"""Our own unpacking against nibabel's: what nibabel reads from a file, we read from its bytes."""
+
+import gzip
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel.nifti1 import Nifti1Extension
+
+from medvisionllama.data.formats import nifti
+from medvisionllama.data.formats.gzip_bytes import Unpacker
+from medvisionllama.errors import DataError
+
+RNG = np.random.default_rng(0)
+AFFINE = np.array([[0, 0, 2.5, -3], [-1.0, 0, 0, 7], [0, 0.7, 0, 1], [0, 0, 0, 1]])
+
+
+def same_as_nibabel(path) -> None:
+    image = nib.load(path)
+    wanted = np.asarray(image.dataobj)
+    for content in (None, path.read_bytes()):
+        array, header = nifti.read(path, content)
+        assert array.dtype == wanted.dtype
+        np.testing.assert_array_equal(np.moveaxis(array, 0, -1).reshape(wanted.shape), wanted)
+        np.testing.assert_array_equal(header.affine, image.affine)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("dtype", ["u1", "<i2", ">i2", "<f4", ">f4", "f8"])
+@pytest.mark.parametrize("shape", [(5, 6, 7), (5, 6, 7, 3), (5, 6, 1), (1, 1, 9)])
+def test_voxels_and_header_are_those_of_nibabel(tmp_path, suffix, kind, dtype, shape):
+    image = kind(RNG.integers(0, 200, shape).astype(dtype), AFFINE)
+    nib.save(image, tmp_path / f"a{suffix}")
+    same_as_nibabel(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_scaled_values_are_those_of_nibabel(tmp_path, suffix):
+    image = nib.Nifti1Image(RNG.normal(50, 900, (5, 6, 7)), AFFINE)
+    image.header.set_data_dtype(np.int16)
+    nib.save(image, tmp_path / f"a{suffix}")
+    assert nib.load(tmp_path / f"a{suffix}").dataobj.slope != 1
+    same_as_nibabel(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_extensions_of_the_header_are_stepped_over(tmp_path, suffix):
+    image = nib.Nifti1Image(RNG.integers(0, 9, (5, 6, 7)).astype(np.int16), AFFINE)
+    image.header.extensions.append(Nifti1Extension("comment", b"a long comment " * 200))
+    nib.save(image, tmp_path / f"a{suffix}")
+    same_as_nibabel(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize("size", [1, 100, 10_000])
+def test_members_in_a_row_are_one_stream_as_for_gzip(size):
+    first, second = RNG.bytes(3_000), RNG.bytes(5_000)
+    content = gzip.compress(first) + gzip.compress(second) + bytes(12)
+    unpacker = Unpacker(content)
+    parts = iter(lambda: unpacker.read(size), b"")
+    assert b"".join(parts) == first + second == gzip.decompress(content)
+
+
+def test_no_more_is_unpacked_than_asked():
+    unpacker = Unpacker(gzip.compress(bytes(10_000_000)))
+    assert unpacker.read(1_000) == bytes(1_000)
+    assert len(unpacker.read(20_000_000)) == 9_999_000
+
+
+@pytest.mark.parametrize("cut", [-1, -7, 200])
+def test_a_stream_that_ends_early_is_known_at_its_end(cut):
+    unpacker = Unpacker(gzip.compress(RNG.bytes(4_000))[:cut])
+    with pytest.raises(EOFError):
+        unpacker.read(5_000)
+
+
+def test_other_bytes_behind_the_end_are_refused():
+    unpacker = Unpacker(gzip.compress(b"scan") + b"more")
+    with pytest.raises(gzip.BadGzipFile):
+        unpacker.read(5)
+
+
+def test_a_header_that_declares_terabytes_costs_nothing(tmp_path):
+    image = nib.Nifti1Image(np.zeros((5, 6, 7), np.int16), np.eye(4))
+    content = bytearray(image.to_bytes())
+    for axis in range(3):
+        content[42 + 2 * axis : 44 + 2 * axis] = (32_000).to_bytes(2, "little")
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(gzip.compress(content))
+    with pytest.raises(DataError, match="damaged or truncated"):
+        nifti.read(path)
