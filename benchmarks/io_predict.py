@@ -55,7 +55,16 @@ def run(arguments: argparse.Namespace) -> None:
         scan = root / "big.nii.gz"
         write_ct(scan, None, SHAPE, SPACING, seed=0)
         trained = train(root, arguments.overlap)
-        command = [sys.executable, __file__, "--child", str(trained), str(scan), str(root / "masks")]
+        io_script = str(Path(__file__).with_name("io.py"))
+        command = [
+            sys.executable,
+            io_script,
+            "predict",
+            "--child",
+            str(trained),
+            str(scan),
+            str(root / "masks"),
+        ]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         facts = json.loads(printed.splitlines()[-1])
     finally:
@@ -174,11 +183,3 @@ def measure(owner: Any, name: str, seconds: dict[str, float], key: str) -> None:
             seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - started
 
     setattr(owner, name, timed)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    run(parser.parse_args())

@@ -7,15 +7,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from dicom_files import affine_of, classic, save
 from medvisionllama import Predictor, api
 from medvisionllama.data.formats.dicom import open_series
 from medvisionllama.data.formats.dicom_labels import read_seg, segment_labels
 from medvisionllama.data.readers import read_header
+from medvisionllama.evaluation.evaluate import read_table
 
 from .conftest import TINY
 
-pytestmark = pytest.mark.data
 FAST = {**TINY, "network.insert": "none", "train.num_validations": 1, "train.warmup_steps": 0}
+
+real = pytest.mark.data
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,7 @@ def run(phantoms, tmp_path_factory):
     return path
 
 
+@real
 def test_a_study_gives_a_dicom_mask_for_each_series(run, data_root, tmp_path, cli):
     outcome = cli("predict", run, data_root / "dicom" / "study1", "--out", tmp_path / "masks", "--json")
     assert outcome.code == 0, outcome.err
@@ -45,6 +49,7 @@ def test_a_study_gives_a_dicom_mask_for_each_series(run, data_root, tmp_path, cl
         assert set(segment_labels(tmp_path / "masks" / f"{series.name}.dcm").values()) <= set(names.values())
 
 
+@real
 def test_a_dicom_mask_and_a_nifti_mask_hold_the_same(run, data_root, tmp_path, cli):
     flair = data_root / "dicom" / "study1" / "FLAIR"
     for kind in ("dicom", "nifti"):
@@ -57,6 +62,7 @@ def test_a_dicom_mask_and_a_nifti_mask_hold_the_same(run, data_root, tmp_path, c
     np.testing.assert_allclose(nifti.affine, header.affine, atol=1e-4)
 
 
+@real
 def test_a_missing_slice_is_named_and_nothing_is_written(run, data_root, tmp_path, cli):
     folder = tmp_path / "FLAIR"
     shutil.copytree(data_root / "dicom" / "study1" / "FLAIR", folder)
@@ -70,6 +76,7 @@ def test_a_missing_slice_is_named_and_nothing_is_written(run, data_root, tmp_pat
     assert not (tmp_path / "masks").exists()
 
 
+@real
 def test_a_series_that_makes_no_volume_does_not_stop_the_others_of_its_study(run, data_root, tmp_path, cli):
     study = tmp_path / "study"
     shutil.copytree(data_root / "dicom" / "study1", study)
@@ -90,6 +97,7 @@ def test_a_dicom_mask_of_a_nifti_scan_is_refused(run, phantoms, tmp_path, cli):
     assert not (tmp_path / "masks").exists()
 
 
+@real
 def test_a_single_slice_and_a_mask_are_no_scans(run, data_root, tmp_path, cli):
     slice_file = data_root / "dicom" / "study1" / "FLAIR" / "000005.dcm"
     outcome = cli("predict", run, slice_file, "--out", tmp_path / "masks")
@@ -99,3 +107,35 @@ def test_a_single_slice_and_a_mask_are_no_scans(run, data_root, tmp_path, cli):
     again = cli("predict", run, tmp_path / "masks", "--out", tmp_path / "again")
     assert again.code == 2
     assert "no scan there" in again.err
+
+
+def test_a_dataset_of_dicom_series_trains_and_its_masks_fit_labels_of_another_orientation(tmp_path, cli):
+    """Images as a scanner sends them; labels as a drawing program saves them, with axes mirrored and exchanged."""
+    rng = np.random.default_rng(0)
+    data = tmp_path / "data"
+    for number in range(5):
+        label = np.zeros((16, 20, 24), np.uint8)  # z, y, x
+        z, y, x = rng.integers(2, 5, 3)
+        label[z : z + 8, y : y + 10, x : x + 12] = 1
+        stored = (rng.normal(40, 10, label.shape) + 200 * label).astype(np.int16)
+        datasets = classic(stored, spacing=(1.0, 1.0, 1.0))
+        for dataset in datasets:
+            dataset.Modality = "CT"
+        save(datasets, data / "images" / f"case_{number}")
+        turned = nib.Nifti1Image(label.transpose(2, 1, 0), affine_of(spacing=(1.0, 1.0, 1.0))).as_reoriented(
+            nib.orientations.axcodes2ornt(("S", "A", "R"))
+        )
+        (data / "labels").mkdir(exist_ok=True)
+        nib.save(turned, data / "labels" / f"case_{number}.nii.gz")
+    assert cli("data", "check", data).code == 0
+    arguments = [
+        f"--set={key}={value}"
+        for key, value in {**FAST, "train.ema_decay": 0, "train.learning_rate": 0.01}.items()
+    ]
+    outcome = cli("train", data, "--out", tmp_path / "run", "--epochs", 80, *arguments)
+    assert outcome.code == 0, outcome.err
+    plan = Predictor.from_run(tmp_path / "run").plan
+    assert plan.channels == ("CT",)
+    assert plan.normalisation[0].kind == "dataset"
+    table = read_table(tmp_path / "run" / "evaluation.csv")
+    assert table["dice"].astype(float).min() > 0.5

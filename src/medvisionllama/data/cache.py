@@ -234,10 +234,8 @@ def to_grid(volume: Volume, plan: Plan) -> ImageArray:
 
 def _prepare(case: Case, plan: Plan, root: Path) -> CachedCase:
     assert case.label is not None, "only labelled cases are cached"
-    contents = [path.read_bytes() for path in (*case.images, case.label)]
     digest = hashlib.sha256()
-    for part in contents:
-        digest.update(part)
+    contents = [_digested(path, digest) for path in (*case.images, case.label)]
     content = digest.hexdigest()
     settings = {
         "format": _FORMAT,
@@ -257,7 +255,19 @@ def _prepare(case: Case, plan: Plan, root: Path) -> CachedCase:
     return CachedCase(case.case_id, case.patient_id, folder, facts)
 
 
-def _write_arrays(case: Case, contents: list[bytes], plan: Plan, folder: Path) -> dict[str, Any]:
+def _digested(path: Path, digest: Any) -> bytes | None:
+    """Feed a scan's bytes to `digest` and return them; of a DICOM series, only feed them."""
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                digest.update(file.read_bytes())
+        return None
+    content = path.read_bytes()
+    digest.update(content)
+    return content
+
+
+def _write_arrays(case: Case, contents: list[bytes | None], plan: Plan, folder: Path) -> dict[str, Any]:
     """Preprocess a case from its files' bytes, the label's last."""
     assert case.label is not None
     image = to_ras(read_image(case.images, contents[:-1]))

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from medvisionllama.data import msd
 from medvisionllama.data.check.findings import Finding
+from medvisionllama.data.formats.dicom import open_series
 from medvisionllama.data.index import Case, Dataset, patient_of
 from medvisionllama.data.readers import SUFFIXES, is_scan, read_header, stem_of
 from medvisionllama.errors import DataError
@@ -55,6 +57,8 @@ def index_nnunet(root: Path, content: dict[str, Any], patient_pattern: str | Non
 def index_plain(root: Path, patient_pattern: str | None) -> tuple[Dataset, list[Finding]]:
     """Index images/ and labels/ by equal names; `_0000` channel endings and a names.json are understood.
 
+    An image may be a folder with the files of one DICOM series.
+
     Returns:
         The dataset, and the images and labels without a partner, which it leaves out.
 
@@ -63,7 +67,7 @@ def index_plain(root: Path, patient_pattern: str | None) -> tuple[Dataset, list[
     """
     labels = {stem_of(path): path for path in _scans(root / "labels")}
     groups: dict[str, list[Path]] = {}
-    for path in _scans(root / "images"):
+    for path in _scans(root / "images", series=True):
         stem = stem_of(path)
         case_id = stem if stem in labels else re.sub(r"_\d{4}$", "", stem)
         groups.setdefault(case_id, []).append(path)
@@ -86,7 +90,7 @@ def index_plain(root: Path, patient_pattern: str | None) -> tuple[Dataset, list[
     if num_channels == 1 and cases:
         # One file a case may still be 4-D.
         num_channels = _channels_of_first(cases)
-    channels, classes = _names(root, num_channels)
+    channels, classes = _names(root, _default_channels(cases, num_channels))
     return Dataset(root.name, root, cases, channels, classes), alone
 
 
@@ -100,21 +104,29 @@ def read_names(root: Path) -> dict[str, Any]:
     return msd.read_dataset_json(path) if path.is_file() else {}
 
 
-def _names(root: Path, num_channels: int) -> tuple[tuple[str, ...], dict[int, str]]:
+def _names(root: Path, default: list[str]) -> tuple[tuple[str, ...], dict[int, str]]:
     """Names of channels, and of classes by label value, as `data convert` keeps them."""
     content = read_names(root)
-    channels = content.get("channels", [f"channel {number}" for number in range(num_channels)])
-    classes = content.get("classes", {})
-    whole = isinstance(channels, list) and len(channels) == num_channels and isinstance(classes, dict)
+    channels, classes = content.get("channels", default), content.get("classes", {})
+    whole = isinstance(channels, list) and len(channels) == len(default) and isinstance(classes, dict)
     try:
         named = {int(value): str(name) for value, name in classes.items()} if whole else {}
     except ValueError:
         whole = False
     if not whole:
         raise DataError(
-            f"{root / 'names.json'} must hold 'channels', a list of {num_channels}, and 'classes', as {{'1': 'liver'}}; correct or remove it"
+            f"{root / 'names.json'} must hold 'channels', a list of {len(default)}, and 'classes', as {{'1': 'liver'}}; correct or remove it"
         )
     return tuple(map(str, channels)), {value: named[value] for value in sorted(named) if value > 0}
+
+
+def _default_channels(cases: Sequence[Case], num_channels: int) -> list[str]:
+    """DICOM says what it is, and CT is scaled by its units; other files say nothing."""
+    first = cases[0].images[0] if cases else None
+    if num_channels == 1 and first is not None and first.is_dir():
+        with suppress(DataError):
+            return [open_series(first).modality or "channel 0"]
+    return [f"channel {number}" for number in range(num_channels)]
 
 
 def _channels_of_first(cases: Sequence[Case]) -> int:
@@ -127,10 +139,12 @@ def _channels_of_first(cases: Sequence[Case]) -> int:
     return 1
 
 
-def _scans(folder: Path) -> list[Path]:
+def _scans(folder: Path, *, series: bool = False) -> list[Path]:
+    """Scans in a folder; with `series`, folders of DICOM slices too."""
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist; the layout of {folder.parent} needs it")
-    return sorted(path for path in folder.iterdir() if is_scan(path))
+    folders = {path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    return sorted(path for path in folder.iterdir() if is_scan(path) or (series and path in folders))
 
 
 def _one_of(folder: Path, stem: str) -> Path:

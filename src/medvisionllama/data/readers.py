@@ -80,7 +80,7 @@ def read_image(paths: tuple[ScanSource, ...], contents: Sequence[bytes | None] =
     for path, content in zip(paths, contents or (None,) * len(paths), strict=True):
         volume = read_voxels(path, content)
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is refused below
-            array = volume.array.astype(np.float32, copy=False)
+            array = volume.array.astype(np.float32, order="C", copy=False)
         check_finite(path, array)
         first = first or volume
         if volume.shape != first.shape or not np.allclose(volume.affine, first.affine, atol=1e-3):

@@ -106,7 +106,7 @@ class PreparedScan:
     """Edge lengths of the scan's voxels in RAS order."""
     grids: dict[tuple[float, ...], ImageArray]
     moments: Sequence[tuple[float, float]]
-    """Mean and deviation of each channel's non-zero voxels."""
+    """Mean and deviation of each channel's non-zero voxels, where the networks want them."""
     ranges: Sequence[tuple[float, float]]
     """Least and greatest value of each channel."""
 
@@ -121,6 +121,10 @@ class Predictor:
     def plan(self) -> Plan:
         """The first run's plan; channels and classes are those of all."""
         return self.members[0].plan
+
+    @property
+    def _wants_moments(self) -> bool:
+        return any(rule.kind == "image" for member in self.members for rule in member.plan.normalisation)
 
     @property
     def network(self) -> nn.Module:
@@ -177,7 +181,7 @@ class Predictor:
             ras.shape,
             ras.spacing_mm,
             {_grid_key(member.plan): to_grid(ras, member.plan) for member in self.members},
-            image_moments(ras.array),
+            image_moments(ras.array) if self._wants_moments else [(0.0, 1.0)] * len(ras.array),
             [(float(channel.min()), float(channel.max())) for channel in ras.array],
         )
 

@@ -1,6 +1,6 @@
 """How fast `data check` reads ten thousand small volumes, and in how much memory.
 
-    python benchmarks/check.py
+    python benchmarks/io.py check
 
 Writes a dataset of random volumes with labels to `--scratch` (about 2 GB), checks it from the command line in a
 fresh process, headers only and whole, and deletes it.
@@ -21,18 +21,17 @@ import numpy as np
 
 from medvisionllama.run_dir import machine_facts
 
-RESULT = Path(__file__).parent / "results" / "check.json"
+RESULT = Path(__file__).parent / "results" / "io_check.json"
 SHAPE = (32, 32, 32)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--cases", type=int, default=10_000)
-    arguments = parser.parse_args()
-    root = Path(tempfile.mkdtemp(prefix="check-", dir=arguments.scratch))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    root = Path(tempfile.mkdtemp(prefix="io-check-", dir=arguments.scratch))
     try:
         write_dataset(root / "data", arguments.cases)
         rows = [
@@ -105,7 +104,3 @@ def timed(arguments: list[str]) -> dict[str, float | str]:
         "exit_code": process.returncode,
         "summary": summary,
     }
-
-
-if __name__ == "__main__":
-    main()
