@@ -22,6 +22,7 @@ _HOMES = {
     "evaluate": "medvisionllama.api",
     "fit": "medvisionllama.training.fit",
     "load_config": "medvisionllama.config",
+    "plan": "medvisionllama.api",
     "predict": "medvisionllama.api",
     "train": "medvisionllama.api",
 }
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from medvisionllama.api import demo as demo
     from medvisionllama.api import download as download
     from medvisionllama.api import evaluate as evaluate
+    from medvisionllama.api import plan as plan
     from medvisionllama.api import predict as predict
     from medvisionllama.api import train as train
     from medvisionllama.config import Config as Config
