@@ -25,6 +25,7 @@ def check(
     fast: bool = False,
     splits: Path | str | None = None,
     patient_pattern: str | None = None,
+    exclude: Sequence[str] = (),
     html: Path | str | None = None,
     progress: Progress | None = None,
 ) -> "CheckReport":
@@ -34,6 +35,7 @@ def check(
         fast: read headers only.
         splits: a splits file that must fit the dataset.
         patient_pattern: regular expression whose first group is the patient in a case's name.
+        exclude: cases and patients to leave out, as `data.exclude` does in training.
         html: where to write a page with pictures of every case.
 
     Returns:
@@ -55,6 +57,7 @@ def check(
         fast=fast,
         splits=None if splits is None else Path(splits),
         patient_pattern=patient_pattern,
+        exclude=exclude,
         look=pictures,
         progress=progress,
     )

@@ -218,3 +218,10 @@ def test_scans_of_odd_orientations_are_checked_as_images(data_root):
     report = check(data_root / "formats", fast=True)
     assert report.ok
     assert report.codes["mixed-orientations"] == 1
+
+
+@pytest.mark.data
+def test_a_leak_ends_when_one_of_its_patients_is_left_out(data_root, cli):
+    outcome = cli("data", "check", data_root / "Task101_ACDC", "--exclude", "patient076")
+    assert outcome.code == 0
+    assert "78 cases of 39 patients: 0 errors" in outcome.out

@@ -25,6 +25,10 @@ def check(
     patient_pattern: Annotated[
         str | None, typer.Option(help="Regular expression whose first group is the patient in a case's name.")
     ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="A case or patient to leave out, as data.exclude does. Repeatable."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with pictures of every case.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Findings of each kind in the table.")] = 5,
     as_json: Json = False,
@@ -41,6 +45,7 @@ def check(
         fast=fast,
         splits=splits,
         patient_pattern=patient_pattern,
+        exclude=exclude or (),
         html=html,
         progress=TerminalProgress(),
     )

@@ -99,6 +99,8 @@ class DataConfig(Section):
     patient_pattern: str | None = None
     """Regular expression whose first group is the patient in a case's name; by default a rule that knows frames,
     phases, visits and time points."""
+    exclude: tuple[str, ...] = ()
+    """Cases and patients to leave out, for example those that `data check` found: patient076,patient012_frame01."""
     splits: Path | None = None
     """A splits file to use instead of drawing one."""
     split_seed: Seed = 0

@@ -4,10 +4,12 @@
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medvisionllama.config import DataConfig
 from medvisionllama.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,8 +49,17 @@ class Dataset:
         return {case.case_id: case.patient_id for case in self.cases}
 
 
-def open_dataset(root: Path, *, patient_pattern: str | None = None) -> Dataset:
+def open_configured(data: DataConfig) -> Dataset:
+    """Open the dataset of a run as its settings say."""
+    assert data.path is not None, "checked by the caller"
+    return open_dataset(data.path, patient_pattern=data.patient_pattern, exclude=data.exclude)
+
+
+def open_dataset(root: Path, *, patient_pattern: str | None = None, exclude: Sequence[str] = ()) -> Dataset:
     """Index an MSD folder, an nnU-Net raw folder, or a folder with images/ and labels/.
+
+    Args:
+        exclude: cases and patients that are left out as if they were not there.
 
     Raises:
         DataError: no such folder, no layout recognised, or files that the layout promises are absent; the first of
@@ -57,19 +68,33 @@ def open_dataset(root: Path, *, patient_pattern: str | None = None) -> Dataset:
     from medvisionllama.data.check.findings import raise_first
     from medvisionllama.data.check.listing import listing_findings
 
-    dataset, problems = index_dataset(root, patient_pattern=patient_pattern)
+    dataset, problems = index_dataset(root, patient_pattern=patient_pattern, exclude=exclude)
     raise_first([*problems, *listing_findings(dataset)], dataset.root)
     return dataset
 
 
-def index_dataset(root: Path, *, patient_pattern: str | None = None) -> tuple[Dataset, list["Finding"]]:
+def index_dataset(
+    root: Path, *, patient_pattern: str | None = None, exclude: Sequence[str] = ()
+) -> tuple[Dataset, list["Finding"]]:
     """Index a dataset as `open_dataset` does, but only list the images and labels without a partner.
 
     Whether the files exist is not asked.
 
     Raises:
-        DataError: no such folder, or no layout recognised.
+        DataError: no such folder, no layout recognised, or a name in `exclude` that is no case's and no patient's.
     """
+    dataset, findings = _index(root, patient_pattern)
+    names = {name for case in dataset.cases for name in (case.case_id, case.patient_id)}
+    unknown = sorted(set(exclude) - names)
+    if unknown:
+        raise DataError(
+            f"{dataset.root} has no case and no patient {unknown[0]!r} to leave out (data.exclude); correct the name"
+        )
+    kept = (case for case in dataset.cases if not {case.case_id, case.patient_id} & set(exclude))
+    return replace(dataset, cases=tuple(kept)), findings
+
+
+def _index(root: Path, patient_pattern: str | None) -> tuple[Dataset, list["Finding"]]:
     from medvisionllama.data import folder, msd
 
     root = Path(root)

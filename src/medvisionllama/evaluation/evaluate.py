@@ -11,7 +11,7 @@ import pandas as pd
 
 from medvisionllama._files import write_text
 from medvisionllama.config import read_config
-from medvisionllama.data.index import open_dataset, patient_of
+from medvisionllama.data.index import open_configured, patient_of
 from medvisionllama.data.msd import read_dataset_json
 from medvisionllama.data.readers import is_scan, read_label, stem_of
 from medvisionllama.data.splits import read_splits, select
@@ -136,7 +136,7 @@ def evaluate_run(
     run_dir.check()
     config = read_config(run_dir.config)
     assert config.data.path is not None, "fit wrote it"
-    dataset = open_dataset(config.data.path, patient_pattern=config.data.patient_pattern)
+    dataset = open_configured(config.data)
     chosen = select(read_splits(run_dir.splits), dataset.patients, fold=config.data.fold)
     names = set(chosen.test if split == "test" else chosen.validation)
     predictor = Predictor.from_run(run_dir.path)

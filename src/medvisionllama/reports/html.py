@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader
 from medvisionllama._files import write_text
 from medvisionllama.colours import colour_of
 from medvisionllama.config import Config, load_config, read_config
-from medvisionllama.data.index import Case, open_dataset
+from medvisionllama.data.index import Case, open_configured
 from medvisionllama.data.readers import read_image, read_label
 from medvisionllama.data.volume import to_ras
 from medvisionllama.errors import ConfigError
@@ -89,10 +89,7 @@ def _pictures(run_dir: RunDir, config: Config, table: pd.DataFrame) -> list[Pict
     assert config.data.path is not None, "fit wrote it"
     if not config.data.path.is_dir():
         return []
-    cases = {
-        case.case_id: case
-        for case in open_dataset(config.data.path, patient_pattern=config.data.patient_pattern).cases
-    }
+    cases = {case.case_id: case for case in open_configured(config.data).cases}
     ranked = mean_class_dice(table).sort_values(ascending=False)
     places = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
     pictures = []

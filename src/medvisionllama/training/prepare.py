@@ -8,7 +8,7 @@ from medvisionllama.config import Config
 from medvisionllama.data.cache import CachedCase, build_cache, fit_normalisation, found_classes
 from medvisionllama.data.check.run import dataset_findings
 from medvisionllama.data.fingerprint import Fingerprint, fingerprint
-from medvisionllama.data.index import Dataset, open_dataset
+from medvisionllama.data.index import Dataset, open_configured
 from medvisionllama.data.planning import Plan, make_plan
 from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select
 from medvisionllama.errors import ConfigError
@@ -95,7 +95,7 @@ def divide(config: Config, *, drawn: Path | None) -> tuple[Dataset, Splits, Sele
         drawn: a splits file to obey; without one, splits are drawn by `data.split_seed`.
     """
     assert config.data.path is not None, "checked by the caller"
-    dataset = open_dataset(config.data.path, patient_pattern=config.data.patient_pattern)
+    dataset = open_configured(config.data)
     if config.data.modality is not None:
         if len(config.data.modality) != len(dataset.channels):
             raise ConfigError(

@@ -291,3 +291,17 @@ def test_real_end_diastole_and_end_systole_never_part(data_root, task):
         parts = select(splits, patients, fold=fold)
         owners = [{patients[case] for case in part} for part in (parts.train, parts.validation, parts.test)]
         assert sum(map(len, owners)) == len(set.union(*owners)) == len(counts)
+
+
+def test_cases_and_patients_can_be_left_out(dataset_folder):
+    root = dataset_folder(num_cases=4, frames=2)
+    dataset = open_dataset(root, exclude=["case_001", "case_002_frame02"])
+    assert sorted(dataset.patients) == [
+        "case_000_frame01",
+        "case_000_frame02",
+        "case_002_frame01",
+        "case_003_frame01",
+        "case_003_frame02",
+    ]
+    with pytest.raises(DataError, match="no case and no patient 'case_9'"):
+        open_dataset(root, exclude=["case_9"])

@@ -52,7 +52,7 @@ def duplicate_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
         if len(patients) > 1:
             labels = {case.mask.sha256 for case in group if case.mask is not None}
             differ = ", with different labels," if len(labels) > 1 else ""
-            message = f"{_listed(names)} hold the same image{differ} but count as {len(patients)} patients ({_listed(patients)}), so it can be trained on and tested; keep one, or name the patient by --patient-pattern"
+            message = f"{_listed(names)} hold the same image{differ} but count as {len(patients)} patients ({_listed(patients)}), so it can be trained on and tested; keep one (--exclude {patients[-1]} here, --set data.exclude={patients[-1]} in train), or name the patient by --patient-pattern"
             findings.append(Finding("duplicate-across-patients", message, names, group[1].images[0].path))
         else:
             message = f"{_listed(names)} of the patient {patients[0]} hold the same image; keep one"

@@ -52,6 +52,7 @@ def check_dataset(
     fast: bool = False,
     splits: Path | None = None,
     patient_pattern: str | None = None,
+    exclude: Sequence[str] = (),
     look: Look | None = None,
     progress: Progress | None = None,
 ) -> CheckReport:
@@ -61,13 +62,14 @@ def check_dataset(
         root: a dataset's folder; or a scan, or a folder of scans, whose images alone are then checked.
         fast: read headers only.
         splits: a splits file that must fit the dataset.
+        exclude: cases and patients to leave out, as `data.exclude` does in training.
         look: called with each case's voxels, for pictures.
 
     Raises:
         DataError: there is nothing at `root` that could be checked.
     """
     root = Path(root)
-    dataset, findings, labelled = _open(root, patient_pattern)
+    dataset, findings, labelled = _open(root, patient_pattern, exclude)
     if labelled and not any(finding.code == "layout" for finding in findings):
         findings += listing_findings(dataset)
     whole = present(dataset)
@@ -113,10 +115,10 @@ def dataset_findings(facts: Sequence[CaseFacts], dataset: Dataset) -> list[Findi
     ]
 
 
-def _open(root: Path, pattern: str | None) -> tuple[Dataset, list[Finding], bool]:
+def _open(root: Path, pattern: str | None, exclude: Sequence[str]) -> tuple[Dataset, list[Finding], bool]:
     """Dataset, what its listing says, and whether it has labels."""
     try:
-        dataset, findings = index_dataset(root, patient_pattern=pattern)
+        dataset, findings = index_dataset(root, patient_pattern=pattern, exclude=exclude)
     except DataError as error:
         if (root / "dataset.json").is_file() or (root / "images").is_dir():
             # It means to be a dataset, so what is wrong with it is a finding like others.
