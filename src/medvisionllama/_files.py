@@ -17,7 +17,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The temporary name keeps the suffixes, since nibabel and numpy choose the format by them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".partial-{secrets.token_hex(8)}-{path.name}"
+    # The end of the name is enough: one as long as the disk allows would leave no room for more.
+    temporary = path.parent / f".partial-{secrets.token_hex(8)}-{path.name[-40:]}"
     # The kernel reduces 0666 by the umask; asking for the umask would mean changing it for every thread.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:

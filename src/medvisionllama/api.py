@@ -194,6 +194,7 @@ def predict(
         scans,
         outputs,
         cleaning=predictor.members[0].config.inference.model_copy(update=chosen),
+        overwrite=overwrite,
         keep_going=keep_going,
         progress=progress or Silent(),
     )

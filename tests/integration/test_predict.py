@@ -131,6 +131,41 @@ def test_an_interrupted_batch_goes_on_with_the_scans_that_are_left(runs, scans, 
     assert (tmp_path / "m" / "phantom_000.nii.gz").stat().st_mtime_ns == before
 
 
+def test_maps_that_are_missing_are_made_by_resume(runs, scans, tmp_path, cli):
+    scan = scans / "phantom_000.nii.gz"
+    assert cli("predict", runs[0], scan, "--out", tmp_path / "m").code == 0
+    assert cli("predict", runs[0], scan, "--out", tmp_path / "m", "--resume", "--uncertainty").code == 0
+    assert (tmp_path / "m" / "uncertainty" / "phantom_000.nii.gz").is_file()
+
+
+def test_no_output_replaces_what_nobody_gave_up(runs, scans, tmp_path, cli):
+    inputs = tmp_path / "d" / "probabilities"
+    shutil.copytree(scans, inputs)
+    before = {path: path.read_bytes() for path in inputs.iterdir()}
+    arguments = ("predict", runs[0], inputs, "--out", tmp_path / "d", "--probabilities", "--overwrite")
+    assert "one of the scans" in cli(*arguments).err
+    assert {path: path.read_bytes() for path in inputs.iterdir()} == before
+    notes = tmp_path / "n" / "labels.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    outcome = cli("predict", runs[0], scans, "--out", notes.parent)
+    assert outcome.code == 2
+    assert "not the table of this run's classes" in outcome.err
+    assert [path.name for path in notes.parent.iterdir()] == ["labels.txt"]
+    assert notes.read_text() == "mine"
+    both = cli("predict", runs[0], scans, "--out", tmp_path / "x", "--overwrite", "--resume")
+    assert both.code == 2
+    assert "give one of the two" in both.err
+
+
+def test_a_name_as_long_as_the_disk_allows_is_no_hindrance(runs, scans, tmp_path, cli):
+    long = scans / f"{'a' * 240}.nii.gz"
+    shutil.copy(scans / "phantom_000.nii.gz", long)
+    outcome = cli("predict", runs[0], long, "--out", tmp_path / "m")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "m" / long.name).is_file()
+
+
 def test_components_can_be_removed(runs, scans, tmp_path):
     options = {"largest": True, "min_ml": 1e6, "overwrite": True}
     [all_kept] = api.predict(runs[0], [scans / "phantom_000.nii.gz"], out=tmp_path / "m")

@@ -85,6 +85,7 @@ _FIXABLE = {
     errno.EEXIST: "a file is where a folder should be: choose another name",
     errno.ENOTDIR: "a file is where a folder should be: choose another name",
     errno.EISDIR: "a folder is where a file should be: choose another name",
+    errno.ENAMETOOLONG: "the name of a file to be written is longer than the disk allows: rename the scan",
     errno.EROFS: "that disk is read-only: choose another folder",
 }
 

@@ -1,13 +1,14 @@
 """Many scans in turn: the next is read while the networks work on this one, and a bad one stops nobody."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from medvisionllama._files import write_text
 from medvisionllama.config import InferenceConfig
 from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.readers import SUFFIXES, ScanSource
@@ -17,7 +18,7 @@ from medvisionllama.inference.dicom_seg import write_seg
 from medvisionllama.inference.inputs import Scan
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.predictor import Prediction, Predictor, PreparedScan
-from medvisionllama.inference.writers import write_label_table, write_mask, write_shares
+from medvisionllama.inference.writers import label_table, write_mask, write_shares
 from medvisionllama.progress import Progress
 
 MaskFormat = Literal["auto", "nifti", "nrrd", "mha", "dicom"]
@@ -40,33 +41,57 @@ class Outputs:
         chosen = format_like(scan.images[0]) if self.mask_format == "auto" else self.mask_format
         return self.folder / f"{scan.case_id}{_ENDINGS[chosen]}"
 
+    def files(self, scan: Scan) -> dict[str, Path]:
+        """Every file that a scan leads to; the mask last, since it tells that a scan is finished."""
+        wanted = {"probabilities": self.probabilities, "uncertainty": self.uncertainty}
+        maps = {
+            kind: self.folder / kind / f"{scan.case_id}.nii.gz" for kind, asked in wanted.items() if asked
+        }
+        return {**maps, "mask": self.mask(scan)}
+
     def missing(self, scans: Sequence[Scan], *, overwrite: bool, resume: bool) -> list[Scan]:
         """Scans that are still to be segmented.
 
         Raises:
-            DataError: a mask would replace a scan, or a mask that nobody said may go.
+            DataError: a file would replace a scan, or one that nobody said may go.
         """
         if self.folder.name.endswith(SUFFIXES):
             raise DataError(f"--out is a folder for masks, not a file: {self.folder}; give a folder's name")
+        if overwrite and resume:
+            raise DataError("--overwrite replaces masks and --resume keeps them; give one of the two")
         sources = {file.resolve() for scan in scans for source in scan.images for file in _files(source)}
         left = []
         for scan in scans:
-            target = self.mask(scan)
-            if target.suffix == ".dcm" and not isinstance(scan.images[0], Series):
+            files = list(self.files(scan).values())
+            if files[-1].suffix == ".dcm" and not isinstance(scan.images[0], Series):
                 raise DataError(
                     f"{scan.images[0]} is no DICOM series, so no DICOM mask can refer to it; choose --format auto, nifti, nrrd or mha"
                 )
-            if target.resolve() in sources:
-                raise DataError(
-                    f"{target} is one of the scans and would be overwritten by its mask; choose another --out"
-                )
-            if target.exists() and not overwrite and not resume:
-                raise DataError(
-                    f"{target} already exists; choose another --out, or give --overwrite to replace masks, --resume to keep them"
-                )
-            if overwrite or not target.exists():
+            for file in files:
+                if file.resolve() in sources:
+                    raise DataError(
+                        f"{file} is one of the scans and would be overwritten by its mask or map; choose another --out"
+                    )
+                if file.exists() and not overwrite and not resume:
+                    raise DataError(
+                        f"{file} already exists; choose another --out, or give --overwrite to replace it, --resume to keep it"
+                    )
+            if overwrite or not all(file.exists() for file in files):
                 left.append(scan)
         return left
+
+    def write_table(self, classes: Mapping[int, str], *, overwrite: bool) -> None:
+        """Write names and colours of the classes beside the masks.
+
+        Raises:
+            DataError: there is a table of other classes, or a file that is no table of ours.
+        """
+        path, text = self.folder / "labels.txt", label_table(classes)
+        if path.exists() and path.read_text(errors="replace") != text and not overwrite:
+            raise DataError(
+                f"{path} is there and is not the table of this run's classes; choose another --out, or give --overwrite to replace it"
+            )
+        write_text(path, text)
 
 
 def format_like(source: ScanSource) -> str:
@@ -87,6 +112,7 @@ def predict_scans(
     outputs: Outputs,
     *,
     cleaning: InferenceConfig,
+    overwrite: bool,
     keep_going: bool,
     progress: Progress,
 ) -> list[dict[str, Any]]:
@@ -94,6 +120,7 @@ def predict_scans(
 
     Args:
         cleaning: its settings on components hold for all masks.
+        overwrite: whether a table of other classes may go; masks and maps are written in any case.
         keep_going: a scan that cannot be read becomes a record with `error`, and the others go on.
 
     Returns:
@@ -101,7 +128,7 @@ def predict_scans(
     """
     records = []
     if scans:
-        write_label_table(outputs.folder / "labels.txt", predictor.plan.mask_classes)
+        outputs.write_table(predictor.plan.mask_classes, overwrite=overwrite)
     with progress.track("segmenting", len(scans)) as advance, _prepared(predictor, scans) as coming:
         for number, (scan, future) in enumerate(coming):
             started = time.monotonic()
@@ -139,26 +166,27 @@ def _finish(
     mask = clean(prediction.mask, cleaning)
     prediction = replace(prediction, mask=mask)
     names = predictor.plan.mask_classes
-    target = outputs.mask(scan)
-    # Maps first: a mask that is there tells --resume that its scan is finished.
-    files = {}
+    files = outputs.files(scan)
+    warnings = cautions(prepared, prediction, predictor.plan)
     for kind in ("probabilities", "uncertainty"):
         shares = getattr(prediction, kind)
         if shares is not None:
-            path = outputs.folder / kind / f"{scan.case_id}.nii.gz"
-            write_shares(path, shares, mask.affine)
-            files[kind] = str(path)
+            write_shares(files[kind], shares, mask.affine)
     first = scan.images[0]
-    if target.suffix == ".dcm" and isinstance(first, Series):
-        write_seg(target, mask.array, first, names)
-    else:
-        write_mask(target, mask.array, mask.affine, like=first, classes=names)
+    if isinstance(first, Series) and files["mask"].suffix == ".dcm":
+        try:
+            write_seg(files["mask"], mask.array, first, names)
+        except DataError as error:
+            # The work of the network must not be lost for a header that the standard does not like.
+            files["mask"] = outputs.folder / f"{scan.case_id}.nii.gz"
+            warnings.append(f"written as NIfTI: {error}")
+    if files["mask"].suffix != ".dcm":
+        write_mask(files["mask"], mask.array, mask.affine, like=first, classes=names)
     return {
         "case": scan.case_id,
-        "mask": str(target),
-        **files,
+        **{kind: str(path) for kind, path in files.items()},
         "volumes_ml": {names[value]: round(volume, 4) for value, volume in prediction.volumes_ml.items()},
-        "warnings": cautions(prepared, prediction, predictor.plan),
+        "warnings": warnings,
     }
 
 

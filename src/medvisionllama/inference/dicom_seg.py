@@ -1,6 +1,9 @@
 """Masks out as DICOM-SEG, by highdicom: one binary segment for each class, on the slices of the scan itself."""
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from medvisionllama._optional import require
 from medvisionllama.colours import colour_of
 from medvisionllama.data.formats.dicom_grid import grid_of
 from medvisionllama.data.formats.dicom_header import broken, quiet, read_dataset, reading, reason_of
+from medvisionllama.data.formats.dicom_labels import short_labels
 from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.errors import DataError
 from medvisionllama.inference.anatomy import anatomy_of
@@ -61,9 +65,10 @@ def write_seg(
     if unknown or not named:
         raise DataError(f"{path}: the mask has values without a class name ({unknown}); name every class")
     values = [value for value in named if value in found] or [next(iter(named))]
+    labels = short_labels(named)
     palette = {value: colour_of(index) for index, value in enumerate(named)}
     descriptions = [
-        _description(number, named[value], palette[value], (algorithm, algorithm_version))
+        _description(number, labels[value], palette[value], (algorithm, algorithm_version))
         for number, value in enumerate(values, start=1)
     ]
     sources, frames = _sources(series, _numbered(mask, values))
@@ -117,7 +122,7 @@ def _sources(series: Series, frames: np.ndarray) -> tuple[list[Any], np.ndarray]
         )
     for file, dataset in zip(series.files, datasets, strict=True):
         with reading(file):
-            _complete(file, dataset)
+            _complete(file, dataset, grid_of(series).spacing_mm[2])
     if not multiframe:
         return datasets, frames
     order = np.empty_like(frames)
@@ -126,26 +131,42 @@ def _sources(series: Series, frames: np.ndarray) -> tuple[list[Any], np.ndarray]
     return datasets, order
 
 
-def _complete(file: Path, dataset: Any) -> None:
+def _complete(file: Path, dataset: Any, distance_mm: float) -> None:
     """Check what a mask must repeat of its scan, and add what may be empty."""
     if not dataset.get("FrameOfReferenceUID") or not dataset.get("StudyInstanceUID"):
         raise DataError(
             f"{file} has no FrameOfReferenceUID or StudyInstanceUID, so a DICOM mask cannot refer to it; write the mask as NIfTI"
         )
     for keyword in _MAY_BE_EMPTY:
-        if keyword not in dataset:
+        if keyword not in dataset or not _sound(keyword, str(dataset.get(keyword) or "")):
             setattr(dataset, keyword, "")
+    if not dataset.get("SliceThickness") and "SharedFunctionalGroupsSequence" not in dataset:
+        # May be empty in a scan, not in a mask; the distance of the slices is what is known of it.
+        dataset.SliceThickness = distance_mm
     if dataset.PatientSex not in {"M", "F", "O"}:
         dataset.PatientSex = ""  # highdicom takes the standard's values only
 
 
-def _description(number: int, name: str, colour: str, algorithm: tuple[str, str]) -> Any:
+def _sound(keyword: str, text: str) -> bool:
+    """Whether a date or time can be read; others are taken as they are."""
+    pattern, form = {"Date": (r"\d{8}", "%Y%m%d"), "Time": (r"\d{6}(\.\d{1,6})?", "%H%M%S")}.get(
+        keyword[-4:], ("", "")
+    )
+    if not pattern or not text:
+        return True
+    if not re.fullmatch(pattern, text):
+        return False
+    with suppress(ValueError):
+        datetime.strptime(text.partition(".")[0], form)  # only whether it is one
+        return True
+    return False
+
+
+def _description(number: int, label: str, colour: str, algorithm: tuple[str, str]) -> Any:
     seg = require("highdicom.seg", extra="dicom")
     highdicom = require("highdicom", extra="dicom")
     coded = require("highdicom.sr", extra="dicom").CodedConcept
     codes = require("pydicom.sr.codedict", extra="dicom").codes
-    # A backslash separates values in DICOM and cannot be part of one.
-    label = name.replace("\\", "/")[:64]
     anatomy = anatomy_of(label)
     description = seg.SegmentDescription(
         segment_number=number,

@@ -27,7 +27,7 @@ class Scan:
 def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Scan]:
     """List the scans in files and folders, and check every header before any is segmented.
 
-    A folder that holds no scan of one file is searched for DICOM series, with the folders below it. Studies hold
+    Folders are searched for DICOM series, with the folders below them. Studies hold
     series that nobody means to segment: one that makes no volume fails when its turn comes, unless all do.
 
     Args:
@@ -92,8 +92,7 @@ def _sources(path: Path) -> list[ScanSource]:
         raise DataError(f"{path} does not exist; give scans or folders of scans")
     if path.is_file():
         return [open_series(path) if format_of(path) is dicom else path]
-    files: list[ScanSource] = [*sorted(child for child in path.iterdir() if is_scan(child))]
-    return files or [*find_series(path)]
+    return [*sorted(child for child in path.iterdir() if is_scan(child)), *find_series(path)]
 
 
 def _base(path: Path) -> str:

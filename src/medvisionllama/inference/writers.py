@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.openers import Opener
 
-from medvisionllama._files import atomic_path, write_text
+from medvisionllama._files import atomic_path
 from medvisionllama.colours import rgb_of
 from medvisionllama.data.formats.itk import LPS_TO_RAS
 from medvisionllama.data.readers import ScanSource
@@ -16,7 +16,7 @@ from medvisionllama.errors import DataError
 from medvisionllama.types import AffineMatrix, LabelArray
 
 NIFTI = (".nii.gz", ".nii")
-_FIRST_VOXEL = 352  # byte of a NIfTI-1 file without extensions
+_LONGEST = 32_767  # voxels along an axis that NIfTI-1 can count
 ITK = (".seg.nrrd", ".nrrd", ".mha")
 
 
@@ -56,26 +56,33 @@ def write_shares(path: Path, shares: np.ndarray, affine: AffineMatrix) -> None:
     A viewer shows them from 0 to 1; a fourth axis, if any, is the class, background first.
     """
     array = shares if shares.ndim == 3 else np.moveaxis(shares, 0, -1)
-    header = nib.Nifti1Image(array, affine, dtype=np.uint8).header
-    header.set_xyzt_units("mm")
+    header = _nifti(array, affine).header
     header.set_slope_inter(1 / 255, 0)
-    header["vox_offset"] = _FIRST_VOXEL
+    first = header.single_vox_offset
+    header["vox_offset"] = first
     # nib.save would choose a slope of its own; these bytes have theirs already.
     with atomic_path(path) as temporary, Opener(str(temporary), "wb") as file:
         header.write_to(file)
-        file.write(bytes(_FIRST_VOXEL - file.tell()))
+        file.write(bytes(first - file.tell()))
         file.write(array.tobytes(order="F"))
 
 
-def write_label_table(path: Path, classes: Mapping[int, str]) -> None:
-    """Write names and colours as the label descriptions that ITK-SNAP and 3D Slicer load."""
+def label_table(classes: Mapping[int, str]) -> str:
+    """Names and colours as the label descriptions that ITK-SNAP and 3D Slicer load."""
     rows = ['    0     0    0    0        0  0  0    "background"']
     for index, (value, name) in enumerate(classes.items()):
         red, green, blue = rgb_of(index)
         # A quotation mark would end the name, a line break the row.
         text = " ".join(name.replace('"', "'").split())
         rows.append(f'{value:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{text}"')
-    write_text(path, "\n".join(rows) + "\n")
+    return "\n".join(rows) + "\n"
+
+
+def _nifti(array: np.ndarray, affine: AffineMatrix) -> nib.Nifti1Image:
+    kind = nib.Nifti2Image if max(array.shape) > _LONGEST else nib.Nifti1Image
+    image = kind(array, affine, dtype=array.dtype)
+    image.header.set_xyzt_units("mm")
+    return image
 
 
 def _header_like(scan: Path) -> nib.Nifti1Header:
@@ -91,8 +98,7 @@ def _header_like(scan: Path) -> nib.Nifti1Header:
 
 def _write_nifti(path: Path, mask: LabelArray, affine: AffineMatrix, header: nib.Nifti1Header | None) -> None:
     if header is None:
-        image = nib.Nifti1Image(mask, affine)
-        image.header.set_xyzt_units("mm")
+        image = _nifti(mask, affine)
     else:
         header.set_data_dtype(mask.dtype)
         kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image

@@ -104,6 +104,40 @@ def test_a_header_that_names_another_file_is_refused(tmp_path, name, line):
         read_header(tmp_path / name)
 
 
+HIDDEN = {
+    "a comment that looks like the key": (
+        "a.mha",
+        b"Comment = ElementDataFile = LOCAL\nElementDataFile = secret\n",
+    ),
+    "another key that ends like it": ("a.mha", b"XElementDataFile = LOCAL\nElementDataFile = secret\n"),
+    "the key behind a carriage return": (
+        "a.mha",
+        b"Comment = x\rElementDataFile = LOCAL\nElementDataFile = secret\n",
+    ),
+    "a header longer than we look": (
+        "a.mha",
+        b"Name = %s\n" % (b"x" * 70_000) + b"ElementDataFile = secret\n",
+    ),
+    "carriage returns alone": ("a.nrrd", b"data file: secret\r\r"),
+    "a long list of comments": ("a.nrrd", b"# %s\n" % (b"x" * 1000) * 70 + b"data file: secret\n\n"),
+    "a blank line of another kind first": ("a.nrrd", b"\r\r\ndata file: secret\n\n"),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_no_header_leads_to_another_file(tmp_path, name):
+    file, end = HIDDEN[name]
+    (tmp_path / "secret").write_bytes(b"s" * 64)
+    start = {
+        "a.nrrd": b"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 4 4 4\nencoding: raw\n",
+        "a.mha": b"ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\nElementType = MET_UCHAR\n",
+    }[file]
+    start = start.replace(b"\n", b"\r") if name == "carriage returns alone" else start
+    (tmp_path / file).write_bytes(start + end + b"v" * 64)
+    with pytest.raises(DataError, match=r"another file|damaged or truncated"):
+        read_image((tmp_path / file,))
+
+
 def test_labels_are_read_from_nrrd(tmp_path):
     label = RNG.integers(0, 4, SHAPE)
     write(tmp_path / "a.nrrd", label.T.astype(np.float32))

@@ -174,6 +174,19 @@ def test_an_affine_that_places_nothing_is_refused(tmp_path, write_nifti, value):
     assert "affine" in refusal(path, read_header)
 
 
+@pytest.mark.parametrize("edge", [1e-5, 9e-4, 1.0, 5e3])
+def test_voxels_of_any_size_are_read(tmp_path, write_nifti, edge):
+    header = read_header(write_nifti(tmp_path / "a.nii.gz", NOISE, np.diag([edge] * 3 + [1.0]), np.float32))
+    assert header.spacing_mm == pytest.approx((edge, edge, edge))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64])
+def test_bytes_behind_the_voxels_of_a_small_scan_are_no_damage(tmp_path, dtype):
+    scan = nib.Nifti1Image(np.ones((2, 2, 2), dtype), np.eye(4), dtype=dtype)
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(scan.to_bytes() + bytes(61)))
+    assert read_image((tmp_path / "a.nii.gz",)).array.tolist() == np.ones((1, 2, 2, 2)).tolist()
+
+
 def test_channels_of_different_shape_are_refused(tmp_path, write_nifti):
     first = write_nifti(tmp_path / "a_0000.nii.gz", NOISE, dtype=np.float32)
     second = write_nifti(tmp_path / "a_0001.nii.gz", NOISE[1:], dtype=np.float32)

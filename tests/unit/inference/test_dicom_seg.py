@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from pydicom import dcmread
 from dicom_files import PATIENT, classic, enhanced, rotation, save
 from medvisionllama.colours import OKABE_ITO
 from medvisionllama.data.formats.dicom import read_header, read_voxels
+from medvisionllama.data.formats.dicom_grid import grid_of
 from medvisionllama.data.formats.dicom_labels import read_seg, segment_labels
 from medvisionllama.data.formats.dicom_series import find_series
 from medvisionllama.data.readers import read_label
@@ -329,13 +331,6 @@ def _without_frame_of_reference(folder):
     save(datasets, folder)
 
 
-def _of_an_odd_date(folder):
-    datasets = classic(stored())
-    for dataset in datasets:
-        dataset.StudyDate = "Doe^Janet"
-    save(datasets, folder)
-
-
 def _in_two_files(folder):
     low, high = enhanced(stored((3, 8, 5))), enhanced(stored((3, 8, 5)), origin=(-10, 20, 45))
     high.SeriesInstanceUID = low.SeriesInstanceUID
@@ -356,7 +351,6 @@ def _in_two_files(folder):
         (None, np.full((5, 8, 6), 3), "mask.dcm", r"values without a class name \(\[3\]\)"),
         (None, np.full((5, 8, 6), -1), "mask.dcm", r"values without a class name \(\[-1\]\)"),
         (_without_frame_of_reference, np.ones((5, 8, 6)), "mask.dcm", "has no FrameOfReferenceUID"),
-        (_of_an_odd_date, np.ones((5, 8, 6)), "mask.dcm", "has values that a DICOM mask cannot take over"),
         (_in_two_files, np.ones((5, 8, 6)), "mask.dcm", "spread over 2 multi-frame files"),
     ],
 )
@@ -445,3 +439,46 @@ def test_a_label_map_reads_like_a_binary_mask(tmp_path):
     )
     labelmap.save_as(tmp_path / "labelmap.dcm")
     np.testing.assert_array_equal(read_seg(tmp_path / "labelmap.dcm", header), mask)
+
+
+@pytest.mark.parametrize("thickness", [None, "absent"])
+def test_a_scan_that_does_not_say_its_slices_thickness_gets_a_mask(tmp_path, thickness):
+    datasets = classic(stored())
+    for dataset in datasets:
+        if thickness is None:
+            dataset.SliceThickness = None
+        else:
+            del dataset.SliceThickness
+    save(datasets, tmp_path / "scan")
+    (series,) = find_series(tmp_path / "scan")
+    mask = np.zeros(grid_of(series).shape, np.uint8)
+    mask[1, 1, 0] = 1
+    write_seg(tmp_path / "mask.dcm", mask, series, {1: "liver"})
+    np.testing.assert_array_equal(read_seg(tmp_path / "mask.dcm", grid_of(series), {1: "liver"}), mask)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [("PatientBirthDate", "1.2.1950"), ("StudyDate", "00000000"), ("StudyDate", "Doe^Janet")],
+)
+def test_dates_that_are_none_are_left_empty(tmp_path, keyword, value):
+    datasets = classic(stored())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for dataset in datasets:
+            setattr(dataset, keyword, value)
+        save(datasets, tmp_path / "scan")
+        (series,) = find_series(tmp_path / "scan")
+        mask = np.ones(grid_of(series).shape, np.uint8)
+        write_seg(tmp_path / "mask.dcm", mask, series, {1: "liver"})
+    assert not dcmread(tmp_path / "mask.dcm").get(keyword)
+
+
+def test_names_that_differ_behind_the_64th_character_stay_apart(tmp_path):
+    save(classic(stored()), tmp_path / "scan")
+    (series,) = find_series(tmp_path / "scan")
+    classes = {1: "x" * 70 + "1", 2: "x" * 70 + "2", 3: "y" * 65}
+    mask = np.zeros(grid_of(series).shape, np.uint8)
+    mask.flat[:3] = 1, 2, 3
+    write_seg(tmp_path / "mask.dcm", mask, series, classes)
+    np.testing.assert_array_equal(read_seg(tmp_path / "mask.dcm", grid_of(series), classes), mask)

@@ -7,7 +7,7 @@ import SimpleITK as sitk
 
 from medvisionllama.data.readers import read_image, read_label
 from medvisionllama.errors import DataError
-from medvisionllama.inference.writers import write_label_table, write_mask, write_shares
+from medvisionllama.inference.writers import label_table, write_mask, write_shares
 
 MASK = np.random.default_rng(0).integers(0, 3, (4, 5, 6)).astype(np.uint8)
 OBLIQUE = np.array(
@@ -72,9 +72,19 @@ def test_shares_are_read_as_numbers_from_0_to_1(tmp_path, ending, shape):
     assert itk.max() == pytest.approx(1.0)
 
 
-def test_the_label_table_has_a_row_for_each_class(tmp_path):
-    write_label_table(tmp_path / "labels.txt", {1: 'a "b"\nc', 9: "tumour"})
-    rows = (tmp_path / "labels.txt").read_text().splitlines()
+@pytest.mark.parametrize("write", [write_mask, write_shares])
+def test_an_axis_longer_than_nifti_1_can_count_is_written_as_nifti_2(tmp_path, write):
+    array = np.zeros((40_000, 2, 3), np.uint8)
+    array[39_999, 1, 2] = 1
+    write(tmp_path / "a.nii.gz", array, OBLIQUE)
+    image = nib.load(tmp_path / "a.nii.gz")
+    assert isinstance(image, nib.Nifti2Image)
+    assert np.asarray(image.dataobj)[39_999, 1, 2] == pytest.approx(1 if write is write_mask else 1 / 255)
+    np.testing.assert_allclose(image.affine, OBLIQUE)
+
+
+def test_the_label_table_has_a_row_for_each_class():
+    rows = label_table({1: 'a "b"\nc', 9: "tumour"}).splitlines()
     assert [row.split()[0] for row in rows] == ["0", "1", "9"]
     assert rows[1].endswith("\"a 'b' c\"")
     assert rows[1].split()[1:4] == ["230", "159", "0"]

@@ -36,10 +36,12 @@ def examine_case(case: CaseFacts, images: Sequence[np.ndarray], label: np.ndarra
 
 
 def examine_channel(array: np.ndarray) -> ChannelFacts:
-    """Describe one channel `[x, y, z]`; percentiles come from a sample of evenly spaced voxels."""
+    """Describe one channel `[x, y, z]`; percentiles come from a sample of voxels drawn at random."""
     num_bad, first_bad = _count_bad(array)
     flat = array.reshape(-1)
-    sample = flat[:: max(1, flat.size // _SAMPLES)]
+    # Evenly spaced voxels would all lie in one plane where the step is a multiple of the last axis.
+    drawn = np.random.default_rng(0).integers(0, flat.size, _SAMPLES) if flat.size > 2 * _SAMPLES else None
+    sample = flat if drawn is None else flat[drawn]
     if num_bad:
         finite = flat[np.isfinite(flat)]
         low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)

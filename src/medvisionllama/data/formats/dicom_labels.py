@@ -62,8 +62,22 @@ def segment_labels(path: Path) -> dict[int, str]:
         return {int(segment.SegmentNumber): str(segment.SegmentLabel) for segment in mask.SegmentSequence}
 
 
+def short_labels(classes: Mapping[int, str]) -> dict[int, str]:
+    """What a segment can be called for each value: 64 characters, without a backslash, no two alike.
+
+    A backslash separates values in DICOM and cannot be part of one.
+    """
+    labels: dict[int, str] = {}
+    for value, name in classes.items():
+        label = " ".join(name.replace("\\", "/").split())[:64]
+        if not label or label in labels.values():
+            label = f"{label[: 60 - len(str(value))]} ({value})".strip()
+        labels[value] = label
+    return labels
+
+
 def _renamed(path: Path, array: np.ndarray, labels: dict[int, str], classes: Mapping[int, str]) -> np.ndarray:
-    values = {name: value for value, name in classes.items()}
+    values = {label: value for value, label in short_labels(classes).items()}
     table = np.zeros(max([0, *labels]) + 1, np.uint8 if max([0, *classes]) < 256 else np.uint16)
     for number, label in labels.items():
         if label not in values:

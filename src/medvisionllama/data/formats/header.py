@@ -35,7 +35,9 @@ def make_header(path: Path, sizes: Sequence[int], affine: AffineMatrix) -> Heade
         shape = shape[:-1]
     if len(shape) not in (3, 4) or min(shape) < 1:
         raise DataError(f"{path} has shape {shape}; allowed: 3-D, or 4-D with channels last")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    edges = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    # Against the volume of a box with these edges: voxels may be of any size, but must not be flat.
+    if not np.isfinite(affine).all() or not edges.all() or abs(np.linalg.det(affine[:3, :3] / edges)) < 1e-6:
         raise DataError(
             f"{path}: its affine matrix is not invertible; export the scan again with its geometry"
         )

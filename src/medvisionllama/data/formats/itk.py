@@ -4,6 +4,7 @@ Detached headers (.nhdr, .mhd, or a .nrrd that names another file) are refused: 
 anywhere on the disk of whoever opens a stranger's scan.
 """
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,16 +74,22 @@ def _header(path: Path, reader: "sitk.ImageFileReader") -> Header:
 
 
 def _refuse_detached(path: Path) -> None:
+    """Let ITK see plain headers only: what it reads otherwise than we do could name another file."""
     with path.open("rb") as file:
         head = file.read(_HEADER_BYTES)
     if path.suffix.lower() == ".nrrd":
-        lines = [line.strip().lower() for line in head.split(b"\n\n")[0].split(b"\n")]
-        detached = any(line.startswith((b"data file:", b"datafile:")) for line in lines)
+        whole = b"\n\n" in head or b"\r\n\r\n" in head
+        lines = [line.strip().lower() for line in re.split(rb"[\r\n]", head)]
+        detached = any(re.match(rb"data\s*file", line) for line in lines)
     else:
-        # In a MetaImage this key is the header's last, and LOCAL says that the voxels follow.
-        name = head.partition(b"ElementDataFile")[2].split(b"\n")[0].strip(b" =\r\t").upper()
-        detached = name not in {b"LOCAL", b""}
+        # This key is the header's last, and LOCAL says that the voxels follow. It may stand there once only.
+        places = [match.start() for match in re.finditer(rb"elementdatafile", head, re.IGNORECASE)]
+        own_line = re.findall(rb"(?:^|\n)ElementDataFile[ \t]*=[ \t]*([^\r\n]*)[ \t]*\r?\n", head)
+        whole = bool(places)
+        detached = len(places) > 1 or (whole and [name.strip().upper() for name in own_line] != [b"LOCAL"])
     if detached:
         raise DataError(
-            f"{path} keeps its voxels in another file; save it again as one .nrrd, .mha or .nii.gz"
+            f"{path} keeps its voxels in another file, or its header is ambiguous; save it again as one .nrrd, .mha or .nii.gz"
         )
+    if not whole:
+        raise unreadable(path, RuntimeError("no end of its header found"))
