@@ -140,7 +140,7 @@ def plan(
 
 def predict(
     run: Path | str,
-    inputs: Sequence[Path | str],
+    inputs: Path | str | Sequence[Path | str],
     *,
     out: Path | str,
     also: Sequence[Path | str] = (),
@@ -158,7 +158,7 @@ def predict(
     """Segment scans with a trained run; one mask per scan, on the scan's own grid, named like the scan.
 
     Args:
-        inputs: scans, DICOM series, and folders of them.
+        inputs: a scan, a DICOM series or a folder of them, or several.
         also: further runs of the task, folds for example; the probabilities of all are averaged.
         mask_format: `nifti`, `nrrd`, `mha` or `dicom` (DICOM-SEG, of DICOM scans); `auto` is each scan's own kind.
         probabilities: write those of every class to the folder probabilities/, as 4-D NIfTI, background first.
@@ -181,12 +181,16 @@ def predict(
     from medvisionllama.inference.predictor import Predictor, check_alike
     from medvisionllama.progress import Silent
 
-    out = Path(out)
-    outputs = Outputs(out, mask_format, probabilities, uncertainty)  # type: ignore[arg-type] # checked by the command line
+    _check_choice("mask_format", mask_format, ("auto", "nifti", "nrrd", "mha", "dicom"))
+    _check_choice("device", device, ("auto", "cpu", "cuda"))
+    if min_ml is not None and not 0 <= min_ml < float("inf"):
+        raise ConfigError(f"min_ml={min_ml} must be 0 or more millilitres")
+    inputs = [inputs] if isinstance(inputs, str | Path) else inputs
+    outputs = Outputs(Path(out), mask_format, probabilities, uncertainty)  # type: ignore[arg-type] # checked above
     plan = check_alike([run, *also])
     scans = collect_scans([Path(path) for path in inputs], channels=plan.channels)
     scans = outputs.missing(scans, overwrite=overwrite, resume=resume)
-    predictor = Predictor.from_run(run, *also, device=device)  # type: ignore[arg-type] # checked by the command line
+    predictor = Predictor.from_run(run, *also, device=device)  # type: ignore[arg-type] # checked above
     wanted = {"largest_component": largest, "min_component_ml": min_ml}
     chosen = {key: value for key, value in wanted.items() if value is not None}
     return predict_scans(
@@ -328,6 +332,11 @@ def convert(
     from medvisionllama.data.convert import convert as write
 
     return write(Path(source), Path(out), to=to, transfer=transfer, renumber=renumber, progress=progress)
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} does not exist; allowed: {', '.join(allowed)}")
 
 
 def _check_changeable(before: Config, after: Config, chosen: Iterable[str]) -> None:

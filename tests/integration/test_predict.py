@@ -14,7 +14,7 @@ import pytest
 import SimpleITK as sitk
 
 from medvisionllama import Predictor, api
-from medvisionllama.errors import CheckpointError
+from medvisionllama.errors import CheckpointError, ConfigError
 
 from .conftest import TINY
 
@@ -166,12 +166,39 @@ def test_a_name_as_long_as_the_disk_allows_is_no_hindrance(runs, scans, tmp_path
     assert (tmp_path / "m" / long.name).is_file()
 
 
+def test_a_segmentation_beside_its_scan_is_no_scan(runs, scans, tmp_path, cli):
+    folder = tmp_path / "slicer"
+    folder.mkdir()
+    sitk.WriteImage(sitk.ReadImage(str(scans / "phantom_002.nii.gz")), str(folder / "a.nrrd"))
+    assert cli("predict", runs[0], folder / "a.nrrd", "--out", folder).code == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["a.nrrd", "a.seg.nrrd", "labels.txt"]
+    outcome = cli("predict", runs[0], folder, "--out", tmp_path / "m", "--json")
+    assert [record["case"] for record in json.loads(outcome.out)] == ["a"]
+    refused = cli("predict", runs[0], folder / "a.seg.nrrd", "--out", tmp_path / "m2")
+    assert refused.code == 2
+    assert "is a segmentation, not a scan" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mask_format": "nii.gz"}, "allowed: auto, nifti"),
+        ({"device": "gpu"}, "allowed: auto, cpu, cuda"),
+        ({"min_ml": -1.0}, "0 or more"),
+    ],
+)
+def test_wrong_arguments_are_named_in_python_too(runs, scans, tmp_path, wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        api.predict(runs[0], scans, out=tmp_path / "m", **wrong)
+    assert not (tmp_path / "m").exists()
+
+
 def test_components_can_be_removed(runs, scans, tmp_path):
     options = {"largest": True, "min_ml": 1e6, "overwrite": True}
     [all_kept] = api.predict(runs[0], [scans / "phantom_000.nii.gz"], out=tmp_path / "m")
     [none_kept] = api.predict(runs[0], [scans / "phantom_000.nii.gz"], out=tmp_path / "m", **options)
-    assert all_kept["volumes_ml"]
-    assert none_kept["volumes_ml"] == {}
+    assert max(all_kept["volumes_ml"].values()) > 0
+    assert none_kept["volumes_ml"] == {"head": 0.0, "tail": 0.0}
     assert "nothing was found" in none_kept["warnings"]
 
 

@@ -25,7 +25,8 @@ def predict(
     mask_format: Annotated[
         Literal["auto", "nifti", "nrrd", "mha", "dicom"],
         typer.Option(
-            "--format", help="Kind of the mask files; auto is each scan's own: DICOM-SEG for DICOM."
+            "--format",
+            help="Kind of the mask files; auto is each scan's own: DICOM-SEG for DICOM, .seg.nrrd for NRRD.",
         ),
     ] = "auto",
     probabilities: Annotated[
@@ -69,22 +70,28 @@ def predict(
     from medvisionllama import api
     from medvisionllama.cli._progress import TerminalProgress
 
-    records = api.predict(
-        run,
-        inputs,
-        out=out,
-        also=also or [],
-        mask_format=mask_format,
-        probabilities=probabilities,
-        uncertainty=uncertainty,
-        largest=largest,
-        min_ml=min_ml,
-        overwrite=overwrite,
-        resume=resume,
-        keep_going=True,
-        device=device,
-        progress=TerminalProgress(),
-    )
+    try:
+        records = api.predict(
+            run,
+            inputs,
+            out=out,
+            also=also or [],
+            mask_format=mask_format,
+            probabilities=probabilities,
+            uncertainty=uncertainty,
+            largest=largest,
+            min_ml=min_ml,
+            overwrite=overwrite,
+            resume=resume,
+            keep_going=True,
+            device=device,
+            progress=TerminalProgress(),
+        )
+    except KeyboardInterrupt:
+        typer.echo(
+            "stopped; masks that are there are whole; go on with the same command and --resume", err=True
+        )
+        raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(records, indent=2))
     else:
@@ -100,7 +107,7 @@ def predict(
 def _show(record: dict[str, Any]) -> None:
     if "error" in record:
         return
-    volumes = ", ".join(f"{name} {volume:.3f} ml" for name, volume in record["volumes_ml"].items())
+    volumes = ", ".join(f"{name} {volume:.3f} ml" for name, volume in record["volumes_ml"].items() if volume)
     typer.echo(f"{record['mask']}: {volumes or 'empty'}")
     for line in record["warnings"]:
         typer.echo(f"  {line}")

@@ -80,18 +80,18 @@ class Outputs:
                 left.append(scan)
         return left
 
-    def write_table(self, classes: Mapping[int, str], *, overwrite: bool) -> None:
-        """Write names and colours of the classes beside the masks.
+    @property
+    def table(self) -> Path:
+        """Names and colours of the classes, for viewers."""
+        return self.folder / "labels.txt"
 
-        Raises:
-            DataError: there is a table of other classes, or a file that is no table of ours.
-        """
-        path, text = self.folder / "labels.txt", label_table(classes)
-        if path.exists() and path.read_text(errors="replace") != text and not overwrite:
+    def check_table(self, classes: Mapping[int, str], *, overwrite: bool) -> None:
+        """Raise DataError if there is a table of other classes, or a file that is no table of ours."""
+        path = self.table
+        if not overwrite and path.exists() and path.read_text(errors="replace") != label_table(classes):
             raise DataError(
                 f"{path} is there and is not the table of this run's classes; choose another --out, or give --overwrite to replace it"
             )
-        write_text(path, text)
 
 
 def format_like(source: ScanSource) -> str:
@@ -128,7 +128,7 @@ def predict_scans(
     """
     records = []
     if scans:
-        outputs.write_table(predictor.plan.mask_classes, overwrite=overwrite)
+        outputs.check_table(predictor.plan.mask_classes, overwrite=overwrite)
     with progress.track("segmenting", len(scans)) as advance, _prepared(predictor, scans) as coming:
         for number, (scan, future) in enumerate(coming):
             started = time.monotonic()
@@ -182,11 +182,27 @@ def _finish(
             warnings.append(f"written as NIfTI: {error}")
     if files["mask"].suffix != ".dcm":
         write_mask(files["mask"], mask.array, mask.affine, like=first, classes=names)
+    if not outputs.table.exists() or outputs.table.read_text(errors="replace") != label_table(names):
+        write_text(outputs.table, label_table(names))
+    volumes = prediction.volumes_ml
     return {
         "case": scan.case_id,
+        "source": _source(first),
         **{kind: str(path) for kind, path in files.items()},
-        "volumes_ml": {names[value]: round(volume, 4) for value, volume in prediction.volumes_ml.items()},
+        "volumes_ml": {name: round(volumes.get(value, 0.0), 4) for value, name in names.items()},
         "warnings": warnings,
+    }
+
+
+def _source(source: ScanSource) -> dict[str, str]:
+    """Where a scan came from; of DICOM, which series it is."""
+    if not isinstance(source, Series):
+        return {"file": str(source)}
+    return {
+        "folder": str(source.folder),
+        "series_uid": source.series_uid,
+        "study_uid": source.study_uid,
+        "description": source.description,
     }
 
 

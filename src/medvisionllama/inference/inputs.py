@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,8 +44,8 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
     for path in files:
         alone = numbered[path.parent, _base(path)] == 1
         groups.setdefault((path.parent, _case_of(path, len(channels), alone=alone)), []).append(path)
-    for series in dict.fromkeys(source for source in named if isinstance(source, Series)):
-        groups[series.folder, series.name] = [series]
+    for name, series in _named_series(source for source in named if isinstance(source, Series)):
+        groups[series.folder, name] = [series]
     scans: dict[str, Scan] = {}
     for (_, case_id), sources in groups.items():
         if case_id in scans:
@@ -55,7 +55,7 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
         scans[case_id] = Scan(case_id, tuple(sorted(sources, key=stem_of)))
     if not scans:
         raise DataError(
-            f"{', '.join(map(str, inputs))}: no scan there; give files ({', '.join(SUFFIXES)}), DICOM series, or folders of them"
+            f"{', '.join(map(str, inputs))}: no scan there; give files ({', '.join(suffix for suffix in SUFFIXES if suffix != '.seg.nrrd')}), DICOM series, or folders of them"
         )
     failed = []
     for scan in list(scans.values()):
@@ -86,13 +86,32 @@ def _checked(scan: Scan, channels: Sequence[str]) -> Scan:
     return replace(scan, num_voxels=found * math.prod(headers[0].shape))
 
 
+def _named_series(found: Iterable[Series]) -> list[tuple[str, Series]]:
+    """Name each series after its folder, as training does, or after itself where that would not tell it apart."""
+    series = list(dict.fromkeys(found))
+    folders = Counter(one.folder for one in series)
+    names = Counter(folder.name for folder in folders)
+    return [
+        (one.folder.name if folders[one.folder] == names[one.folder.name] == 1 else one.name, one)
+        for one in series
+    ]
+
+
 def _sources(path: Path) -> list[ScanSource]:
     """Scans that one argument names."""
     if not path.exists():
         raise DataError(f"{path} does not exist; give scans or folders of scans")
+    if _is_segmentation(path):
+        raise DataError(f"{path} is a segmentation, not a scan; give the scan it was drawn on")
     if path.is_file():
         return [open_series(path) if format_of(path) is dicom else path]
-    return [*sorted(child for child in path.iterdir() if is_scan(child)), *find_series(path)]
+    scans = sorted(child for child in path.iterdir() if is_scan(child) and not _is_segmentation(child))
+    return [*scans, *find_series(path)]
+
+
+def _is_segmentation(path: Path) -> bool:
+    """3D Slicer saves `scan.seg.nrrd` beside `scan.nrrd`."""
+    return path.name.lower().endswith(".seg.nrrd")
 
 
 def _base(path: Path) -> str:
