@@ -140,3 +140,20 @@ def test_a_dataset_of_dicom_series_trains_and_its_masks_fit_labels_of_another_or
     assert plan.normalisation[0].kind == "dataset"
     table = read_table(tmp_path / "run" / "evaluation.csv")
     assert table["dice"].astype(float).min() > 0.5
+
+
+@real
+def test_dicom_masks_are_evaluated_against_labels(run, data_root, tmp_path, cli):
+    study = data_root / "dicom" / "study1"
+    assert cli("predict", run, study, "--out", tmp_path / "seg").code == 0
+    assert cli("predict", run, study, "--out", tmp_path / "labels", "--format", "nifti").code == 0
+    (tmp_path / "labels" / "labels.txt").unlink()
+    outcome = cli("evaluate", tmp_path / "seg", tmp_path / "labels", "--json")
+    assert outcome.code == 0, outcome.err
+    cases = json.loads(outcome.out)["cases"]
+    assert {row["class"] for row in cases} == {"head", "tail", "foreground"}
+    assert {row["dice"] for row in cases} == {1.0}
+    (tmp_path / "seg" / "labels.txt").unlink()
+    refused = cli("evaluate", tmp_path / "seg", tmp_path / "labels")
+    assert refused.code == 2
+    assert "labels.txt" in refused.err

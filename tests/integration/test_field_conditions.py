@@ -236,3 +236,24 @@ def test_squeezed_scans_are_turned_in_their_own_millimetres(plain, tmp_path):
     )
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["spacing_mm"] == [20 / 16, 1.0, 1.0]
+
+
+def test_cropped_slicer_segmentations_train_as_whole_labels_do(plain, tmp_path, cli):
+    import SimpleITK as sitk
+
+    data = tmp_path / "slicer"
+    shutil.copytree(plain / "images", data / "images")
+    (data / "labels").mkdir()
+    for path in sorted((plain / "labels").iterdir()):
+        label = sitk.ReadImage(str(path))
+        box = sitk.LabelShapeStatisticsImageFilter()
+        box.Execute(label > 0)
+        x, y, z, dx, dy, dz = box.GetBoundingBox(1)
+        cropped = label[x : x + dx, y : y + dy, z : z + dz]
+        sitk.WriteImage(cropped, str(data / "labels" / path.name.replace(".nii.gz", ".seg.nrrd")))
+    assert cli("data", "check", data).code == 0
+    overrides = {**TINY, "network.insert": "none"}
+    for source, out in ((plain, "whole"), (data, "cropped")):
+        api.train(source, out=tmp_path / out, epochs=1, overrides=overrides)
+    tables = [(tmp_path / out / "evaluation.csv").read_text() for out in ("whole", "cropped")]
+    assert tables[0] == tables[1]

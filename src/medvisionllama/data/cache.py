@@ -19,6 +19,7 @@ import numpy as np
 from medvisionllama._files import atomic_path, canonical_hash, user_cache, write_json
 from medvisionllama.config.schema import parse_window
 from medvisionllama.data.index import Case
+from medvisionllama.data.labels import whole_label
 from medvisionllama.data.planning import Normalisation, Plan, is_ct
 from medvisionllama.data.readers import read_image, read_label
 from medvisionllama.data.resample import resample_image, resample_label, shape_at
@@ -272,6 +273,7 @@ def _write_arrays(case: Case, contents: list[bytes | None], plan: Plan, folder: 
     assert case.label is not None
     image = to_ras(read_image(case.images, contents[:-1]))
     native = to_ras(read_label(case.label, contents.pop()))
+    native = whole_label(case.label, native, image.shape, image.affine)
     contents.clear()  # a scan in memory is enough
     grid = to_grid(image, plan)
     label = resample_label(native.array, (grid.shape[1], grid.shape[2], grid.shape[3]))

@@ -11,7 +11,9 @@ import pandas as pd
 
 from medvisionllama._files import write_text
 from medvisionllama.config import read_config
+from medvisionllama.data.formats.dicom_labels import read_classes
 from medvisionllama.data.index import open_configured, patient_of
+from medvisionllama.data.labels import whole_label
 from medvisionllama.data.msd import read_dataset_json
 from medvisionllama.data.readers import is_scan, read_label, stem_of
 from medvisionllama.data.splits import read_splits, select
@@ -20,7 +22,7 @@ from medvisionllama.errors import DataError
 from medvisionllama.evaluation.metrics import measure
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.predictor import Predictor
-from medvisionllama.inference.writers import write_mask
+from medvisionllama.inference.writers import read_label_table, write_mask
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.run_dir import RunDir
 
@@ -59,7 +61,10 @@ def evaluate_files(
     with (progress or Silent()).track("measuring", len(pairs)) as advance:
         for number, pair in enumerate(pairs, start=1):
             # A label may be stored with other axes than its image, and the mask has the image's.
-            predicted, truth = (to_ras(read_label(path)) for path in (pair.prediction, pair.label))
+            predicted, truth = (to_ras(_read(path, classes)) for path in (pair.prediction, pair.label))
+            # The mask lies on its scan's grid; either may be stored as the part that holds segments.
+            truth = whole_label(pair.label, truth, predicted.shape, predicted.affine)
+            predicted = whole_label(pair.prediction, predicted, truth.shape, truth.affine)
             _same_grid(pair, predicted, truth)
             if merged:
                 truth = Volume((truth.array > 0).astype(np.uint8), truth.affine)
@@ -202,6 +207,15 @@ def mean_class_dice(table: pd.DataFrame) -> pd.Series:
     return (table if classes.empty else classes).groupby("case_id")["dice"].mean()
 
 
+def _read(path: Path, classes: dict[int, str]) -> Volume:
+    """A mask or label with the values of `classes`; DICOM-SEG numbers its segments and is read by their names."""
+    return read_classes(path, classes) if _is_dicom_mask(path) else read_label(path)
+
+
+def _is_dicom_mask(path: Path) -> bool:
+    return path.suffix.lower() == ".dcm"
+
+
 def _same_grid(pair: Pair, predicted: Volume, truth: Volume) -> None:
     if predicted.shape != truth.shape:
         raise DataError(
@@ -218,10 +232,15 @@ def _by_name(folder: Path) -> dict[str, Path]:
         return {stem_of(folder): folder}
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give a folder of masks")
-    return {stem_of(path): path for path in sorted(folder.iterdir()) if is_scan(path)}
+    return {
+        path.stem if _is_dicom_mask(path) else stem_of(path): path
+        for path in sorted(folder.iterdir())
+        if is_scan(path) or _is_dicom_mask(path)
+    }
 
 
 def _classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
+    """Names of the classes: from the dataset of the labels, from the table beside the masks, or from the values."""
     description = labels.parent / "dataset.json"
     if description.is_file():
         declared = read_dataset_json(description).get("labels", {})
@@ -233,6 +252,16 @@ def _classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
                 by_value[int(number)] = str(name)
         if by_value:
             return {value: by_value[value] for value in sorted(by_value) if value}
+    table = pairs[0].prediction.parent / "labels.txt"
+    if table.is_file() and (named := read_label_table(table.read_text(errors="replace"))):
+        return named
+    dicom = next(
+        (path for pair in pairs for path in (pair.prediction, pair.label) if _is_dicom_mask(path)), None
+    )
+    if dicom is not None:
+        raise DataError(
+            f"{dicom} names its classes and nothing says which values they have; put the labels.txt that `medvisionllama predict` wrote beside the masks"
+        )
     values = sorted(
         {
             int(value)

@@ -1,5 +1,6 @@
 """Masks out: the scan's own grid and header, whole numbers, whole files."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -76,6 +77,12 @@ def label_table(classes: Mapping[int, str]) -> str:
         text = " ".join(name.replace('"', "'").split())
         rows.append(f'{value:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{text}"')
     return "\n".join(rows) + "\n"
+
+
+def read_label_table(text: str) -> dict[int, str]:
+    """Names of the classes by value in a table of `label_table`; empty for any other text."""
+    rows = re.findall(r'^ *(\d+)(?: +[\d.]+){6} +"(.*)"$', text, re.MULTILINE)
+    return {int(value): name for value, name in rows if int(value)}
 
 
 def _nifti(array: np.ndarray, affine: AffineMatrix) -> nib.Nifti1Image:

@@ -12,6 +12,7 @@ from medvisionllama._files import write_text
 from medvisionllama.colours import colour_of
 from medvisionllama.config import Config, load_config, read_config
 from medvisionllama.data.index import Case, open_configured
+from medvisionllama.data.labels import whole_label
 from medvisionllama.data.readers import read_image, read_label
 from medvisionllama.data.volume import to_ras
 from medvisionllama.errors import ConfigError
@@ -104,8 +105,9 @@ def _pictures(run_dir: RunDir, config: Config, table: pd.DataFrame) -> list[Pict
 def _overlay(run_dir: RunDir, case: Case) -> str:
     assert case.label is not None, "datasets list labelled cases"
     plan = read_plan(run_dir)
-    truth = to_ras(read_label(case.label)).array
+    image = to_ras(read_image(case.images))
+    truth = whole_label(case.label, to_ras(read_label(case.label)), image.shape, image.affine).array
     predicted = to_ras(read_label(run_dir.path / "predictions" / "test" / f"{case.case_id}.nii.gz")).array
     if plan.merged:
         truth = (truth > 0).astype(np.uint8)
-    return plots.overlay(to_ras(read_image(case.images)), truth, predicted, plan.mask_classes)
+    return plots.overlay(image, truth, predicted, plan.mask_classes)

@@ -7,7 +7,7 @@ import SimpleITK as sitk
 
 from medvisionllama.data.readers import read_image, read_label
 from medvisionllama.errors import DataError
-from medvisionllama.inference.writers import label_table, write_mask, write_shares
+from medvisionllama.inference.writers import label_table, read_label_table, write_mask, write_shares
 
 MASK = np.random.default_rng(0).integers(0, 3, (4, 5, 6)).astype(np.uint8)
 OBLIQUE = np.array(
@@ -88,3 +88,9 @@ def test_the_label_table_has_a_row_for_each_class():
     assert [row.split()[0] for row in rows] == ["0", "1", "9"]
     assert rows[1].endswith("\"a 'b' c\"")
     assert rows[1].split()[1:4] == ["230", "159", "0"]
+
+
+def test_the_label_table_is_read_back():
+    classes = {1: "left ventricle", 12: "Ödem, 2"}
+    assert read_label_table(label_table(classes)) == classes
+    assert read_label_table("mine\n1 2 3") == {}

@@ -9,6 +9,7 @@ from medvisionllama.data.check.facts import CaseFacts, FileFacts
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.check.storage import read_storage
 from medvisionllama.data.index import Case, Dataset
+from medvisionllama.data.labels import may_be_cropped, offset_in
 from medvisionllama.data.readers import read_header
 from medvisionllama.data.volume import same_place, spacing_of
 from medvisionllama.errors import DataError
@@ -72,7 +73,7 @@ def grid_findings(case: CaseFacts) -> list[Finding]:
             "label-channels",
             f"{label.path}: a label must be 3-D, this one has {label.header.num_channels} channels; merge them to class numbers",
         )
-    elif label.ras[0] != first.ras[0]:
+    elif label.ras[0] != first.ras[0] and not _is_part(label, first):
         shapes = [
             f"{file.header.shape}" + (f" in order {file.axes}" if label.axes != first.axes else "")
             for file in (label, first)
@@ -81,7 +82,7 @@ def grid_findings(case: CaseFacts) -> list[Finding]:
             "label-shape",
             f"{label.path} has shape {shapes[0]}, its image {first.path.name} has {shapes[1]}; redraw or resample the label on the image's grid",
         )
-    elif not same_place(first.ras[1], label.ras[1], first.ras[0]):
+    elif label.ras[0] == first.ras[0] and not same_place(first.ras[1], label.ras[1], first.ras[0]):
         found = (
             "label-affine",
             f"{label.path} has another affine than its image {first.path.name} ({_difference(first, label)}); if the voxels do match, copy the image's header to the label",
@@ -89,6 +90,11 @@ def grid_findings(case: CaseFacts) -> list[Finding]:
     if found:
         findings.append(Finding(*found, (case.case_id,), label.path))
     return findings
+
+
+def _is_part(label: FileFacts, image: FileFacts) -> bool:
+    """A segmentation that was saved cropped, on the grid of its scan."""
+    return may_be_cropped(label.path) and offset_in(*label.ras, *image.ras) is not None
 
 
 def channel_findings(case: CaseFacts, channels: Sequence[str]) -> list[Finding]:

@@ -34,6 +34,7 @@ from medvisionllama.data.check.rules import (
     outlier_findings,
 )
 from medvisionllama.data.index import Case, Dataset, index_dataset
+from medvisionllama.data.labels import whole_label
 from medvisionllama.data.readers import read_voxels, stem_of
 from medvisionllama.data.volume import Volume, to_ras
 from medvisionllama.errors import DataError
@@ -192,6 +193,8 @@ def _examine_one(
     if label is not None:
         # Several channels were reported from the header.
         label = Volume(label.array[0], label.affine) if len(label.array) == 1 else None
+    if label is not None and facts.label is not None:
+        label = whole_label(facts.label.path, label, images[0].shape, images[0].affine)
     facts = examine_case(facts, [image.array for image in images], None if label is None else label.array)
     findings += value_findings(facts, dataset.channels, dataset.classes)
     if look is not None:

@@ -10,6 +10,7 @@ from medvisionllama._optional import require
 from medvisionllama.data.formats.dicom_header import reading, reason_of
 from medvisionllama.data.formats.header import Header, make_header
 from medvisionllama.data.formats.itk import LPS_TO_RAS
+from medvisionllama.data.volume import Volume
 from medvisionllama.errors import DataError
 from medvisionllama.types import AffineMatrix, LabelArray
 
@@ -53,6 +54,16 @@ def read_seg(path: Path, like: Header, classes: Mapping[int, str] | None = None)
     x, y, z = start
     whole[x : x + array.shape[0], y : y + array.shape[1], z : z + array.shape[2]] = array
     return whole
+
+
+def read_classes(path: Path, classes: Mapping[int, str]) -> Volume:
+    """Read a mask `[x, y, z]` with the values of `classes`, found by the segments' labels; only stored slices.
+
+    Raises:
+        DataError: as `read_voxels`, or a segment has no such name.
+    """
+    array, affine = _labels(path)
+    return Volume(_renamed(path, array, segment_labels(path), classes), affine)
 
 
 def segment_labels(path: Path) -> dict[int, str]:

@@ -1,0 +1,50 @@
+"""Labels whose format stores only the part of a scan that holds segments, put onto the scan's own grid."""
+
+from pathlib import Path
+
+import numpy as np
+
+from medvisionllama.data.volume import Volume, spacing_of
+from medvisionllama.types import AffineMatrix, Triple
+
+# 3D Slicer crops on request, and DICOM-SEG leaves out empty slices. A cropped NIfTI label is a mistake more often.
+_CROPPED = (".seg.nrrd", ".dcm")
+_TOLERANCE_VOXELS = 0.1
+
+
+def may_be_cropped(path: Path) -> bool:
+    """True for files whose grid may be a part of their scan's."""
+    return path.name.lower().endswith(_CROPPED)
+
+
+def whole_label(path: Path, label: Volume, shape: Triple, affine: AffineMatrix) -> Volume:
+    """Put a label `[x, y, z]` in RAS onto its scan's grid in RAS; voxels outside are 0.
+
+    A label that is no part of that grid, or of a format that stores whole grids, stays as it is.
+    """
+    if not may_be_cropped(path) or label.shape == tuple(shape):
+        return label
+    start = offset_in(label.shape, label.affine, shape, affine)
+    if start is None:
+        return label
+    whole = np.zeros(shape, label.array.dtype)
+    x, y, z = (slice(first, first + size) for first, size in zip(start, label.shape, strict=True))
+    whole[x, y, z] = label.array
+    return Volume(whole, affine)
+
+
+def offset_in(
+    shape: Triple, affine: AffineMatrix, whole: Triple, whole_affine: AffineMatrix
+) -> Triple | None:
+    """First voxel of a grid inside another of the same voxels, or None if it is no part of it."""
+    turn = np.linalg.inv(whole_affine) @ affine
+    start = np.rint(turn[:3, 3]).astype(int)
+    last = np.asarray(shape) - 1
+    # Its first and its last voxel must both lie on voxels of the whole.
+    ends = np.stack([turn @ [0, 0, 0, 1], turn @ [*last, 1]])[:, :3]
+    apart = np.abs(ends - np.stack([start, start + last])).max()
+    alike = np.allclose(spacing_of(affine), spacing_of(whole_affine), rtol=0.01)
+    if apart > _TOLERANCE_VOXELS or not alike or (start < 0).any() or (start + shape > whole).any():
+        return None
+    x, y, z = start.tolist()
+    return (x, y, z)

@@ -1,0 +1,48 @@
+"""A cropped segmentation lands where it was cut from, and nothing else is moved."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medvisionllama.data.labels import offset_in, whole_label
+from medvisionllama.data.volume import Volume
+
+WHOLE = (10, 12, 14)
+AFFINE = np.array([[1.5, 0.2, 0, 5], [-0.2, 1.5, 0, -7], [0, 0, 3, 11], [0, 0, 0, 1.0]])
+SEGMENTATION = Path("a.seg.nrrd")
+
+
+def cut(label, start, size):
+    x, y, z = (slice(first, first + length) for first, length in zip(start, size, strict=True))
+    affine = AFFINE.copy()
+    affine[:3, 3] = (AFFINE @ [*start, 1])[:3]
+    return Volume(label[x, y, z], affine)
+
+
+@pytest.mark.parametrize(
+    ("start", "size"), [((0, 0, 0), (3, 4, 5)), ((7, 8, 9), (3, 4, 5)), ((2, 3, 4), (1, 1, 1))]
+)
+def test_a_part_is_put_back_where_it_was(start, size):
+    label = np.zeros(WHOLE, np.uint8)
+    x, y, z = (slice(first, first + length) for first, length in zip(start, size, strict=True))
+    label[x, y, z] = np.random.default_rng(0).integers(1, 5, size)
+    found = whole_label(SEGMENTATION, cut(label, start, size), WHOLE, AFFINE)
+    np.testing.assert_array_equal(found.array, label)
+    np.testing.assert_array_equal(found.affine, AFFINE)
+
+
+@pytest.mark.parametrize(
+    ("shift", "zoom"), [((0.5, 0, 0), 1), ((-50, 0, 0), 1), ((50, 0, 0), 1), ((0, 0, 0), 1.1)]
+)
+def test_what_is_no_part_stays_as_it_is(shift, zoom):
+    part = cut(np.ones(WHOLE, np.uint8), (2, 3, 4), (3, 4, 5))
+    part.affine[:3, 3] += shift
+    part.affine[:3, :3] *= zoom
+    assert offset_in(part.shape, part.affine, WHOLE, AFFINE) is None
+    assert whole_label(SEGMENTATION, part, WHOLE, AFFINE) is part
+
+
+def test_a_cropped_nifti_label_is_a_mistake_and_stays_one():
+    part = cut(np.ones(WHOLE, np.uint8), (0, 0, 0), (9, 12, 14))
+    assert whole_label(Path("a.nii.gz"), part, WHOLE, AFFINE) is part
