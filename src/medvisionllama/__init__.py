@@ -20,10 +20,12 @@ _HOMES = {
     "demo": "medvisionllama.api",
     "download": "medvisionllama.api",
     "evaluate": "medvisionllama.api",
+    "fingerprint": "medvisionllama.api",
     "fit": "medvisionllama.training.fit",
     "load_config": "medvisionllama.config",
     "plan": "medvisionllama.api",
     "predict": "medvisionllama.api",
+    "split": "medvisionllama.api",
     "train": "medvisionllama.api",
 }
 __all__ = [*sorted(_HOMES), "__version__"]
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
     from medvisionllama.api import demo as demo
     from medvisionllama.api import download as download
     from medvisionllama.api import evaluate as evaluate
+    from medvisionllama.api import fingerprint as fingerprint
     from medvisionllama.api import plan as plan
     from medvisionllama.api import predict as predict
+    from medvisionllama.api import split as split
     from medvisionllama.api import train as train
     from medvisionllama.config import Config as Config
     from medvisionllama.config import load_config as load_config

@@ -1,5 +1,6 @@
 """The command line's verbs as functions of the same names and arguments."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from medvisionllama.data.check.report import CheckReport
     from medvisionllama.data.planning import Plan
+    from medvisionllama.data.splits import Splits
     from medvisionllama.training.fit import RunResult
 
 
@@ -119,6 +121,63 @@ def train(
             evaluate_run(result.path, split="test", progress=progress)
         write_report(result.path)
     return result
+
+
+def fingerprint(data: Path | str) -> dict[str, Any]:
+    """Describe a dataset by its headers: cases, channels, classes, shapes, spacings, and the plan that follows.
+
+    Raises:
+        DataError: headers that do not fit together.
+    """
+    from medvisionllama.config import DataConfig
+    from medvisionllama.data.fingerprint import fingerprint as read
+    from medvisionllama.data.index import open_dataset
+    from medvisionllama.data.planning import make_plan
+
+    dataset = open_dataset(Path(data))
+    found = read(dataset)
+    decided = make_plan(dataset, found, DataConfig(), flip=True, patch_size=None)
+    shapes = list(found.shapes.values())
+    spacings = Counter(found.spacings_mm.values()).most_common(5)
+    return {
+        "name": dataset.name,
+        "cases": len(dataset.cases),
+        "patients": len(set(dataset.patients.values())),
+        "channels": list(dataset.channels),
+        "classes": {str(value): name for value, name in dataset.classes.items()},
+        "shape_min": [min(shape[axis] for shape in shapes) for axis in range(3)],
+        "shape_max": [max(shape[axis] for shape in shapes) for axis in range(3)],
+        "spacings_mm": {" × ".join(f"{edge:g}" for edge in spacing): count for spacing, count in spacings},
+        "planned_spacing_mm": list(decided.spacing_mm),
+        "planned_crop": list(decided.crop_size),
+        "planned_strides": [list(stride) for stride in decided.strides],
+        "mirrored_axes": list(decided.flip_axes),
+        "reasons": decided.reasons,
+    }
+
+
+def split(
+    data: Path | str,
+    *,
+    out: Path | str,
+    seed: int = 0,
+    patient_pattern: str | None = None,
+    exclude: Sequence[str] = (),
+) -> "Splits":
+    """Divide the patients into test and five folds, and write them with a hash.
+
+    Args:
+        out: the splits file; `data.splits` takes it.
+        patient_pattern: regular expression whose first group is the patient in a case's name.
+        exclude: cases and patients to leave out.
+    """
+    from medvisionllama.data.index import open_dataset
+    from medvisionllama.data.splits import make_splits, write_splits
+
+    dataset = open_dataset(Path(data), patient_pattern=patient_pattern, exclude=exclude)
+    splits = make_splits(dataset.patients, seed=seed)
+    write_splits(splits, Path(out))
+    return splits
 
 
 def plan(

@@ -64,3 +64,13 @@ def test_offline_refuses_to_fetch(cli, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert outcome.code == 2
     assert "downloads are off" in outcome.err
+
+
+def test_every_verb_on_data_is_a_function_of_the_same_name(phantoms, tmp_path):
+    import medvisionllama
+
+    assert medvisionllama.fingerprint(phantoms)["patients"] == 8
+    assert medvisionllama.plan(phantoms).crop_size == (24, 24, 16)
+    splits = medvisionllama.split(phantoms, out=tmp_path / "splits.json", exclude=["phantom_000"])
+    assert "phantom_000" not in {*splits.test, *splits.folds[0].train, *splits.folds[0].validation}
+    assert medvisionllama.check(phantoms, fast=True).ok

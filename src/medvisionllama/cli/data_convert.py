@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from medvisionllama.cli._options import Data
+
 
 def convert(
-    source: Annotated[
-        Path, typer.Argument(help="MSD folder, nnU-Net raw folder, or a folder with images/ and labels/.")
-    ],
+    source: Data,
     out: Annotated[Path, typer.Argument(help="New folder; for nnU-Net named as Dataset004_Hippocampus.")],
     to: Annotated[Literal["msd", "nnunet", "plain"], typer.Option(help="Layout to write.")],
     symlink: Annotated[
@@ -28,7 +28,8 @@ def convert(
     """Write a dataset in another layout, with the same cases, voxels, geometry and names.
 
     MSD keeps the channels of a case in one 4-D file, nnU-Net in one file each; they are split and put together.
-    NRRD and MetaImage become .nii.gz. Hard links share their content with the source: change neither in place.
+    NRRD, MetaImage and DICOM become .nii.gz. Hard links share their content with the source: change neither in
+    place.
 
     Example: medvisionllama data convert Task04_Hippocampus nnUNet_raw/Dataset004_Hippocampus --to nnunet
     """

@@ -1,17 +1,14 @@
 """`medvisionllama data plan`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from medvisionllama.cli._options import Json
+from medvisionllama.cli._options import Data, Json
 
 
 def plan(
-    data: Annotated[
-        Path, typer.Argument(help="MSD folder, nnU-Net raw folder, or a folder with images/ and labels/.")
-    ],
+    data: Data,
     preset: Annotated[str, typer.Option(help="small (default), paper or reference.")] = "small",
     set_: Annotated[
         list[str] | None,

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from medvisionllama.cli._options import Json
+from medvisionllama.cli._options import DATA_HELP, Json
 
 
 def train(
     data: Annotated[
         Path | None,
-        typer.Argument(help="MSD folder, nnU-Net raw folder, or a folder with images/ and labels/."),
+        typer.Argument(help=DATA_HELP),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make.")] = None,
     preset: Annotated[str, typer.Option(help="small (default), paper or reference.")] = "small",
@@ -44,7 +44,8 @@ def train(
     """Train on labelled scans, score the test cases once, and write a report.
 
     Patients are divided by seed into test (10 %) and five folds, so equal commands see equal splits whatever the
-    model. Stop with Ctrl-C at any time; --resume goes on where it stopped.
+    model. What headers tell is checked first; `data check` reads the voxels too, and finds scans that are there
+    twice. Stop with Ctrl-C at any time; --resume goes on where it stopped.
 
     Example: medvisionllama train Task04_Hippocampus --preset small --out runs/hip
     """

@@ -166,7 +166,8 @@ def make_plan(
         patch_size: edge of a cubic token patch, or None where a stem with planned strides makes the tokens.
 
     Raises:
-        ConfigError: `data.normalisation` names another number of channels than the dataset has.
+        ConfigError: `data.normalisation` names another number of channels than the dataset has, or a crop would be
+            a single voxel.
     """
     reasons: dict[str, str] = {}
     spacing, reasons["spacing_mm"] = _spacing(found, data)
@@ -187,6 +188,10 @@ def make_plan(
         crop = (x, y, z)
     else:
         crop = plan_crop(extent, spacing, unit, data.max_crop_voxels)
+    if math.prod(crop) < 2:
+        raise ConfigError(
+            f"a crop of {'×'.join(map(str, crop))} voxel has nothing to learn from (voxels of {why.lengths(spacing)}); use larger scans, or a smaller data.spacing_mm"
+        )
     reasons["crop_size"] = why.crop(crop, spacing, extent, unit, data)
     flips, reasons["flip_axes"] = _flips(dataset, data, allowed=flip)
     reasons["resize"] = (

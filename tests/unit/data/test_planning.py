@@ -3,8 +3,8 @@ import math
 import pytest
 
 from medvisionllama.config import DataConfig
-from medvisionllama.data.fingerprint import Fingerprint
-from medvisionllama.data.index import Dataset
+from medvisionllama.data.fingerprint import Fingerprint, fingerprint
+from medvisionllama.data.index import Dataset, open_dataset
 from medvisionllama.data.planning import (
     Normalisation,
     Plan,
@@ -253,3 +253,10 @@ def test_the_lines_of_a_plan_give_reasons(tmp_path):
     assert lines[0].startswith("crops of 40×56×40 voxels: covers the median scan of 36 × 49 × 35.5 mm")
     assert lines[1] == "voxels of 1 × 1 × 1 mm: what every scan has"
     assert len(lines) == 5
+
+
+def test_a_crop_of_one_voxel_is_refused(dataset_folder):
+    dataset = open_dataset(dataset_folder(num_cases=3))
+    found = fingerprint(dataset)
+    with pytest.raises(ConfigError, match="1×1×1 voxel has nothing to learn from"):
+        make_plan(dataset, found, DataConfig(spacing_mm=(90.0, 90.0, 90.0)), flip=True, patch_size=None)
