@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from medvisionllama.data.formats import ScanSource
+from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.errors import DataError
 
 Severity = Literal["error", "warning", "note"]
@@ -87,7 +89,7 @@ class Finding:
     message: str
     """One line: what is wrong, in which file, and the next step."""
     cases: tuple[str, ...] = ()
-    file: Path | None = None
+    file: ScanSource | None = None
 
     def __post_init__(self) -> None:
         assert self.code in TITLES, f"{self.code} has no row in TITLES"
@@ -106,9 +108,14 @@ class Finding:
             "code": self.code,
             "severity": self.severity,
             "cases": list(self.cases),
-            "file": None if self.file is None else str(self.file),
+            "file": None if self.file is None else str(path_of(self.file)),
             "message": self.message,
         }
+
+
+def path_of(source: ScanSource) -> Path:
+    """Where a scan lies: its file, or the folder of its series."""
+    return source.folder if isinstance(source, Series) else source
 
 
 def raise_first(findings: list[Finding], root: Path) -> None:
