@@ -87,13 +87,15 @@ def open_dataset(root: Path, *, patient_pattern: str | None = None, exclude: Seq
 def index_dataset(
     root: Path, *, patient_pattern: str | None = None, exclude: Sequence[str] = ()
 ) -> tuple[Dataset, list["Finding"]]:
-    """Index a dataset as `open_dataset` does, but only list the images and labels without a partner.
+    """Index a dataset as `open_dataset` does, but only list what is wrong with names of files and segments.
 
     Whether the files exist is not asked.
 
     Raises:
         DataError: no such folder, no layout recognised, or a name in `exclude` that is no case's and no patient's.
     """
+    from medvisionllama.data.check.segments import name_segments
+
     dataset, findings = _index(root, patient_pattern)
     names = {name for case in dataset.cases for name in (case.case_id, case.patient_id)}
     unknown = sorted(set(exclude) - names)
@@ -103,7 +105,8 @@ def index_dataset(
         )
     excluded = tuple(case for case in dataset.cases if {case.case_id, case.patient_id} & set(exclude))
     kept = tuple(case for case in dataset.cases if case not in excluded)
-    return replace(dataset, cases=kept, excluded=excluded), findings
+    dataset, found = name_segments(replace(dataset, cases=kept, excluded=excluded))
+    return dataset, [*findings, *found]
 
 
 def _index(root: Path, patient_pattern: str | None) -> tuple[Dataset, list["Finding"]]:

@@ -22,6 +22,7 @@ _ERRORS = {
     "listed-twice": "a case is listed twice",
     "too-few-patients": "too few patients to divide",
     "unreadable": "files that cannot be read",
+    "segment-names": "labels whose segments are numbered otherwise than in the others",
     "channel-count": "another number of channels than declared",
     "channel-grid": "channels on different grids",
     "label-channels": "labels that are not 3-D",

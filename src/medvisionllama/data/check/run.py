@@ -81,7 +81,11 @@ def check_dataset(
         if dataset.cases:
             findings += patient_findings(dataset.cases)
     facts, found = _examine(whole, labelled=labelled, fast=fast, look=look, progress=progress or Silent())
-    findings += found
+    # Of labels in layers the listing says more than their headers.
+    layered = {finding.file for finding in findings if finding.code == "label-channels"}
+    findings += [
+        finding for finding in found if finding.code != "label-channels" or finding.file not in layered
+    ]
     findings += dataset_findings(facts, dataset)
     if splits is not None:
         drawn, found = read_division(splits)
