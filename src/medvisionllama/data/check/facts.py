@@ -114,6 +114,8 @@ class CaseFacts:
     mask: MaskFacts | None = None
     image_is_mask: bool = field(default=False)
     """A channel has the few values of a mask, and the label's shape or a label with the values of a scan."""
+    mirror_scores: tuple[float, ...] = ()
+    """How much better the label's edge fits the image than its mirror images do; see `mirrors.py`."""
 
     @property
     def files(self) -> tuple[FileFacts, ...]:

@@ -57,6 +57,7 @@ _WARNINGS = {
     "shape-outlier": "sizes unlike the other cases'",
     "label-volume-outlier": "label volumes unlike the other cases'",
     "mirrored": "labels on the other side than in the other cases",
+    "label-mirrored": "labels that would fit their image better mirrored",
     "axis-order": "axes in another order than in the other cases",
     "sides-swapped": "left and right exchanged compared to the other cases",
     "affine-unset": "files that do not say where they lie, while others do",

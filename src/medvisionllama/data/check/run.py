@@ -18,6 +18,7 @@ from medvisionllama.data.check.listing import (
     present,
     scans_in,
 )
+from medvisionllama.data.check.mirrors import label_mirror_findings
 from medvisionllama.data.check.places import (
     axis_order_findings,
     identity_findings,
@@ -117,6 +118,7 @@ def dataset_findings(facts: Sequence[CaseFacts], dataset: Dataset) -> list[Findi
         *identity_findings(facts),
         *orientation_findings(facts),
         *mirror_findings(facts),
+        *label_mirror_findings(facts),
         *axis_order_findings(facts),
         *side_findings(facts, dataset.classes),
     ]
