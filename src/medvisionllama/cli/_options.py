@@ -10,4 +10,10 @@ DATA_HELP = (
     "an image may be a folder of DICOM slices)."
 )
 Data = Annotated[Path, typer.Argument(help=DATA_HELP)]
+PatientPattern = Annotated[
+    str | None, typer.Option(help="Regular expression whose first group is the patient in a case's name.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="A case or patient to leave out, as data.exclude does. Repeatable.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -10,6 +10,7 @@ from medvisionllama.data import msd
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.formats.dicom import open_series
 from medvisionllama.data.index import Case, Dataset, patient_of
+from medvisionllama.data.near_names import datasets_in, misnamed_folders, why_none_meets
 from medvisionllama.data.readers import SUFFIXES, is_scan, read_header, stem_of
 from medvisionllama.errors import DataError
 
@@ -60,18 +61,21 @@ def index_plain(root: Path, patient_pattern: str | None) -> tuple[Dataset, list[
     An image may be a folder with the files of one DICOM series.
 
     Returns:
-        The dataset, and the images and labels without a partner, which it leaves out.
+        The dataset, and the images and labels without a partner or with two files, which it leaves out.
 
     Raises:
-        DataError: cases have different numbers of channel files.
+        DataError: no image has a label of its name, or cases have different numbers of channel files.
     """
-    labels = {stem_of(path): path for path in _scans(root / "labels")}
+    labels, alone = _by_stem(root / "labels", _scans(root / "labels"))
+    images, twice = _by_stem(root / "images", _scans(root / "images", series=True))
+    alone += twice
     groups: dict[str, list[Path]] = {}
-    for path in _scans(root / "images", series=True):
-        stem = stem_of(path)
+    for stem, path in images.items():
         case_id = stem if stem in labels else re.sub(r"_\d{4}$", "", stem)
         groups.setdefault(case_id, []).append(path)
-    alone = []
+    if groups and labels and not groups.keys() & labels.keys():
+        first = {case_id: paths[0] for case_id, paths in groups.items()}
+        raise DataError(f"{root}: {why_none_meets(first, labels)}")
     for case_id in sorted(groups.keys() ^ labels.keys()):
         missing = "labels" if case_id in groups else "images"
         message = f"{root}: the case {case_id!r} has no file in {missing}/; add {missing}/{case_id}{SUFFIXES[0]} or remove its partner"
@@ -92,6 +96,18 @@ def index_plain(root: Path, patient_pattern: str | None) -> tuple[Dataset, list[
         num_channels = _channels_of_first(cases)
     channels, classes = _names(root, _default_channels(cases, num_channels))
     return Dataset(root.name, root, cases, channels, classes), alone
+
+
+def no_dataset(root: Path) -> DataError:
+    """The error of a folder that is none of the layouts: which one it nearly is, if it is."""
+    within = datasets_in(root)
+    if within:
+        shown = ", ".join(within[:20]) + (f" and {len(within) - 20} more" if len(within) > 20 else "")
+        return DataError(f"{root} is no dataset, its folders are; give one of these: {shown}")
+    nearly = misnamed_folders(root)
+    if nearly:
+        return DataError(f"{root} holds no dataset; {nearly}")
+    return DataError(f"{root} holds no dataset; expected dataset.json, or the folders images/ and labels/")
 
 
 def read_names(root: Path) -> dict[str, Any]:
@@ -145,6 +161,20 @@ def _scans(folder: Path, *, series: bool = False) -> list[Path]:
         raise DataError(f"{folder} does not exist; the layout of {folder.parent} needs it")
     folders = {path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     return sorted(path for path in folder.iterdir() if is_scan(path) or (series and path in folders))
+
+
+def _by_stem(folder: Path, paths: Sequence[Path]) -> tuple[dict[str, Path], list[Finding]]:
+    """One path of each name, and the names that several have, as in two formats."""
+    groups: dict[str, list[Path]] = {}
+    for path in paths:
+        groups.setdefault(stem_of(path), []).append(path)
+    findings = []
+    for stem, found in groups.items():
+        if len(found) > 1:
+            names = " and ".join(path.name for path in found)
+            message = f"{folder}/{names} are the same case; remove one"
+            findings.append(Finding("listed-twice", message, (re.sub(r"_\d{4}$", "", stem),), found[1]))
+    return {stem: found[0] for stem, found in groups.items()}, findings
 
 
 def _one_of(folder: Path, stem: str) -> Path:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medvisionllama.config import DataConfig
+from medvisionllama.data.formats import ScanSource
+from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,6 +30,13 @@ class Case:
     patient_id: str
     images: tuple[Path, ...]
     label: Path | None
+    series: Series | None = None
+    """Which of several DICOM series, where `images` is the folder that holds them."""
+
+    @property
+    def sources(self) -> tuple[ScanSource, ...]:
+        """What to read, one per channel file."""
+        return self.images if self.series is None else (self.series,)
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,8 @@ class Dataset:
     cases: tuple[Case, ...]
     channels: tuple[str, ...]
     classes: dict[int, str]
+    excluded: tuple[Case, ...] = ()
+    """Cases that were left out by name."""
 
     @property
     def patients(self) -> dict[str, str]:
@@ -76,13 +87,15 @@ def open_dataset(root: Path, *, patient_pattern: str | None = None, exclude: Seq
 def index_dataset(
     root: Path, *, patient_pattern: str | None = None, exclude: Sequence[str] = ()
 ) -> tuple[Dataset, list["Finding"]]:
-    """Index a dataset as `open_dataset` does, but only list the images and labels without a partner.
+    """Index a dataset as `open_dataset` does, but only list what is wrong with names of files and segments.
 
     Whether the files exist is not asked.
 
     Raises:
         DataError: no such folder, no layout recognised, or a name in `exclude` that is no case's and no patient's.
     """
+    from medvisionllama.data.check.segments import name_segments
+
     dataset, findings = _index(root, patient_pattern)
     names = {name for case in dataset.cases for name in (case.case_id, case.patient_id)}
     unknown = sorted(set(exclude) - names)
@@ -90,8 +103,10 @@ def index_dataset(
         raise DataError(
             f"{dataset.root} has no case and no patient {unknown[0]!r} to leave out (data.exclude); correct the name"
         )
-    kept = (case for case in dataset.cases if not {case.case_id, case.patient_id} & set(exclude))
-    return replace(dataset, cases=tuple(kept)), findings
+    excluded = tuple(case for case in dataset.cases if {case.case_id, case.patient_id} & set(exclude))
+    kept = tuple(case for case in dataset.cases if case not in excluded)
+    dataset, found = name_segments(replace(dataset, cases=kept, excluded=excluded))
+    return dataset, [*findings, *found]
 
 
 def _index(root: Path, patient_pattern: str | None) -> tuple[Dataset, list["Finding"]]:
@@ -112,7 +127,7 @@ def _index(root: Path, patient_pattern: str | None) -> tuple[Dataset, list["Find
     elif (root / "images").is_dir() and (root / "labels").is_dir():
         return folder.index_plain(root, patient_pattern)
     else:
-        raise DataError(f"{root} holds no dataset; expected dataset.json, or the folders images/ and labels/")
+        raise folder.no_dataset(root)
     return dataset, []
 
 

@@ -101,7 +101,7 @@ def label_findings(case: CaseFacts, classes: Mapping[int, str]) -> list[Finding]
         values = "the label values" if len(unknown) > 1 else "the label value"
         add(
             "label-undeclared",
-            f"{path} holds {values} {shown}, which the dataset does not declare (0 background, {declared}); add to 'labels' in dataset.json or correct the label",
+            f"{path} holds {values} {shown}, which the dataset does not declare (0 background, {declared}); declare it too (dataset.json or names.json) or correct the label",
         )
     if not mask.voxels:
         add(

@@ -24,17 +24,32 @@ def division_findings(splits: Splits, patients: Mapping[str, str], path: Path) -
     """
     found, findings = set(patients.values()), []
     listed: set[str] = set(splits.test)
+    outside: dict[str, int] = {}
+    empty: dict[str, None] = {}
     for number, fold in enumerate(splits.folds):
-        parts = {"train": fold.train, "validation": fold.validation, "test": splits.test}
-        listed |= {*fold.train, *fold.validation}
-        for patient in sorted(found - {*fold.train, *fold.validation, *splits.test}):
-            cases = tuple(case for case, owner in patients.items() if owner == patient)
-            message = f"{path}: the patient {patient!r} is in no part of fold {number}; draw new splits for this dataset"
-            findings.append(Finding("not-in-splits", message, cases, path))
-        for name, part in parts.items():
-            if not found & set(part):
-                message = f"{path}: no patient of the {name} part of fold {number} is in this dataset; draw new splits for it"
-                findings.append(Finding("splits", message, file=path))
+        parts = {
+            f"train part of fold {number}": fold.train,
+            f"validation part of fold {number}": fold.validation,
+        }
+        parts["test part"] = splits.test
+        known = {patient for part in parts.values() for patient in part}
+        listed |= known
+        for patient in sorted(found - known):
+            outside.setdefault(patient, number)
+        empty |= {name: None for name, part in parts.items() if not found & set(part)}
+    if outside:
+        cases = tuple(case for case, owner in patients.items() if owner in outside)
+        names = list(outside)
+        if len(names) == 1:
+            what = f"the patient {names[0]!r} is in no part of fold {outside[names[0]]}"
+        else:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            what = f"{len(names)} of {len(found)} patients are in no part ({', '.join(names[:4])}{more})"
+        message = f"{path}: {what}; draw new splits for this dataset (medvisionllama data split)"
+        findings.append(Finding("not-in-splits", message, cases, path))
+    if empty:
+        message = f"{path}: no patient of the {', '.join(empty)} is in this dataset; draw new splits for it (medvisionllama data split)"
+        findings.append(Finding("splits", message, file=path))
     absent = listed - found
     if absent:
         message = (

@@ -8,6 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 from medvisionllama.data.check.facts import CaseFacts, ChannelFacts, MaskFacts
+from medvisionllama.data.check.mirrors import mirror_scores
 from medvisionllama.types import Triple
 
 _SAMPLES = 50_000
@@ -32,7 +33,8 @@ def examine_case(case: CaseFacts, images: Sequence[np.ndarray], label: np.ndarra
     channels = tuple(examine_channel(array) for array in arrays)
     mask = None if label is None else examine_label(label)
     suspicious = label is not None and mask is not None and _looks_like_mask(arrays, channels, label, mask)
-    return replace(case, channels=channels, mask=mask, image_is_mask=suspicious)
+    scores = mirror_scores(arrays, channels, label) if label is not None and mask and mask.countable else ()
+    return replace(case, channels=channels, mask=mask, image_is_mask=suspicious, mirror_scores=scores)
 
 
 def examine_channel(array: np.ndarray) -> ChannelFacts:

@@ -2,12 +2,13 @@
 
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from nibabel.orientations import aff2axcodes
 
+from medvisionllama.data.check.findings import path_of
 from medvisionllama.data.check.storage import Storage
+from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.formats.header import Header
 from medvisionllama.data.volume import ras_grid, spacing_of
 from medvisionllama.types import AffineMatrix, SpacingMm, Triple
@@ -17,7 +18,7 @@ from medvisionllama.types import AffineMatrix, SpacingMm, Triple
 class FileFacts:
     """A file's header, and how a NIfTI file stores its place."""
 
-    path: Path
+    path: ScanSource
     header: Header
     storage: Storage | None = None
 
@@ -113,6 +114,8 @@ class CaseFacts:
     mask: MaskFacts | None = None
     image_is_mask: bool = field(default=False)
     """A channel has the few values of a mask, and the label's shape or a label with the values of a scan."""
+    mirror_scores: tuple[float, ...] = ()
+    """How much better the label's edge fits the image than its mirror images do; see `mirrors.py`."""
 
     @property
     def files(self) -> tuple[FileFacts, ...]:
@@ -150,8 +153,8 @@ class CaseFacts:
         result: dict[str, Any] = {
             "case": self.case_id,
             "patient": self.patient_id,
-            "images": [str(file.path) for file in self.images],
-            "label": None if self.label is None else str(self.label.path),
+            "images": [str(path_of(file.path)) for file in self.images],
+            "label": None if self.label is None else str(path_of(self.label.path)),
             "axes": self.images[0].axes,
             "shape": list(self.shape),
             "spacing_mm": [round(edge, 5) for edge in self.spacing_mm],

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from medvisionllama.data.formats import ScanSource
+from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.errors import DataError
 
 Severity = Literal["error", "warning", "note"]
@@ -20,6 +22,7 @@ _ERRORS = {
     "listed-twice": "a case is listed twice",
     "too-few-patients": "too few patients to divide",
     "unreadable": "files that cannot be read",
+    "segment-names": "labels whose segments are numbered otherwise than in the others",
     "channel-count": "another number of channels than declared",
     "channel-grid": "channels on different grids",
     "label-channels": "labels that are not 3-D",
@@ -54,6 +57,7 @@ _WARNINGS = {
     "shape-outlier": "sizes unlike the other cases'",
     "label-volume-outlier": "label volumes unlike the other cases'",
     "mirrored": "labels on the other side than in the other cases",
+    "label-mirrored": "labels that would fit their image better mirrored",
     "axis-order": "axes in another order than in the other cases",
     "sides-swapped": "left and right exchanged compared to the other cases",
     "affine-unset": "files that do not say where they lie, while others do",
@@ -87,7 +91,7 @@ class Finding:
     message: str
     """One line: what is wrong, in which file, and the next step."""
     cases: tuple[str, ...] = ()
-    file: Path | None = None
+    file: ScanSource | None = None
 
     def __post_init__(self) -> None:
         assert self.code in TITLES, f"{self.code} has no row in TITLES"
@@ -106,9 +110,14 @@ class Finding:
             "code": self.code,
             "severity": self.severity,
             "cases": list(self.cases),
-            "file": None if self.file is None else str(self.file),
+            "file": None if self.file is None else str(path_of(self.file)),
             "message": self.message,
         }
+
+
+def path_of(source: ScanSource) -> Path:
+    """Where a scan lies: its file, or the folder of its series."""
+    return source.folder if isinstance(source, Series) else source
 
 
 def raise_first(findings: list[Finding], root: Path) -> None:

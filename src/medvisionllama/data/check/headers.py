@@ -23,7 +23,7 @@ def read_headers(case: Case) -> tuple[CaseFacts | None, list[Finding]]:
     """
     findings: list[Finding] = []
     files: list[FileFacts | None] = []
-    for path in (*case.images, *([case.label] if case.label else [])):
+    for path in (*case.sources, *([case.label] if case.label else [])):
         try:
             files.append(FileFacts(path, read_header(path), read_storage(path)))
         except DataError as error:

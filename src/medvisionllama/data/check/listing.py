@@ -7,8 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from medvisionllama.data.check.findings import Finding
+from medvisionllama.data.formats import ScanSource
+from medvisionllama.data.formats.dicom_header import is_dicom
+from medvisionllama.data.formats.dicom_series import find_series
 from medvisionllama.data.index import Case, Dataset
 from medvisionllama.data.readers import is_scan, stem_of
+from medvisionllama.errors import DataError
 
 _FOLDERS = ("imagesTr", "labelsTr")
 _ENDING = re.compile(r"(?:[_.-][a-z]?\d{1,3}|[_.-][a-z]|(?<=\d)[a-z])$", re.IGNORECASE)
@@ -52,7 +56,8 @@ def name_findings(dataset: Dataset) -> list[Finding]:
         if stem != case.case_id and stem in names:
             message = f"{dataset.root}: the case {case.case_id!r} is paired with the label of {stem!r}; is the list right?"
             findings.append(Finding("pair-names", message, (case.case_id,), case.label))
-    used = {path.resolve() for case in dataset.cases for path in (*case.images, case.label) if path}
+    listed = (*dataset.cases, *dataset.excluded)
+    used = {path.resolve() for case in listed for path in (*case.images, case.label) if path}
     for name in _FOLDERS:
         folder = dataset.root / name
         files = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -92,20 +97,33 @@ def patient_findings(cases: Sequence[Case]) -> list[Finding]:
     return findings
 
 
-def scans_in(path: Path) -> list[Path]:
-    """Scans of a folder that is no dataset: files we read, at any depth, and folders of DICOM slices."""
+def scans_in(path: Path) -> list[ScanSource]:
+    """Scans of a folder that is no dataset: files we read, at any depth, and the DICOM series that predict finds.
+
+    Masks are left out: what is in folders named labels or masks, and files of segments.
+    """
     if path.is_file():
         return [path]
-    files = [child for child in sorted(path.rglob("*")) if not child.name.startswith(".") and child.is_file()]
-    slices = {child.parent for child in files if _is_slice(child)}
-    return sorted({*(child for child in files if is_scan(child) and child.parent not in slices), *slices})
+    files = [
+        child
+        for child in sorted(path.rglob("*"))
+        if child.is_file()
+        and not child.name.startswith(".")
+        and not _holds_masks(child.relative_to(path).parent)
+    ]
+    found = [child for child in files if is_scan(child) and not child.name.lower().endswith(".seg.nrrd")]
+    try:
+        series = find_series(path)
+    except DataError:
+        # A damaged file: each folder is a case then, so that the file is named and the others are checked.
+        return [*sorted({*found, *(child.parent for child in files if _is_slice(child))})]
+    return [*found, *(one for one in series if not _holds_masks(one.folder.relative_to(path)))]
+
+
+def _holds_masks(folder: Path) -> bool:
+    return any(part.lower().startswith(("labels", "masks")) for part in folder.parts)
 
 
 def _is_slice(path: Path) -> bool:
     """A DICOM file, with or without a suffix."""
-    if is_scan(path):
-        return False
-    if path.suffix.lower() in {".dcm", ".ima"}:
-        return True
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    return not is_scan(path) and (path.suffix.lower() in {".dcm", ".ima"} or is_dicom(path))

@@ -29,7 +29,7 @@ def class_findings(cases: Sequence[CaseFacts], classes: Mapping[int, str]) -> li
     return [
         Finding(
             "class-unseen",
-            f"the class {value} ({name}) is declared but in none of the {len(masks)} labels; remove it from dataset.json or label it",
+            f"the class {value} ({name}) is declared but in none of the {len(masks)} labels; remove it from the declared classes or label it",
         )
         for value, name in classes.items()
         if value not in met

@@ -9,7 +9,7 @@ from medvisionllama.data.check.case_rules import value_findings
 from medvisionllama.data.check.division import division_findings, leak_findings, read_division
 from medvisionllama.data.check.examine import examine_case
 from medvisionllama.data.check.facts import CaseFacts
-from medvisionllama.data.check.findings import Finding
+from medvisionllama.data.check.findings import Finding, path_of
 from medvisionllama.data.check.headers import channel_findings, grid_findings, read_headers
 from medvisionllama.data.check.listing import (
     listing_findings,
@@ -18,6 +18,7 @@ from medvisionllama.data.check.listing import (
     present,
     scans_in,
 )
+from medvisionllama.data.check.mirrors import label_mirror_findings
 from medvisionllama.data.check.places import (
     axis_order_findings,
     identity_findings,
@@ -33,8 +34,11 @@ from medvisionllama.data.check.rules import (
     intensity_findings,
     outlier_findings,
 )
+from medvisionllama.data.formats import ScanSource
+from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.index import Case, Dataset, index_dataset
 from medvisionllama.data.labels import whole_label
+from medvisionllama.data.near_names import datasets_in, misnamed_folders
 from medvisionllama.data.readers import read_voxels, stem_of
 from medvisionllama.data.volume import Volume, to_ras
 from medvisionllama.errors import DataError
@@ -71,15 +75,19 @@ def check_dataset(
     """
     root = Path(root)
     dataset, findings, labelled = _open(root, patient_pattern, exclude)
-    if labelled and not any(finding.code == "layout" for finding in findings):
-        findings += listing_findings(dataset)
+    listed = labelled and not any(finding.code == "layout" for finding in findings)
     whole = present(dataset)
-    if labelled:
+    if listed:
+        findings += listing_findings(dataset)
         findings += name_findings(dataset)
         if dataset.cases:
             findings += patient_findings(dataset.cases)
     facts, found = _examine(whole, labelled=labelled, fast=fast, look=look, progress=progress or Silent())
-    findings += found
+    # Of labels in layers the listing says more than their headers.
+    layered = {finding.file for finding in findings if finding.code == "label-channels"}
+    findings += [
+        finding for finding in found if finding.code != "label-channels" or finding.file not in layered
+    ]
     findings += dataset_findings(facts, dataset)
     if splits is not None:
         drawn, found = read_division(splits)
@@ -111,6 +119,7 @@ def dataset_findings(facts: Sequence[CaseFacts], dataset: Dataset) -> list[Findi
         *identity_findings(facts),
         *orientation_findings(facts),
         *mirror_findings(facts),
+        *label_mirror_findings(facts),
         *axis_order_findings(facts),
         *side_findings(facts, dataset.classes),
     ]
@@ -121,10 +130,10 @@ def _open(root: Path, pattern: str | None, exclude: Sequence[str]) -> tuple[Data
     try:
         dataset, findings = index_dataset(root, patient_pattern=pattern, exclude=exclude)
     except DataError as error:
-        if (root / "dataset.json").is_file() or (root / "images").is_dir():
-            # It means to be a dataset, so what is wrong with it is a finding like others.
+        if root.is_dir() and _means_to_be_a_dataset(root):
+            # So what is wrong with it is a finding like others.
             return Dataset(root.name, root, (), (), {}), [Finding("layout", str(error))], True
-        scans = scans_in(root) if root.exists() else []
+        scans = scans_in(root) if root.exists() and not (root.is_dir() and datasets_in(root)) else []
         if not scans:
             raise
         cases = tuple(_scan_case(root, path) for path in scans)
@@ -133,7 +142,20 @@ def _open(root: Path, pattern: str | None, exclude: Sequence[str]) -> tuple[Data
     return dataset, findings, True
 
 
-def _scan_case(root: Path, path: Path) -> Case:
+def _means_to_be_a_dataset(root: Path) -> bool:
+    return (
+        (root / "dataset.json").is_file()
+        or (root / "images").is_dir()
+        or (not datasets_in(root) and bool(misnamed_folders(root)))
+    )
+
+
+def _scan_case(root: Path, source: ScanSource) -> Case:
+    path = path_of(source)
+    if isinstance(source, Series):
+        inside = path.relative_to(root).as_posix() if path != root and root.is_dir() else ""
+        case_id = f"{inside}/{source.name}".lstrip("/")
+        return Case(case_id, case_id, (path,), None, source)
     name = path.relative_to(root).as_posix() if path != root else path.name
     case_id = name[: len(name) - len(path.name)] + stem_of(path)
     return Case(case_id, case_id, (path,), None)

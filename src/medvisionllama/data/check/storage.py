@@ -10,7 +10,7 @@ from typing import Literal
 
 import nibabel as nib
 
-from medvisionllama.data.formats import nifti
+from medvisionllama.data.formats import ScanSource, nifti
 from medvisionllama.types import AffineMatrix
 
 _ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
@@ -30,9 +30,9 @@ class Storage:
         return self.sform is not None or self.qform is not None
 
 
-def read_storage(path: Path) -> Storage | None:
+def read_storage(path: ScanSource) -> Storage | None:
     """Read a NIfTI header's placement; None for other formats."""
-    if not (path.is_file() and path.name.lower().endswith(nifti.SUFFIXES)):
+    if not (isinstance(path, Path) and path.is_file() and path.name.lower().endswith(nifti.SUFFIXES)):
         return None
     # The header alone, and unchecked: our reader has accepted it, and opening an image takes three times as long.
     with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:

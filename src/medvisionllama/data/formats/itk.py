@@ -27,8 +27,8 @@ def read_header(path: Path) -> Header:
     reader = _reader(path)
     try:
         reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise unreadable(path, error) from None
+    except RuntimeError:
+        raise _no_header(path) from None
     return _header(path, reader)
 
 
@@ -39,8 +39,9 @@ def read_voxels(path: Path) -> np.ndarray:
     header = read_header(path)
     try:
         image = _reader(path).Execute()
-    except RuntimeError as error:
-        raise unreadable(path, error) from None
+    except RuntimeError:
+        # ITK's own words are places in its source code.
+        raise unreadable(path, RuntimeError("its voxels end early or cannot be unpacked")) from None
     array = sitk.GetArrayFromImage(image)
     if array.dtype.kind not in "iuf":
         raise DataError(f"{path} stores {array.dtype} voxels; allowed: integers and real numbers")
@@ -48,6 +49,37 @@ def read_voxels(path: Path) -> np.ndarray:
         return np.moveaxis(array, -1, 0).transpose(0, 3, 2, 1)
     # [channel, z, y, x], where a fourth axis is the slowest.
     return array.reshape(header.num_channels, *header.shape[::-1]).transpose(0, 3, 2, 1)
+
+
+def segment_names(path: Path) -> dict[int, str]:
+    """Name of each value as 3D Slicer writes it into a label's header; empty where it says none.
+
+    Values mean nothing where overlapping segments lie in layers, as each layer counts anew.
+
+    Raises:
+        DataError: the header cannot be read.
+    """
+    reader = _reader(path)
+    try:
+        reader.ReadImageInformation()
+        if reader.GetNumberOfComponents() > 1:
+            return {}
+        fields = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
+    except RuntimeError:
+        raise _no_header(path) from None
+    names = {}
+    for key, content in fields.items():
+        segment = re.fullmatch(r"(Segment\d+)_Name", key)
+        value = fields.get(f"{segment[1]}_LabelValue", "").strip() if segment else ""
+        # A name goes into messages and pages, so it is one line of plain characters.
+        name = " ".join("".join(char for char in content if char.isprintable()).split())
+        if re.fullmatch(r"[0-9]{1,5}", value) and name:
+            names[int(value)] = name
+    return {value: names[value] for value in sorted(names) if value}
+
+
+def _no_header(path: Path) -> DataError:
+    return unreadable(path, RuntimeError("its header makes no sense"))
 
 
 def _reader(path: Path) -> "sitk.ImageFileReader":
