@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from medvisionllama.cli import data_check, data_convert, data_download, data_plan
-from medvisionllama.cli._options import Data, Json
+from medvisionllama.cli._options import Data, Exclude, Json, PatientPattern
 
 app = typer.Typer(help="Look at a dataset: what is in it, how it is divided.", no_args_is_help=True)
 app.command("check")(data_check.check)
@@ -35,13 +35,8 @@ def split(
     data: Data,
     out: Annotated[Path, typer.Option(help="Where to write the splits file.")],
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
-    patient_pattern: Annotated[
-        str | None, typer.Option(help="Regular expression whose first group is the patient in a case's name.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(help="A case or patient to leave out, as data.exclude does. Repeatable."),
-    ] = None,
+    patient_pattern: PatientPattern = None,
+    exclude: Exclude = None,
 ) -> None:
     """Divide the patients into test and five folds, and write them with a hash."""
     from medvisionllama import api

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medvisionllama.cli._options import Json
+from medvisionllama.cli._options import Exclude, Json, PatientPattern
 
 if TYPE_CHECKING:
     from medvisionllama.data.check.report import CheckReport
@@ -22,13 +22,8 @@ def check(
     ],
     fast: Annotated[bool, typer.Option("--fast", help="Read headers only.")] = False,
     splits: Annotated[Path | None, typer.Option(help="A splits file that must fit the dataset.")] = None,
-    patient_pattern: Annotated[
-        str | None, typer.Option(help="Regular expression whose first group is the patient in a case's name.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(help="A case or patient to leave out, as data.exclude does. Repeatable."),
-    ] = None,
+    patient_pattern: PatientPattern = None,
+    exclude: Exclude = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with pictures of every case.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Findings of each kind in the table.")] = 5,
     as_json: Json = False,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.volume import Volume, spacing_of
 from medvisionllama.types import AffineMatrix, Triple
 
@@ -12,12 +13,12 @@ _CROPPED = (".seg.nrrd", ".dcm")
 _TOLERANCE_VOXELS = 0.1
 
 
-def may_be_cropped(path: Path) -> bool:
+def may_be_cropped(path: ScanSource) -> bool:
     """True for files whose grid may be a part of their scan's."""
-    return path.name.lower().endswith(_CROPPED)
+    return isinstance(path, Path) and path.name.lower().endswith(_CROPPED)
 
 
-def whole_label(path: Path, label: Volume, shape: Triple, affine: AffineMatrix) -> Volume:
+def whole_label(path: ScanSource, label: Volume, shape: Triple, affine: AffineMatrix) -> Volume:
     """Put a label `[x, y, z]` in RAS onto its scan's grid in RAS; voxels outside are 0.
 
     A label that is no part of that grid, or of a format that stores whole grids, stays as it is.

@@ -86,6 +86,8 @@ def _unpack(path: Path, content: bytes, *, packed: bool) -> tuple[np.ndarray, He
     # No more is unpacked than the header declares: a small file may unpack to anything.
     before = head + source.read(max(0, offset - len(head)))
     body = source.read(declared - len(before[offset:]))
+    if len(before[offset:]) + len(body) < declared:
+        raise EOFError("it ends before its last voxel")
     voxels = np.frombuffer((before[offset:] + body)[:declared] if len(before) > offset else body, dtype)
     if isinstance(source, Unpacker):
         source.drain()
