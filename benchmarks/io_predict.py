@@ -151,7 +151,6 @@ def timed_prediction(run: Path, scan: Path, out: Path) -> dict[str, Any]:
 
     predictor.Member.planes = timed
     measure(batch, "write_mask", seconds, "write")
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     started = time.perf_counter()
     [record] = api.predict(run, [scan], out=out)
     total = time.perf_counter() - started
@@ -160,7 +159,6 @@ def timed_prediction(run: Path, scan: Path, out: Path) -> dict[str, Any]:
     mask = nib.load(record["mask"])
     return {
         "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30, 2),
-        "peak_before_gib": round(loaded / 2**30, 2),
         "seconds": {
             key: round(value, 1) for key, value in {**seconds, "export": export, "total": total}.items()
         },
