@@ -42,6 +42,9 @@ bench: install  ## The benchmarks behind the README's numbers (hours; see benchm
 	$(BIN)/python benchmarks/block.py
 	$(BIN)/python benchmarks/block_source.py
 	$(BIN)/python benchmarks/paper_step.py
+	$(BIN)/python benchmarks/io.py check
+	$(BIN)/python benchmarks/io.py predict
+	$(BIN)/python benchmarks/io.py preprocess --data $${MEDVISIONLLAMA_DATA:-../shared/data}
 	$(BIN)/python benchmarks/hippocampus.py
 
 clean:  ## Remove what `make` built
