@@ -25,7 +25,12 @@ real = pytest.mark.data
 def run(phantoms, tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
     # Voxels as large as those of the series keep the test fast.
-    overrides = {**FAST, "data.spacing_mm": (4.0, 4.0, 4.0), "inference.overlap": 0.1}
+    overrides = {
+        **FAST,
+        "data.spacing_mm": (4.0, 4.0, 4.0),
+        "data.crop_size": (32, 32, 32),
+        "inference.overlap": 0.1,
+    }
     api.train(phantoms, out=path, epochs=2, overrides=overrides, test=False)
     return path
 
