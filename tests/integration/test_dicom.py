@@ -162,3 +162,33 @@ def test_dicom_masks_are_evaluated_against_labels(run, data_root, tmp_path, cli)
     refused = cli("evaluate", tmp_path / "seg", tmp_path / "labels")
     assert refused.code == 2
     assert "labels.txt" in refused.err
+
+
+@real
+def test_a_mask_of_another_scan_of_the_same_name_is_not_taken_for_this_one_s(run, data_root, tmp_path, cli):
+    ours = data_root / "dicom" / "study1" / "FLAIR"
+    theirs = tmp_path / "other" / "FLAIR"
+    save(classic(np.random.default_rng(0).integers(0, 500, (12, 16, 16)).astype(np.int16)), theirs)
+    assert cli("predict", run, ours, "--out", tmp_path / "m").code == 0
+    outcome = cli("predict", run, theirs, "--out", tmp_path / "m", "--resume")
+    assert outcome.code == 2
+    assert "the mask of another series" in outcome.err
+
+
+@real
+def test_the_folder_one_stands_in_has_a_name(run, data_root, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(data_root / "dicom" / "study1" / "FLAIR")
+    assert cli("predict", run, ".", "--out", tmp_path / "m").code == 0
+    assert (tmp_path / "m" / "FLAIR.dcm").is_file()
+
+
+def test_a_damaged_series_beside_a_scan_stops_only_itself(run, phantoms, tmp_path, cli):
+    folder = tmp_path / "mixed"
+    save(classic(np.ones((8, 8, 8), np.int16)), folder / "sub")
+    damaged = next((folder / "sub").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:400])
+    shutil.copy(phantoms / "imagesTr" / "phantom_000.nii.gz", folder)
+    outcome = cli("predict", run, folder, "--out", tmp_path / "m")
+    assert outcome.code == 2
+    assert "damaged or truncated" in outcome.err
+    assert (tmp_path / "m" / "phantom_000.nii.gz").is_file()

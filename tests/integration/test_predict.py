@@ -15,6 +15,7 @@ import SimpleITK as sitk
 
 from medvisionllama import Predictor, api
 from medvisionllama.errors import CheckpointError, ConfigError
+from medvisionllama.inference.writers import label_table, write_mask
 
 from .conftest import TINY
 
@@ -241,3 +242,22 @@ def test_ctrl_c_stops_at_once_and_leaves_whole_masks_only(runs, phantoms, tmp_pa
     for mask in masks:
         assert np.asarray(nib.load(mask).dataobj).shape == nib.load(scans / mask.name).shape
     assert not list((tmp_path / "m").rglob(".partial-*"))
+
+
+def test_names_of_slicer_decide_what_a_segment_is(tmp_path, cli):
+    mask = np.zeros((6, 6, 6), np.uint8)
+    mask[1:3], mask[3:5] = 1, 2
+    for folder, names, array in (
+        ("p", {1: "liver", 2: "tumour"}, mask),
+        ("l", {1: "Tumour", 2: "Liver"}, np.array([0, 2, 1], np.uint8)[mask]),
+    ):
+        (tmp_path / folder).mkdir()
+        write_mask(tmp_path / folder / "a.seg.nrrd", array, np.eye(4), classes=names)
+    (tmp_path / "p" / "labels.txt").write_text(label_table({1: "liver", 2: "tumour"}))
+    outcome = cli("evaluate", tmp_path / "p", tmp_path / "l", "--json")
+    assert outcome.code == 0, outcome.err
+    assert {row["dice"] for row in json.loads(outcome.out)["cases"]} == {1.0}
+    write_mask(tmp_path / "p" / "a.nii.gz", mask, np.eye(4))
+    refused = cli("evaluate", tmp_path / "p", tmp_path / "l")
+    assert refused.code == 2
+    assert "both masks of a" in refused.err

@@ -55,10 +55,15 @@ def index_nnunet(root: Path, content: dict[str, Any], patient_pattern: str | Non
     )
 
 
-def index_plain(root: Path, patient_pattern: str | None) -> tuple[Dataset, list[Finding]]:
+def index_plain(
+    root: Path, patient_pattern: str | None, exclude: Sequence[str] = ()
+) -> tuple[Dataset, list[Finding]]:
     """Index images/ and labels/ by equal names; `_0000` channel endings and a names.json are understood.
 
     An image may be a folder with the files of one DICOM series.
+
+    Args:
+        exclude: cases and patients whose number of channels does not matter, since they will be left out.
 
     Returns:
         The dataset, and the images and labels without a partner or with two files, which it leaves out.
@@ -85,7 +90,8 @@ def index_plain(root: Path, patient_pattern: str | None) -> tuple[Dataset, list[
         for case_id, images in sorted(groups.items())
         if case_id in labels
     )
-    counts = {len(case.images) for case in cases}
+    wanted = [case for case in cases if not {case.case_id, case.patient_id} & set(exclude)]
+    counts = {len(case.images) for case in wanted}
     if len(counts) > 1:
         raise DataError(
             f"{root}/images: cases have {sorted(counts)} channel files; every case needs the same number"
@@ -93,8 +99,8 @@ def index_plain(root: Path, patient_pattern: str | None) -> tuple[Dataset, list[
     num_channels = max(counts, default=1)
     if num_channels == 1 and cases:
         # One file a case may still be 4-D.
-        num_channels = _channels_of_first(cases)
-    channels, classes = _names(root, _default_channels(cases, num_channels))
+        num_channels = _channels_of_first(wanted)
+    channels, classes = _names(root, _default_channels(wanted, num_channels))
     return Dataset(root.name, root, cases, channels, classes), alone
 
 

@@ -96,8 +96,16 @@ def index_dataset(
     """
     from medvisionllama.data.check.segments import name_segments
 
-    dataset, findings = _index(root, patient_pattern)
+    dataset, findings = _index(root, patient_pattern, exclude)
     names = {name for case in dataset.cases for name in (case.case_id, case.patient_id)}
+    # A case that is left out for its faults may be known by them alone.
+    faulty = {case_id: patient_of(case_id, patient_pattern) for one in findings for case_id in one.cases}
+    names |= {*faulty, *faulty.values()}
+    findings = [
+        one
+        for one in findings
+        if not one.cases or not all({name, faulty[name]} & set(exclude) for name in one.cases)
+    ]
     unknown = sorted(set(exclude) - names)
     if unknown:
         raise DataError(
@@ -109,7 +117,9 @@ def index_dataset(
     return dataset, [*findings, *found]
 
 
-def _index(root: Path, patient_pattern: str | None) -> tuple[Dataset, list["Finding"]]:
+def _index(
+    root: Path, patient_pattern: str | None, exclude: Sequence[str]
+) -> tuple[Dataset, list["Finding"]]:
     from medvisionllama.data import folder, msd
 
     root = Path(root)
@@ -125,7 +135,7 @@ def _index(root: Path, patient_pattern: str | None) -> tuple[Dataset, list["Find
             else folder.index_nnunet(root, content, patient_pattern)
         )
     elif (root / "images").is_dir() and (root / "labels").is_dir():
-        return folder.index_plain(root, patient_pattern)
+        return folder.index_plain(root, patient_pattern, exclude)
     else:
         raise folder.no_dataset(root)
     return dataset, []

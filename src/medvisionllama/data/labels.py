@@ -11,6 +11,7 @@ from medvisionllama.types import AffineMatrix, Triple
 # 3D Slicer crops on request, and DICOM-SEG leaves out empty slices. A cropped NIfTI label is a mistake more often.
 _CROPPED = (".seg.nrrd", ".dcm")
 _TOLERANCE_VOXELS = 0.1
+_LARGEST_UNION = 64
 
 
 def may_be_cropped(path: ScanSource) -> bool:
@@ -28,10 +29,32 @@ def whole_label(path: ScanSource, label: Volume, shape: Triple, affine: AffineMa
     start = offset_in(label.shape, label.affine, shape, affine)
     if start is None:
         return label
+    return _placed(label, shape, affine, start)
+
+
+def _placed(label: Volume, shape: Triple, affine: AffineMatrix, start: Triple) -> Volume:
     whole = np.zeros(shape, label.array.dtype)
     x, y, z = (slice(first, first + size) for first, size in zip(start, label.shape, strict=True))
     whole[x, y, z] = label.array
     return Volume(whole, affine)
+
+
+def on_one_grid(first: Volume, second: Volume) -> tuple[Volume, Volume]:
+    """Put two labels in RAS onto the smallest grid that holds both; as they are, if their voxels do not meet."""
+    turn = np.linalg.inv(first.affine) @ second.affine
+    start = np.rint(turn[:3, 3]).astype(int)
+    low = np.minimum(0, start)
+    x, y, z = (np.maximum(first.shape, start + second.shape) - low).tolist()
+    # Two crops of one scan lie near each other; far apart, the grid would be of any size.
+    if x * y * z > _LARGEST_UNION * (first.array.size + second.array.size):
+        return first, second
+    affine = first.affine.copy()
+    affine[:3, 3] = (first.affine @ [*low, 1])[:3]
+    ours = offset_in(first.shape, first.affine, (x, y, z), affine)
+    theirs = offset_in(second.shape, second.affine, (x, y, z), affine)
+    if ours is None or theirs is None:
+        return first, second
+    return _placed(first, (x, y, z), affine, ours), _placed(second, (x, y, z), affine, theirs)
 
 
 def offset_in(

@@ -12,8 +12,9 @@ import pandas as pd
 from medvisionllama._files import write_text
 from medvisionllama.config import read_config
 from medvisionllama.data.formats.dicom_labels import read_classes
+from medvisionllama.data.formats.itk import segment_names
 from medvisionllama.data.index import open_configured, patient_of
-from medvisionllama.data.labels import whole_label
+from medvisionllama.data.labels import may_be_cropped, on_one_grid, whole_label
 from medvisionllama.data.msd import read_dataset_json
 from medvisionllama.data.readers import is_scan, read_label, stem_of
 from medvisionllama.data.splits import read_splits, select
@@ -65,6 +66,8 @@ def evaluate_files(
             # The mask lies on its scan's grid; either may be stored as the part that holds segments.
             truth = whole_label(pair.label, truth, predicted.shape, predicted.affine)
             predicted = whole_label(pair.prediction, predicted, truth.shape, truth.affine)
+            if may_be_cropped(pair.prediction) and may_be_cropped(pair.label):
+                predicted, truth = on_one_grid(predicted, truth)
             _same_grid(pair, predicted, truth)
             if merged:
                 truth = Volume((truth.array > 0).astype(np.uint8), truth.affine)
@@ -209,7 +212,18 @@ def mean_class_dice(table: pd.DataFrame) -> pd.Series:
 
 def _read(path: Path, classes: dict[int, str]) -> Volume:
     """A mask or label with the values of `classes`; DICOM-SEG numbers its segments and is read by their names."""
-    return read_classes(path, classes) if _is_dicom_mask(path) else read_label(path)
+    if _is_dicom_mask(path):
+        return read_classes(path, classes)
+    label = read_label(path)
+    if not path.name.lower().endswith(".nrrd"):
+        return label
+    # 3D Slicer numbers segments in the order they were made; what they are is in their names.
+    values = {name.strip().casefold(): value for value, name in classes.items()}
+    table = np.arange(int(label.array.max()) + 1)
+    for value, name in segment_names(path).items():
+        if value < len(table):
+            table[value] = values.get(name.strip().casefold(), value)
+    return Volume(table[label.array].astype(np.uint8 if table.max() < 256 else np.uint16), label.affine)
 
 
 def _is_dicom_mask(path: Path) -> bool:
@@ -228,15 +242,24 @@ def _same_grid(pair: Pair, predicted: Volume, truth: Volume) -> None:
 
 
 def _by_name(folder: Path) -> dict[str, Path]:
-    if folder.is_file() and is_scan(folder):
-        return {stem_of(folder): folder}
+    if folder.is_file() and (is_scan(folder) or _is_dicom_mask(folder)):
+        return {_stem(folder): folder}
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give a folder of masks")
-    return {
-        path.stem if _is_dicom_mask(path) else stem_of(path): path
-        for path in sorted(folder.iterdir())
-        if is_scan(path) or _is_dicom_mask(path)
-    }
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if not (is_scan(path) or _is_dicom_mask(path)):
+            continue
+        if _stem(path) in found:
+            raise DataError(
+                f"{path} and {found[_stem(path)].name} are both masks of {_stem(path)}; remove one"
+            )
+        found[_stem(path)] = path
+    return found
+
+
+def _stem(path: Path) -> str:
+    return path.stem if _is_dicom_mask(path) else stem_of(path)
 
 
 def _classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:

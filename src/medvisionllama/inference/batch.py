@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from medvisionllama._files import write_text
 from medvisionllama.config import InferenceConfig
+from medvisionllama.data.formats.dicom_labels import referenced_series
 from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.readers import SUFFIXES, ScanSource
 from medvisionllama.errors import DataError, MedVisionLlamaError
@@ -49,6 +50,10 @@ class Outputs:
         }
         return {**maps, "mask": self.mask(scan)}
 
+    def fallback(self, scan: Scan) -> Path | None:
+        """Where a mask goes whose scan DICOM-SEG cannot refer to."""
+        return self.folder / f"{scan.case_id}.nii.gz" if self.mask(scan).name.endswith(".dcm") else None
+
     def missing(self, scans: Sequence[Scan], *, overwrite: bool, resume: bool) -> list[Scan]:
         """Scans that are still to be segmented.
 
@@ -63,11 +68,12 @@ class Outputs:
         left = []
         for scan in scans:
             files = list(self.files(scan).values())
-            if files[-1].suffix == ".dcm" and not isinstance(scan.images[0], Series):
+            mask, fallback = files[-1], self.fallback(scan)
+            if fallback and not isinstance(scan.images[0], Series):
                 raise DataError(
                     f"{scan.images[0]} is no DICOM series, so no DICOM mask can refer to it; choose --format auto, nifti, nrrd or mha"
                 )
-            for file in files:
+            for file in [*files, *([fallback] if fallback else [])]:
                 if file.resolve() in sources:
                     raise DataError(
                         f"{file} is one of the scans and would be overwritten by its mask or map; choose another --out"
@@ -76,7 +82,12 @@ class Outputs:
                     raise DataError(
                         f"{file} already exists; choose another --out, or give --overwrite to replace it, --resume to keep it"
                     )
-            if overwrite or not all(file.exists() for file in files):
+            if resume and fallback and mask.exists():
+                _check_same_series(mask, scan)
+            finished = all(file.exists() for file in files[:-1]) and (
+                mask.exists() or bool(fallback and fallback.exists())
+            )
+            if overwrite or not finished:
                 left.append(scan)
         return left
 
@@ -100,6 +111,15 @@ def format_like(source: ScanSource) -> str:
         return "dicom"
     suffix = source.suffix.lower()
     return {".nrrd": "nrrd", ".mha": "mha"}.get(suffix, "nifti")
+
+
+def _check_same_series(mask: Path, scan: Scan) -> None:
+    """Raise DataError if a DICOM mask is there that belongs to another scan of this name."""
+    series = scan.images[0]
+    if isinstance(series, Series) and referenced_series(mask) not in {"", series.series_uid}:
+        raise DataError(
+            f"{mask} is the mask of another series than {series}, whose folder has the same name; choose another --out"
+        )
 
 
 def _files(source: ScanSource) -> Sequence[Path]:
@@ -173,14 +193,14 @@ def _finish(
         if shares is not None:
             write_shares(files[kind], shares, mask.affine)
     first = scan.images[0]
-    if isinstance(first, Series) and files["mask"].suffix == ".dcm":
+    if isinstance(first, Series) and outputs.fallback(scan):
         try:
             write_seg(files["mask"], mask.array, first, names)
         except DataError as error:
             # The work of the network must not be lost for a header that the standard does not like.
-            files["mask"] = outputs.folder / f"{scan.case_id}.nii.gz"
+            files["mask"] = outputs.fallback(scan) or files["mask"]
             warnings.append(f"written as NIfTI: {error}")
-    if files["mask"].suffix != ".dcm":
+    if not files["mask"].name.endswith(".dcm"):
         write_mask(files["mask"], mask.array, mask.affine, like=first, classes=names)
     if not outputs.table.exists() or outputs.table.read_text(errors="replace") != label_table(names):
         write_text(outputs.table, label_table(names))

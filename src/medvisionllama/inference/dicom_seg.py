@@ -149,16 +149,14 @@ def _complete(file: Path, dataset: Any, distance_mm: float) -> None:
 
 def _sound(keyword: str, text: str) -> bool:
     """Whether a date or time can be read; others are taken as they are."""
-    pattern, form = {"Date": (r"\d{8}", "%Y%m%d"), "Time": (r"\d{6}(\.\d{1,6})?", "%H%M%S")}.get(
-        keyword[-4:], ("", "")
-    )
-    if not pattern or not text:
+    if not text or keyword[-4:] not in {"Date", "Time"}:
         return True
-    if not re.fullmatch(pattern, text):
-        return False
+    if keyword.endswith("Time"):
+        hour, minute, second = r"([01]\d|2[0-3])", r"[0-5]\d", r"([0-5]\d|60)"
+        return bool(re.fullmatch(rf"{hour}({minute}({second}(\.\d{{1,6}})?)?)?", text))
     with suppress(ValueError):
-        datetime.strptime(text.partition(".")[0], form)  # only whether it is one
-        return True
+        datetime.strptime(text, "%Y%m%d")  # only whether it is one
+        return bool(re.fullmatch(r"\d{8}", text))
     return False
 
 

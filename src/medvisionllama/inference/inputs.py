@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,7 +44,8 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
     for path in files:
         alone = numbered[path.parent, _base(path)] == 1
         groups.setdefault((path.parent, _case_of(path, len(channels), alone=alone)), []).append(path)
-    for name, series in _named_series(source for source in named if isinstance(source, Series)):
+    taken = {name for _, name in groups}
+    for name, series in _named_series((source for source in named if isinstance(source, Series)), taken):
         groups[series.folder, name] = [series]
     scans: dict[str, Scan] = {}
     for (_, case_id), sources in groups.items():
@@ -62,7 +63,8 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
         try:
             scans[scan.case_id] = _checked(scan, channels)
         except DataError as error:
-            if not isinstance(scan.images[0], Series):
+            first = scan.images[0]
+            if isinstance(first, Path) and not first.is_dir():
                 raise
             failed.append(error)
     if len(failed) == len(scans):
@@ -86,14 +88,21 @@ def _checked(scan: Scan, channels: Sequence[str]) -> Scan:
     return replace(scan, num_voxels=found * math.prod(headers[0].shape))
 
 
-def _named_series(found: Iterable[Series]) -> list[tuple[str, Series]]:
-    """Name each series after its folder, as training does, or after itself where that would not tell it apart."""
-    series = list(dict.fromkeys(found))
-    folders = Counter(one.folder for one in series)
-    names = Counter(folder.name for folder in folders)
+def _named_series(found: Iterable[Series], taken: Container[str]) -> list[tuple[str, Series]]:
+    """Name each series after its folder, as training does, or after itself where that would not tell it apart.
+
+    Args:
+        taken: names of other scans.
+    """
+    series = list({tuple(file.resolve() for file in one.files): one for one in found}.values())
+    places = [one.folder.resolve() for one in series]
+    folders, names = Counter(places), Counter(place.name for place in set(places))
     return [
-        (one.folder.name if folders[one.folder] == names[one.folder.name] == 1 else one.name, one)
-        for one in series
+        (
+            place.name if folders[place] == names[place.name] == 1 and place.name not in taken else one.name,
+            one,
+        )
+        for place, one in zip(places, series, strict=True)
     ]
 
 
@@ -106,7 +115,13 @@ def _sources(path: Path) -> list[ScanSource]:
     if path.is_file():
         return [open_series(path) if format_of(path) is dicom else path]
     scans = sorted(child for child in path.iterdir() if is_scan(child) and not _is_segmentation(child))
-    return [*scans, *find_series(path)]
+    try:
+        return [*scans, *find_series(path)]
+    except DataError:
+        if not scans:
+            raise
+        # What is wrong with the DICOM files is said when the folder's turn comes; the scans beside them are well.
+        return [*scans, path]
 
 
 def _is_segmentation(path: Path) -> bool:

@@ -150,3 +150,12 @@ def test_two_dimensions_are_refused(tmp_path):
     sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
     with pytest.raises(DataError, match="allowed: 3-D"):
         read_header(tmp_path / "a.nrrd")
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+def test_a_header_of_many_segments_is_read(tmp_path, suffix):
+    image = sitk.GetImageFromArray(np.ones((3, 4, 5), np.uint8))
+    for number in range(150):
+        image.SetMetaData(f"Segment{number}_Tags", "x" * 1000)
+    sitk.WriteImage(image, str(tmp_path / f"a{suffix}"), useCompression=True)
+    assert read_image((tmp_path / f"a{suffix}",)).array.shape == (1, 5, 4, 3)

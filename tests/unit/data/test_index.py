@@ -305,3 +305,21 @@ def test_cases_and_patients_can_be_left_out(dataset_folder):
     ]
     with pytest.raises(DataError, match="no case and no patient 'case_9'"):
         open_dataset(root, exclude=["case_9"])
+
+
+@pytest.mark.parametrize("fault", ["no label", "two formats", "two channels"])
+def test_a_faulty_case_can_be_left_out(tmp_path, write_nifti, fault):
+    for name in "abcd":
+        write_nifti(tmp_path / "images" / f"{name}.nii.gz", np.zeros((3, 3, 3)), dtype=np.uint8)
+        write_nifti(tmp_path / "labels" / f"{name}.nii.gz", np.zeros((3, 3, 3)), dtype=np.uint8)
+    if fault == "no label":
+        (tmp_path / "labels" / "b.nii.gz").unlink()
+    elif fault == "two formats":
+        write_nifti(tmp_path / "images" / "b.nii", np.zeros((3, 3, 3)), dtype=np.uint8)
+    else:
+        first = tmp_path / "images" / "b.nii.gz"
+        first.rename(first.with_name("b_0000.nii.gz"))
+        write_nifti(first.with_name("b_0001.nii.gz"), np.zeros((3, 3, 3)), dtype=np.uint8)
+    with pytest.raises(DataError):
+        open_dataset(tmp_path)
+    assert sorted(open_dataset(tmp_path, exclude=["b"]).patients) == ["a", "c", "d"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medvisionllama.data.labels import offset_in, whole_label
+from medvisionllama.data.labels import offset_in, on_one_grid, whole_label
 from medvisionllama.data.volume import Volume
 
 WHOLE = (10, 12, 14)
@@ -46,3 +46,22 @@ def test_what_is_no_part_stays_as_it_is(shift, zoom):
 def test_a_cropped_nifti_label_is_a_mistake_and_stays_one():
     part = cut(np.ones(WHOLE, np.uint8), (0, 0, 0), (9, 12, 14))
     assert whole_label(Path("a.nii.gz"), part, WHOLE, AFFINE) is part
+
+
+@pytest.mark.parametrize("second", [((4, 1, 3), (5, 6, 7)), ((2, 3, 4), (3, 4, 5)), ((0, 0, 0), WHOLE)])
+def test_two_crops_of_one_grid_meet_on_the_smallest_that_holds_both(second):
+    label = np.random.default_rng(0).integers(0, 3, WHOLE).astype(np.uint8)
+    first = cut(label, (2, 3, 4), (3, 4, 5))
+    ours, theirs = on_one_grid(first, cut(label, *second))
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours.affine, theirs.affine)
+    both = (ours.array > 0) & (theirs.array > 0)
+    np.testing.assert_array_equal(ours.array[both], theirs.array[both])
+    assert ours.array.sum() == first.array.sum()
+
+
+def test_crops_of_other_voxels_stay_as_they_are():
+    first = cut(np.ones(WHOLE, np.uint8), (2, 3, 4), (3, 4, 5))
+    second = cut(np.ones(WHOLE, np.uint8), (2, 3, 4), (3, 4, 6))
+    second.affine[:3, 3] += 0.4
+    assert on_one_grid(first, second) == (first, second)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from medvisionllama._optional import require
-from medvisionllama.data.formats.dicom_header import reading, reason_of
+from medvisionllama.data.formats.dicom_header import read_dataset, reading, reason_of
 from medvisionllama.data.formats.header import Header, make_header
 from medvisionllama.data.formats.itk import LPS_TO_RAS
 from medvisionllama.data.volume import Volume
@@ -66,6 +66,13 @@ def read_classes(path: Path, classes: Mapping[int, str]) -> Volume:
     return Volume(_renamed(path, array, segment_labels(path), classes), affine)
 
 
+def referenced_series(path: Path) -> str:
+    """Instance uid of the series that a mask refers to, or "" if it does not say."""
+    with reading(path):
+        found = read_dataset(path, ("ReferencedSeriesSequence",)).get("ReferencedSeriesSequence") or []
+        return str(found[0].get("SeriesInstanceUID", "")) if found else ""
+
+
 def segment_labels(path: Path) -> dict[int, str]:
     """Number and label of each segment in a mask."""
     mask = _open(path)
@@ -80,7 +87,8 @@ def short_labels(classes: Mapping[int, str]) -> dict[int, str]:
     """
     labels: dict[int, str] = {}
     for value, name in classes.items():
-        label = " ".join(name.replace("\\", "/").split())[:64]
+        # Quotation marks would end a name in the table of labels that is written beside masks.
+        label = " ".join(name.replace("\\", "/").replace('"', "'").split())[:64]
         if not label or label in labels.values():
             label = f"{label[: 60 - len(str(value))]} ({value})".strip()
         labels[value] = label

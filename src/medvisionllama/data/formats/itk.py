@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     import SimpleITK as sitk
 
 SUFFIXES = (".seg.nrrd", ".nrrd", ".mha")
-_HEADER_BYTES = 1 << 16
+# Of a header; parcellations into hundreds of segments take some 100,000.
+_MAX_HEADER_BYTES = 1 << 24
+_NRRD_END = re.compile(rb"\n\r?\n")
+_MHA_END = re.compile(rb"elementdatafile", re.IGNORECASE)
 # ITK counts towards the patient's left and back (LPS), we towards right and front (RAS).
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -107,21 +110,33 @@ def _header(path: Path, reader: "sitk.ImageFileReader") -> Header:
 
 def _refuse_detached(path: Path) -> None:
     """Let ITK see plain headers only: what it reads otherwise than we do could name another file."""
-    with path.open("rb") as file:
-        head = file.read(_HEADER_BYTES)
+    head = _head(path, _NRRD_END if path.suffix.lower() == ".nrrd" else _MHA_END)
     if path.suffix.lower() == ".nrrd":
-        whole = b"\n\n" in head or b"\r\n\r\n" in head
-        lines = [line.strip().lower() for line in re.split(rb"[\r\n]", head)]
-        detached = any(re.match(rb"data\s*file", line) for line in lines)
+        end = _NRRD_END.search(head)
+        lines = re.split(rb"[\r\n]", head[: end.start() if end else None])
+        detached = any(re.match(rb"data\s*file", line.strip(), re.IGNORECASE) for line in lines)
     else:
-        # This key is the header's last, and LOCAL says that the voxels follow. It may stand there once only.
-        places = [match.start() for match in re.finditer(rb"elementdatafile", head, re.IGNORECASE)]
-        own_line = re.findall(rb"(?:^|\n)ElementDataFile[ \t]*=[ \t]*([^\r\n]*)[ \t]*\r?\n", head)
-        whole = bool(places)
-        detached = len(places) > 1 or (whole and [name.strip().upper() for name in own_line] != [b"LOCAL"])
+        # The first place where this key stands must be its own line, and say that the voxels follow.
+        end = _MHA_END.search(head)
+        line = rb"(?:^|\n)ElementDataFile[ \t]*=[ \t]*LOCAL[ \t]*\r?\n"
+        local = re.search(line, head, re.IGNORECASE)
+        detached = end is not None and not (local and local.start() <= end.start() < local.end())
+    whole = end is not None
     if detached:
         raise DataError(
             f"{path} keeps its voxels in another file, or its header is ambiguous; save it again as one .nrrd, .mha or .nii.gz"
         )
     if not whole:
         raise unreadable(path, RuntimeError("no end of its header found"))
+
+
+def _head(path: Path, end: re.Pattern[bytes]) -> bytes:
+    """The first bytes of a file, until a line after `end` or as many as a header may have."""
+    head = b""
+    with path.open("rb") as file:
+        while len(head) < _MAX_HEADER_BYTES and (piece := file.read(1 << 16)):
+            head += piece
+            found = end.search(head)
+            if found and len(head) > found.end() + 256:
+                break
+    return head
