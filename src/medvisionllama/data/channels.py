@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from medvisionllama.data.formats import nifti
+from medvisionllama.data.formats.header import channel_problem
 from medvisionllama.data.readers import read_header, read_voxels
 from medvisionllama.errors import DataError
 
@@ -84,10 +85,8 @@ def merge(sources: Sequence[Path], target: Path) -> None:
         header = read_header(source)
         if header.num_channels != 1:
             raise DataError(f"{source} has {header.num_channels} channels; one file per channel must be 3-D")
-        if header.shape != first.shape or not np.allclose(header.affine, first.affine, atol=1e-3):
-            raise DataError(
-                f"{source}: its shape or affine differs from {sources[0].name}; resample the channels to one grid"
-            )
+        if problem := channel_problem(source, header, sources[0], first):
+            raise DataError(problem)
     parts = [_raw(source, image) for source, image in zip(sources, images, strict=True)]
     arrays, scaling = [array for array, _ in parts], parts[0][1]
     if len({(array.dtype.newbyteorder("="), factors) for array, factors in parts}) > 1:

@@ -5,18 +5,21 @@ from pathlib import Path
 import numpy as np
 
 from medvisionllama.data.formats import ScanSource
+from medvisionllama.data.formats.itk import is_segmentation
 from medvisionllama.data.volume import Volume, spacing_of
 from medvisionllama.types import AffineMatrix, Triple
 
-# 3D Slicer crops on request, and DICOM-SEG leaves out empty slices. A cropped NIfTI label is a mistake more often.
-_CROPPED = (".seg.nrrd", ".dcm")
 _TOLERANCE_VOXELS = 0.1
 _LARGEST_UNION = 64
 
 
 def may_be_cropped(path: ScanSource) -> bool:
-    """True for files whose grid may be a part of their scan's."""
-    return isinstance(path, Path) and path.name.lower().endswith(_CROPPED)
+    """True for files whose grid may be a part of their scan's.
+
+    3D Slicer crops on request, and DICOM-SEG leaves out empty slices. A cropped NIfTI label is a mistake more
+    often.
+    """
+    return isinstance(path, Path) and (is_segmentation(path) or path.suffix.lower() == ".dcm")
 
 
 def whole_label(path: ScanSource, label: Volume, shape: Triple, affine: AffineMatrix) -> Volume:

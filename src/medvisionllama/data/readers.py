@@ -7,7 +7,7 @@ import numpy as np
 
 from medvisionllama.data.formats import SUFFIXES, ScanSource, format_of
 from medvisionllama.data.formats.dicom_series import Series
-from medvisionllama.data.formats.header import Header
+from medvisionllama.data.formats.header import Header, channel_problem
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import DataError
 
@@ -58,11 +58,8 @@ def read_voxels(path: ScanSource, content: bytes | None = None) -> Volume:
     Raises:
         DataError: the file is missing, damaged, truncated, or is not a 3-D or 4-D image.
     """
-    module = format_of(path)
-    if hasattr(module, "read"):
-        array, header = module.read(path, content)
-        return Volume(array, header.affine)
-    return Volume(module.read_voxels(path), module.read_header(path).affine)
+    array, header = format_of(path).read(path, content)
+    return Volume(array, header.affine)
 
 
 def read_image(paths: tuple[ScanSource, ...], contents: Sequence[bytes | None] = ()) -> Volume:
@@ -83,10 +80,8 @@ def read_image(paths: tuple[ScanSource, ...], contents: Sequence[bytes | None] =
             array = volume.array.astype(np.float32, order="C", copy=False)
         check_finite(path, array)
         first = first or volume
-        if volume.shape != first.shape or not np.allclose(volume.affine, first.affine, atol=1e-3):
-            raise DataError(
-                f"{path}: its shape or affine differs from {paths[0].name}; resample the channels to one grid"
-            )
+        if problem := channel_problem(path, volume, paths[0], first):
+            raise DataError(problem)
         channels.append(array)
     assert first is not None, "a case has at least one image"
     array = channels[0] if len(channels) == 1 else np.concatenate(channels)

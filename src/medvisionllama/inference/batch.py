@@ -96,12 +96,15 @@ class Outputs:
         """Names and colours of the classes, for viewers."""
         return self.folder / "labels.txt"
 
+    def has_table(self, classes: Mapping[int, str]) -> bool:
+        """Whether the table of these classes is there."""
+        return self.table.exists() and self.table.read_text(errors="replace") == label_table(classes)
+
     def check_table(self, classes: Mapping[int, str], *, overwrite: bool) -> None:
         """Raise DataError if there is a table of other classes, or a file that is no table of ours."""
-        path = self.table
-        if not overwrite and path.exists() and path.read_text(errors="replace") != label_table(classes):
+        if not overwrite and self.table.exists() and not self.has_table(classes):
             raise DataError(
-                f"{path} is there and is not the table of this run's classes; choose another --out, or give --overwrite to replace it"
+                f"{self.table} is there and is not the table of this run's classes; choose another --out, or give --overwrite to replace it"
             )
 
 
@@ -202,7 +205,7 @@ def _finish(
             warnings.append(f"written as NIfTI: {error}")
     if not files["mask"].name.endswith(".dcm"):
         write_mask(files["mask"], mask.array, mask.affine, like=first, classes=names)
-    if not outputs.table.exists() or outputs.table.read_text(errors="replace") != label_table(names):
+    if not outputs.has_table(names):
         write_text(outputs.table, label_table(names))
     volumes = prediction.volumes_ml
     return {

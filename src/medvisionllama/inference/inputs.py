@@ -10,6 +10,7 @@ from pathlib import Path
 from medvisionllama.data.formats import dicom, format_of
 from medvisionllama.data.formats.dicom import open_series
 from medvisionllama.data.formats.dicom_series import Series, find_series
+from medvisionllama.data.formats.itk import is_segmentation
 from medvisionllama.data.readers import SUFFIXES, ScanSource, is_scan, read_header, stem_of
 from medvisionllama.errors import DataError
 
@@ -110,11 +111,11 @@ def _sources(path: Path) -> list[ScanSource]:
     """Scans that one argument names."""
     if not path.exists():
         raise DataError(f"{path} does not exist; give scans or folders of scans")
-    if _is_segmentation(path):
+    if is_segmentation(path):
         raise DataError(f"{path} is a segmentation, not a scan; give the scan it was drawn on")
     if path.is_file():
         return [open_series(path) if format_of(path) is dicom else path]
-    scans = sorted(child for child in path.iterdir() if is_scan(child) and not _is_segmentation(child))
+    scans = sorted(child for child in path.iterdir() if is_scan(child) and not is_segmentation(child))
     try:
         return [*scans, *find_series(path)]
     except DataError:
@@ -122,11 +123,6 @@ def _sources(path: Path) -> list[ScanSource]:
             raise
         # What is wrong with the DICOM files is said when the folder's turn comes; the scans beside them are well.
         return [*scans, path]
-
-
-def _is_segmentation(path: Path) -> bool:
-    """3D Slicer saves `scan.seg.nrrd` beside `scan.nrrd`."""
-    return path.name.lower().endswith(".seg.nrrd")
 
 
 def _base(path: Path) -> str:

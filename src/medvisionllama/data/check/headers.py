@@ -8,6 +8,7 @@ import numpy as np
 from medvisionllama.data.check.facts import CaseFacts, FileFacts
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.check.storage import read_storage
+from medvisionllama.data.formats.header import channel_problem
 from medvisionllama.data.index import Case, Dataset
 from medvisionllama.data.labels import may_be_cropped, offset_in
 from medvisionllama.data.readers import read_header
@@ -52,19 +53,17 @@ def check_headers(dataset: Dataset) -> tuple[list[CaseFacts], list[Finding]]:
 
 def grid_findings(case: CaseFacts) -> list[Finding]:
     """Compare the grids of channels and label, the label's in RAS: mirrored or permuted axes are no difference."""
-    first, findings = case.images[0], []
-    for image in case.images[1:]:
-        # `read_image` stacks channels as they are stored, so these must agree without being turned.
-        agrees = np.allclose(image.header.affine, first.header.affine, atol=1e-3)
-        if image.header.shape != first.header.shape or not agrees:
-            findings.append(
-                Finding(
-                    "channel-grid",
-                    f"{image.path}: its shape or affine differs from {first.path.name}; resample the channels to one grid",
-                    (case.case_id,),
-                    image.path,
-                )
-            )
+    first = case.images[0]
+    # `read_image` stacks channels as they are stored, so these must agree without being turned.
+    problems = {
+        image.path: channel_problem(image.path, image.header, first.path, first.header)
+        for image in case.images[1:]
+    }
+    findings = [
+        Finding("channel-grid", problem, (case.case_id,), path)
+        for path, problem in problems.items()
+        if problem
+    ]
     if case.label is None:
         return findings
     label, found = case.label, None

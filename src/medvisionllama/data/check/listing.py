@@ -10,6 +10,7 @@ from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.formats.dicom_header import is_dicom
 from medvisionllama.data.formats.dicom_series import find_series
+from medvisionllama.data.formats.itk import is_segmentation
 from medvisionllama.data.index import Case, Dataset
 from medvisionllama.data.readers import is_scan, stem_of
 from medvisionllama.errors import DataError
@@ -111,7 +112,7 @@ def scans_in(path: Path) -> list[ScanSource]:
         and not child.name.startswith(".")
         and not _holds_masks(child.relative_to(path).parent)
     ]
-    found = [child for child in files if is_scan(child) and not child.name.lower().endswith(".seg.nrrd")]
+    found = [child for child in files if is_scan(child) and not is_segmentation(child)]
     try:
         series = find_series(path)
     except DataError:

@@ -50,7 +50,7 @@ def name_segments(dataset: Dataset) -> tuple[Dataset, list[Finding]]:
         with suppress(DataError, OSError):
             names = itk.segment_names(case.label)
             segments += [_Segment(case, value, name) for value, name in names.items()]
-            if case.label.name.lower().endswith(".seg.nrrd") and not names:
+            if itk.is_segmentation(case.label) and not names:
                 findings += _layer_findings(case)
     if dataset.classes:
         return dataset, [*findings, *_against_declared(dataset, segments)]

@@ -1,4 +1,4 @@
-"""One module for each kind of file a scan comes in: `read_header(source)` and `read_voxels(source)`.
+"""One module for each kind of file a scan comes in: `read_header(source)` and `read(source, content)`.
 
 Modules here only translate; whether values make sense is asked in `data/readers.py`.
 """

@@ -38,15 +38,23 @@ def read_header(source: Path | Series) -> Header:
 
 
 def read_voxels(source: Path | Series) -> np.ndarray:
-    """Voxels `[channel, x, y, z]`: x along rows, y along columns, z along the normal; of a mask, segment numbers.
+    """The voxels of `read` alone."""
+    return read(source)[0]
+
+
+def read(source: Path | Series, _content: bytes | None = None) -> tuple[np.ndarray, Header]:
+    """Voxels `[channel, x, y, z]` and header: x along rows, y along columns, z along the normal.
+
+    A mask has the numbers of its segments.
 
     Rescaled values are integers where slope and intercept are whole numbers and the same for all slices, else
     float32. MONOCHROME1 is inverted, so that bright is high.
     """
     if isinstance(source, Path) and is_mask(source):
-        return dicom_labels.read_voxels(source)
+        return dicom_labels.read(source)
     series = _one_series(source)
-    return _voxels(series, grid_of(series))
+    header = grid_of(series)
+    return _voxels(series, header), header
 
 
 def open_series(source: Path) -> Series:

@@ -17,17 +17,17 @@ from medvisionllama.types import AffineMatrix, LabelArray
 
 def read_header(path: Path) -> Header:
     """Shape and place of the slices from the first to the last that a mask stores."""
-    array, affine = _labels(path)
-    return make_header(path, array.shape, affine)
+    return read(path)[1]
 
 
-def read_voxels(path: Path) -> np.ndarray:
-    """Segment numbers `[1, x, y, z]`; writers leave out empty slices, so z may be shorter than the scan's.
+def read(path: Path) -> tuple[np.ndarray, Header]:
+    """Segment numbers `[1, x, y, z]` and header; without empty slices, so z may be shorter than the scan's.
 
     Raises:
         DataError: damaged, probabilities instead of a mask, or segments that overlap.
     """
-    return _labels(path)[0][None]
+    array, affine = _labels(path)
+    return array[None], make_header(path, array.shape, affine)
 
 
 def read_seg(path: Path, like: Header, classes: Mapping[int, str] | None = None) -> LabelArray:
@@ -38,7 +38,7 @@ def read_seg(path: Path, like: Header, classes: Mapping[int, str] | None = None)
         classes: names of the numbers wanted; segments get them by their label. Without it, segment numbers.
 
     Raises:
-        DataError: as `read_voxels`, or the mask lies on another grid, or a segment has no such name.
+        DataError: as `read`, or the mask lies on another grid, or a segment has no such name.
     """
     array, affine = _labels(path)
     turn = np.linalg.inv(like.affine) @ affine
@@ -60,7 +60,7 @@ def read_classes(path: Path, classes: Mapping[int, str]) -> Volume:
     """Read a mask `[x, y, z]` with the values of `classes`, found by the segments' labels; only stored slices.
 
     Raises:
-        DataError: as `read_voxels`, or a segment has no such name.
+        DataError: as `read`, or a segment has no such name.
     """
     array, affine = _labels(path)
     return Volume(_renamed(path, array, segment_labels(path), classes), affine)

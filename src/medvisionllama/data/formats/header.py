@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from medvisionllama.data.volume import spacing_of
+from medvisionllama.data.volume import Volume, spacing_of
 from medvisionllama.errors import DataError
 from medvisionllama.types import AffineMatrix, SpacingMm, Triple
 
@@ -43,6 +44,13 @@ def make_header(path: Path, sizes: Sequence[int], affine: AffineMatrix) -> Heade
         )
     x, y, z, *channels = shape
     return Header((x, y, z), channels[0] if channels else 1, affine)
+
+
+def channel_problem(path: object, grid: Header | Volume, first_path: Any, first: Header | Volume) -> str:
+    """Why a channel cannot be stacked on the first, as stored; "" if it can. Paths have a `name`."""
+    if grid.shape == first.shape and np.allclose(grid.affine, first.affine, atol=1e-3):
+        return ""
+    return f"{path}: its shape or affine differs from {first_path.name}; resample the channels to one grid"
 
 
 def unreadable(path: Path, error: Exception) -> DataError:

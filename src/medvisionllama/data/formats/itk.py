@@ -27,21 +27,17 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 def read_header(path: Path) -> Header:
     """Shape and placement, from the text at the head of the file."""
-    reader = _reader(path)
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:
-        raise _no_header(path) from None
-    return _header(path, reader)
+    return _read_header(path, _reader(path))
 
 
-def read_voxels(path: Path) -> np.ndarray:
-    """Voxels `[channel, x, y, z]`, as stored."""
+def read(path: Path, _content: bytes | None = None) -> tuple[np.ndarray, Header]:
+    """Voxels `[channel, x, y, z]` as stored, and header; ITK reads the file itself, whoever has its bytes."""
     import SimpleITK as sitk
 
-    header = read_header(path)
+    reader = _reader(path)
+    header = _read_header(path, reader)
     try:
-        image = _reader(path).Execute()
+        image = reader.Execute()
     except RuntimeError:
         # ITK's own words are places in its source code.
         raise unreadable(path, RuntimeError("its voxels end early or cannot be unpacked")) from None
@@ -49,9 +45,14 @@ def read_voxels(path: Path) -> np.ndarray:
     if array.dtype.kind not in "iuf":
         raise DataError(f"{path} stores {array.dtype} voxels; allowed: integers and real numbers")
     if image.GetNumberOfComponentsPerPixel() > 1:
-        return np.moveaxis(array, -1, 0).transpose(0, 3, 2, 1)
+        return np.moveaxis(array, -1, 0).transpose(0, 3, 2, 1), header
     # [channel, z, y, x], where a fourth axis is the slowest.
-    return array.reshape(header.num_channels, *header.shape[::-1]).transpose(0, 3, 2, 1)
+    return array.reshape(header.num_channels, *header.shape[::-1]).transpose(0, 3, 2, 1), header
+
+
+def is_segmentation(path: Path) -> bool:
+    """True for labels of 3D Slicer, which it saves as `scan.seg.nrrd` beside `scan.nrrd`."""
+    return path.name.lower().endswith(".seg.nrrd")
 
 
 def segment_names(path: Path) -> dict[int, str]:
@@ -96,7 +97,11 @@ def _reader(path: Path) -> "sitk.ImageFileReader":
     return reader
 
 
-def _header(path: Path, reader: "sitk.ImageFileReader") -> Header:
+def _read_header(path: Path, reader: "sitk.ImageFileReader") -> Header:
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        raise _no_header(path) from None
     dimension, components = reader.GetDimension(), reader.GetNumberOfComponents()
     if dimension < 3 or (dimension > 3 and components > 1):
         raise DataError(f"{path} has shape {reader.GetSize()}; allowed: 3-D, or 4-D with channels last")

@@ -37,13 +37,8 @@ def read_header(path: Path) -> Header:
     return _header(path, _open(path))
 
 
-def read_voxels(path: Path) -> np.ndarray:
-    """Voxels `[channel, x, y, z]`, as stored, or as floats where the header scales them."""
-    return read(path)[0]
-
-
 def read(path: Path, content: bytes | None = None) -> tuple[np.ndarray, Header]:
-    """Voxels `[channel, x, y, z]` and header, from one reading of the file.
+    """Voxels `[channel, x, y, z]`, as stored or as floats where the header scales them, and the header.
 
     Args:
         content: the file's bytes, where the caller has them already.
