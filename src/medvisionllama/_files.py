@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,55 @@ def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterato
             return
         finally:
             os.close(file)
+
+
+@contextmanager
+def lock_if_free(path: Path, *, seconds: float = 0.0) -> Iterator[bool]:
+    """Hold a lock file if no other process does within so many seconds, and say whether; the file stays.
+
+    The system frees the lock when the process ends, however it ends. Windows does without.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    yield False
+                    return
+                time.sleep(0.05)
+            else:
+                yield True
+                return
+    finally:
+        os.close(file)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds a lock file; looking holds it for an instant itself."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        file = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
 
 
 def _is_still(path: Path, file: int) -> bool:

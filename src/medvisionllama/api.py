@@ -268,6 +268,7 @@ def evaluate(
     labels: Path | str | None = None,
     *,
     split: str = "test",
+    block_removed: bool = False,
     merged: bool = False,
     tolerance_mm: float | None = None,
     out: Path | str | None = None,
@@ -278,6 +279,7 @@ def evaluate(
     Args:
         predictions: a folder of masks; or, without `labels`, a run folder.
         split: `test` or `validation`, of a run.
+        block_removed: leave the frozen block out of a trained run: what does it lose?
         merged: the masks know one foreground only; the labels' classes are merged before comparing.
         tolerance_mm: of NSD; by default 1, or a run's own setting.
         out: where to write the table; a run's goes to its folder too.
@@ -290,7 +292,13 @@ def evaluate(
 
     if labels is None:
         part: Split = "validation" if split == "validation" else "test"
-        table = evaluate_run(Path(predictions), split=part, tolerance_mm=tolerance_mm, progress=progress)
+        table = evaluate_run(
+            Path(predictions),
+            split=part,
+            block_removed=block_removed,
+            tolerance_mm=tolerance_mm,
+            progress=progress,
+        )
         write_report(Path(predictions))
     else:
         table = evaluate_folders(

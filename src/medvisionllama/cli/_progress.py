@@ -1,6 +1,5 @@
 """Progress on a terminal as bars; in a log file as a line now and then. Both on standard error."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,9 +15,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
-from medvisionllama.progress import Advance
-
-_SECONDS_BETWEEN_LINES = 20.0
+from medvisionllama.progress import Advance, Lines
 
 
 class TerminalProgress:
@@ -36,12 +33,9 @@ class TerminalProgress:
     @contextmanager
     def track(self, title: str, total: float) -> Iterator[Advance]:
         """Show one piece of work until it ends."""
-        if self.console.is_terminal:
-            with self._bar(title, total) as advance:
-                yield advance
-        else:
-            with self._lines(title, total) as advance:
-                yield advance
+        work = self._bar if self.console.is_terminal else Lines(self.say).track
+        with work(title, total) as advance:
+            yield advance
 
     @contextmanager
     def _bar(self, title: str, total: float) -> Iterator[Advance]:
@@ -56,21 +50,6 @@ class TerminalProgress:
         with Bars(*columns, console=self.console) as bars:
             task = bars.add_task(title, total=total, note="")
             yield lambda done, note="": bars.update(task, completed=done, note=note)
-
-    @contextmanager
-    def _lines(self, title: str, total: float) -> Iterator[Advance]:
-        started = spoken = time.monotonic()
-
-        def advance(done: float, note: str = "") -> None:
-            nonlocal spoken
-            if time.monotonic() - spoken < _SECONDS_BETWEEN_LINES:
-                return
-            spoken = time.monotonic()
-            left = (spoken - started) * (total - done) / max(done, 1e-9)
-            self.say(f"{title}: {done / total:.0%}, about {left / 60:.1f} min left  {note}")
-
-        yield advance
-        self.say(f"{title}: done in {time.monotonic() - started:.0f} s")
 
 
 class TransferProgress(TerminalProgress):

@@ -12,6 +12,10 @@ def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder of masks; or a run folder, without LABELS.")],
     labels: Annotated[Path | None, typer.Argument(help="Folder of labels with the same file names.")] = None,
     split: Annotated[Literal["test", "validation"], typer.Option(help="Which cases of a run.")] = "test",
+    block_removed: Annotated[
+        bool,
+        typer.Option("--block-removed", help="Leave the frozen block out of a trained run; what does it lose?"),
+    ] = False,
     merged: Annotated[
         bool,
         typer.Option("--merged", help="The masks know one foreground only (presets paper and reference)."),
@@ -36,6 +40,7 @@ def evaluate(
         predictions,
         labels,
         split=split,
+        block_removed=block_removed,
         merged=merged,
         tolerance_mm=tolerance_mm,
         out=out,

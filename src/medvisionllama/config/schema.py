@@ -249,6 +249,8 @@ class NetworkConfig(Section):
 class TrainConfig(Section):
     epochs: Positive | None = None
     """Stop after so many passes over the training cases."""
+    max_steps: Positive | None = None
+    """Stop after so many optimiser steps, however long they take: the limit for comparing networks step by step."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Stop training after so many minutes from the start, preprocessing and validation included."""
     batch_size: Positive = 2
@@ -277,8 +279,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _ends(self) -> "TrainConfig":
-        if self.epochs is None and self.max_minutes is None:
-            raise ValueError("set train.epochs or train.max_minutes, or the run would never end")
+        if self.epochs is None and self.max_steps is None and self.max_minutes is None:
+            raise ValueError(
+                "set train.epochs, train.max_steps or train.max_minutes, or the run would never end"
+            )
         return self
 
 

@@ -126,13 +126,19 @@ def evaluate_folders(
 
 
 def evaluate_run(
-    run: Path, *, split: Split = "test", tolerance_mm: float | None = None, progress: Progress | None = None
+    run: Path,
+    *,
+    split: Split = "test",
+    block_removed: bool = False,
+    tolerance_mm: float | None = None,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Segment a split with the run's best weights, measure it on the scans' own grids, and write the table.
 
     The masks are kept in the run's `predictions/` folder; the test split's table is evaluation.csv.
 
     Args:
+        block_removed: leave the frozen block out of the trained network; masks and table get names of their own.
         tolerance_mm: of NSD; by default the run's own setting.
 
     Raises:
@@ -147,13 +153,14 @@ def evaluate_run(
     dataset = open_configured(config.data)
     chosen = select(read_splits(run_dir.splits), dataset.patients, fold=config.data.fold)
     names = set(chosen.test if split == "test" else chosen.validation)
-    predictor = Predictor.from_run(run_dir.path)
+    predictor = Predictor.from_run(run_dir.path, block_removed=block_removed)
+    part = f"{split}-block-removed" if block_removed else split
     cases = [case for case in dataset.cases if case.case_id in names]
     pairs = []
     with progress.track(f"segmenting the {split} cases", len(cases)) as advance:
         for number, case in enumerate(cases, start=1):
             assert case.label is not None, "datasets list labelled cases"
-            path = run_dir.path / "predictions" / split / f"{case.case_id}.nii.gz"
+            path = run_dir.path / "predictions" / part / f"{case.case_id}.nii.gz"
             mask = clean(predictor.predict(case.images).mask, config.inference)
             write_mask(path, mask.array, mask.affine, like=case.images[0])
             pairs.append(Pair(case.case_id, case.patient_id, path, case.label))
@@ -165,7 +172,7 @@ def evaluate_run(
         tolerance_mm=tolerance_mm or config.inference.tolerance_mm,
         progress=progress,
     )
-    write_table(table, run_dir.evaluation if split == "test" else run_dir.path / f"evaluation-{split}.csv")
+    write_table(table, run_dir.evaluation if part == "test" else run_dir.path / f"evaluation-{part}.csv")
     return table
 
 

@@ -21,6 +21,7 @@ from medvisionllama.inference.slabs import entropy, label_values, likeliest, nat
 from medvisionllama.inference.windows import probability_planes, slab_axis
 from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_network
+from medvisionllama.networks.inserts import LLMInsert
 from medvisionllama.run_dir import RunDir
 from medvisionllama.types import AffineMatrix, ImageArray, SpacingMm, Triple
 
@@ -60,7 +61,7 @@ class Member:
     device: torch.device
 
     @classmethod
-    def from_run(cls, path: Path, device: torch.device) -> Self:
+    def from_run(cls, path: Path, device: torch.device, *, block_removed: bool = False) -> Self:
         """Load plan, block and best weights of a run folder; see `Predictor.from_run`."""
         run_dir = RunDir(path)
         run_dir.check()
@@ -73,6 +74,12 @@ class Member:
                 f"{run_dir.best} was trained around another frozen block than the one loaded now; use the block named in {run_dir.manifest.name}"
             )
         copy_into(network, tensors, where=run_dir.best)
+        if block_removed:
+            if not isinstance(network.insert, LLMInsert):
+                raise CheckpointError(
+                    f"{path} was trained without a block (network.insert={config.network.insert}), so none can be removed"
+                )
+            network.insert.block_removed = True
         return cls(channels_last(network).to(device).eval(), plan, config, device)
 
     def planes(self, grid: np.ndarray, moments: Sequence[tuple[float, float]], axis: int) -> Iterator[Tensor]:
@@ -132,12 +139,17 @@ class Predictor:
         return self.members[0].network
 
     @classmethod
-    def from_run(cls, *paths: Path | str, device: DeviceChoice = "auto") -> Self:
+    def from_run(
+        cls, *paths: Path | str, device: DeviceChoice = "auto", block_removed: bool = False
+    ) -> Self:
         """Load a run folder, or several whose predictions are averaged.
+
+        Args:
+            block_removed: leave the frozen block out, so that only the residual around it is left.
 
         Raises:
             CheckpointError: not a finished run, damaged files, a block other than the run was trained around, or
-                runs of different channels or classes.
+                runs of different channels or classes, or no block to remove.
             BlockError: the block cannot be had.
 
         >>> predictor = Predictor.from_run("runs/hip")  # doctest: +SKIP
@@ -145,7 +157,7 @@ class Predictor:
         """
         where = choose_device(device)
         check_alike(paths)
-        return cls([Member.from_run(Path(path), where) for path in paths])
+        return cls([Member.from_run(Path(path), where, block_removed=block_removed) for path in paths])
 
     def predict(
         self,

@@ -44,10 +44,12 @@ class LLMInsert(nn.Module):
         self.block = block
         self.vd2 = make_mapper(mapper, block.width, width, rank=rank, seed=seed + 1)
         self.gate = nn.Parameter(torch.zeros(width)) if gated else None
+        self.block_removed = False
+        """True leaves only the residual around the block: what a trained network loses without it."""
 
     def forward(self, tokens: Tokens) -> Tokens:
         wide = self.vd1(tokens)
-        inserted = self.vd2(self._through_block(wide) + wide)
+        inserted = self.vd2(wide if self.block_removed else self._through_block(wide) + wide)
         return inserted if self.gate is None else tokens + self.gate * inserted
 
     def _through_block(self, wide: Tokens) -> Tokens:

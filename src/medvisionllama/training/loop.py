@@ -1,8 +1,8 @@
 """The training loop: steps, validations, saves.
 
 A step is a function of the seed, the step's number and the weights: batch, augmentation and dropout are drawn from
-them alone. So a run limited by epochs that was killed and resumed repeats exactly what the uninterrupted run does;
-one limited by minutes goes on from the same weights, but its learning rate follows the clock.
+them alone. So a run limited by epochs or steps that was killed and resumed repeats exactly what the uninterrupted run
+does; one limited by minutes goes on from the same weights, but its learning rate follows the clock.
 """
 
 import math
@@ -93,10 +93,11 @@ class TrainingLoop:
 
     @property
     def total_steps(self) -> int | None:
-        """Optimiser steps of a run limited by epochs."""
-        if self.config.epochs is None:
-            return None
-        return max(1, self.config.epochs * self.sampler.steps_per_epoch // self.config.accumulate)
+        """Optimiser steps of a run limited by epochs or steps."""
+        limits = [] if self.config.max_steps is None else [self.config.max_steps]
+        if self.config.epochs is not None:
+            limits.append(max(1, self.config.epochs * self.sampler.steps_per_epoch // self.config.accumulate))
+        return min(limits, default=None)
 
     @property
     def progress(self) -> float:

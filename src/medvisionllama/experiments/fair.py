@@ -1,0 +1,51 @@
+"""Fair arms: what a matched arm's size must be, and what every arm weighs."""
+
+from pathlib import Path
+from typing import Any
+
+from medvisionllama.config import Config, load_config
+from medvisionllama.data.fingerprint import fingerprint
+from medvisionllama.data.planning import NetworkSizes, Plan
+from medvisionllama.experiments.matrix import PlannedRun, Settings
+from medvisionllama.inference.predictor import read_plan
+from medvisionllama.networks.factory import match_depth, match_mlp, network_sizes
+from medvisionllama.networks.matching import Match
+from medvisionllama.run_dir import RunDir
+from medvisionllama.training.prepare import divide, plan_of
+
+
+def matched_settings(run: PlannedRun, *, data: Path) -> Settings:
+    """Settings that give a matched arm its size; none for other arms.
+
+    Raises:
+        ConfigError: nothing of that kind is as large as the arm to be matched.
+    """
+    if run.match is None:
+        return {}
+    return match_run(run, data=data, shapes=plan_from_headers(run.config(data=data)).network_sizes).settings
+
+
+def match_run(run: PlannedRun, *, data: Path, shapes: NetworkSizes) -> Match:
+    """Find the size of a matched arm on the crops of its dataset.
+
+    Raises:
+        ConfigError: nothing of that kind is as large as the arm to be matched.
+    """
+    assert run.match is not None, "the caller asks for matched arms only"
+    target = load_config(run.preset, {**(run.match_settings or {}), "data.path": data})
+    sizes = network_sizes(target.network, **shapes)
+    find = match_mlp if run.match.change == "mlp" else match_depth
+    return find(run.config(data=data).network, sizes, by=run.match.by, **shapes)
+
+
+def sizes_of_run(config: Config, run_dir: RunDir) -> dict[str, Any]:
+    """What a finished run's network weighs, for its record."""
+    sizes = network_sizes(config.network, **read_plan(run_dir).network_sizes)
+    return {"trainable": sizes.trainable, "frozen": sizes.frozen, "gflops": round(sizes.gflops, 4)}
+
+
+def plan_from_headers(config: Config) -> Plan:
+    """The plan of a run, from the headers of the cases that it may see."""
+    dataset, _, selection = divide(config, drawn=config.data.splits)
+    found = fingerprint(dataset, only=set(dataset.patients) - set(selection.test))
+    return plan_of(dataset, found, config)

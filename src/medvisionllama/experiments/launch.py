@@ -1,0 +1,203 @@
+"""Running what is left of an experiment: a queue, a backend that starts workers, and retries.
+
+Whether a run is done is read from its folder, never remembered: so finished runs are skipped, launchers can share a
+folder, and any of them may be killed.
+"""
+
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from medvisionllama._files import is_locked
+from medvisionllama.experiments.matrix import PlannedRun
+from medvisionllama.experiments.store import Experiment
+from medvisionllama.experiments.worker import DONE, FAILED, INTERRUPTED, TAKEN
+from medvisionllama.progress import Advance, Progress
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+_LOOKS_BETWEEN_ASKING = 5
+"""A run that another launcher holds is asked for again after so many looks."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A worker that is over."""
+
+    run_id: str
+    exit_code: int | None
+    """As `worker.py` lists them; None or negative if it was killed."""
+    where: str = ""
+    """Host or node it ran on."""
+
+
+class Backend(Protocol):
+    """Starts workers somewhere."""
+
+    @property
+    def num_slots(self) -> int:
+        """Workers at a time; a cluster may grow or shrink."""
+
+    def start(self, run_id: str) -> None:
+        """Begin a run."""
+
+    def wait(self, seconds: float) -> list[Ended]:
+        """Return the workers that ended, after at most so many seconds."""
+
+    def stop(self) -> None:
+        """Ask all workers to save and end, and wait until they have."""
+
+
+@dataclass
+class Outcome:
+    """What a launch did."""
+
+    done: int = 0
+    """Runs finished, by this launcher or another, since it began."""
+    skipped: int = 0
+    """Runs that were finished before."""
+    failed: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+
+def launch(
+    experiment: Experiment,
+    runs: Sequence[PlannedRun],
+    backend: Backend,
+    *,
+    retries: int = 1,
+    progress: Progress,
+) -> Outcome:
+    """Work until every run is done or has failed `retries` times more than once; Ctrl-C stops with all saved.
+
+    A run that another launcher works on is left to it, and taken over if that launcher dies.
+    """
+    states = experiment.states(runs)
+    todo = deque(run.run_id for run in runs if states[run.run_id] != "done")
+    outcome = Outcome(skipped=len(runs) - len(todo))
+    with _stoppable() as stopped, progress.track("runs", len(runs)) as advance:
+        advance(outcome.skipped)
+        _Launch(experiment, backend, retries, progress, advance, outcome, todo).work(stopped)
+    return outcome
+
+
+class _Launch:
+    """State of one call of `launch`."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        backend: Backend,
+        retries: int,
+        progress: Progress,
+        advance: Advance,
+        outcome: Outcome,
+        todo: deque[str],
+    ) -> None:
+        self.experiment = experiment
+        self.backend = backend
+        self.retries = retries
+        self.progress = progress
+        self.advance = advance
+        self.outcome = outcome
+        self.todo = todo
+        self.active: set[str] = set()
+        self.elsewhere: set[str] = set()
+        self.failures: Counter[str] = Counter()
+
+    def work(self, stopped: threading.Event) -> None:
+        looks = 0
+        try:
+            while (self.todo or self.active or self.elsewhere) and not stopped.is_set():
+                while self.todo and len(self.active) < self.backend.num_slots:
+                    run_id = self.todo.popleft()
+                    self.backend.start(run_id)
+                    self.active.add(run_id)
+                for ended in self.backend.wait(_SECONDS_BETWEEN_LOOKS):
+                    self.active.discard(ended.run_id)
+                    self._settle(ended)
+                looks += 1
+                if looks % _LOOKS_BETWEEN_ASKING == 0:
+                    self._ask_for_taken()
+        finally:
+            # Also when the launcher itself fails: nobody is left behind.
+            self.backend.stop()
+        self.outcome.interrupted = stopped.is_set()
+
+    def _settle(self, ended: Ended) -> None:
+        run_id = ended.run_id
+        if ended.exit_code == DONE:
+            self.outcome.done += 1
+            self._tell(f"{run_id}: done{self._dice(run_id)}")
+        elif ended.exit_code == TAKEN:
+            self.elsewhere.add(run_id)
+        elif ended.exit_code == INTERRUPTED:
+            self.todo.append(run_id)
+        else:
+            self._fail(ended)
+
+    def _fail(self, ended: Ended) -> None:
+        run_id, files = ended.run_id, self.experiment.files(ended.run_id)
+        if ended.exit_code != FAILED:
+            # A process that was killed could not write down why.
+            code = ended.exit_code
+            how = "lost" if code is None else f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            files.add_failure(f"the worker ended without a word ({how}); see {files.log}", "", where=ended.where)
+        self.failures[run_id] += 1
+        failures = files.read_failures()
+        reason = failures[-1]["error"] if failures else "unknown"
+        if self.failures[run_id] <= self.retries:
+            self.todo.append(run_id)
+            self.progress.say(f"{run_id}: failed, will be tried again: {reason}")
+        else:
+            self.outcome.failed.append(run_id)
+            self._tell(f"{run_id}: failed: {reason}")
+
+    def _ask_for_taken(self) -> None:
+        """See what became of the runs that another launcher holds."""
+        for run_id in sorted(self.elsewhere):
+            files = self.experiment.files(run_id)
+            if files.done.is_file():
+                self.outcome.done += 1
+                self._tell(f"{run_id}: done by another launcher{self._dice(run_id)}")
+            elif is_locked(files.lock):
+                continue
+            else:
+                self.todo.append(run_id)
+            self.elsewhere.discard(run_id)
+
+    def _tell(self, line: str) -> None:
+        self.progress.say(line)
+        outcome = self.outcome
+        note = f"{len(outcome.failed)} failed" if outcome.failed else ""
+        self.advance(outcome.skipped + outcome.done + len(outcome.failed), note)
+
+    def _dice(self, run_id: str) -> str:
+        facts = self.experiment.files(run_id).read_done() or {}
+        return "".join(f", test Dice {dice:.4f} ({arm})" for arm, dice in facts.get("test_dice", {}).items())
+
+
+@contextmanager
+def _stoppable() -> Iterator[threading.Event]:
+    """Turn Ctrl-C and SIGTERM into an event; a second one acts at once."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(number: int, frame: object) -> None:
+        stopped.set()
+        for known, handler in previous.items():
+            signal.signal(known, handler)
+
+    for number in previous:
+        signal.signal(number, on_signal)
+    try:
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

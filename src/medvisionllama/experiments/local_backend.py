@@ -1,0 +1,123 @@
+"""Workers as processes of this machine, one for each slot, each on cores or a GPU of its own."""
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from medvisionllama.experiments.launch import Ended
+from medvisionllama.experiments.store import Experiment
+from medvisionllama.experiments.worker import CORES
+
+_THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_SECONDS_TO_SAVE = 120.0
+
+
+def worker_command(folder: Path, run_id: str) -> list[str]:
+    """The command that works on one run."""
+    return [sys.executable, "-m", "medvisionllama.experiments.worker", str(folder), run_id]
+
+
+def thread_limits(threads: int) -> dict[str, str]:
+    """Environment that keeps the numerical libraries to so many threads."""
+    return dict.fromkeys(_THREAD_LIMITS, str(threads))
+
+
+class LocalBackend:
+    """Processes on this machine.
+
+    Args:
+        slots: workers at a time.
+        threads: of each; a slot stays on as many cores of its own where there are enough.
+        gpus: indices of GPUs that slots take turns in.
+    """
+
+    def __init__(self, experiment: Experiment, *, slots: int, threads: int, gpus: tuple[int, ...] = ()) -> None:
+        self.experiment = experiment
+        self.num_slots = slots
+        self.threads = threads
+        self.gpus = gpus
+        self._workers: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
+
+    def start(self, run_id: str) -> None:
+        slot = next(slot for slot in range(self.num_slots) if slot not in self._workers)
+        files = self.experiment.files(run_id)
+        files.path.mkdir(parents=True, exist_ok=True)
+        with files.log.open("ab") as log:
+            process = subprocess.Popen(
+                worker_command(self.experiment.path, run_id),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._place(slot)},
+                # Ctrl-C is for the launcher, which then asks its workers to end.
+                start_new_session=True,
+            )
+        self._workers[slot] = (run_id, process)
+
+    def wait(self, seconds: float) -> list[Ended]:
+        deadline = time.monotonic() + seconds
+        while True:
+            ended = self._collect()
+            if ended or not self._workers or time.monotonic() >= deadline:
+                return ended
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        for _, process in self._workers.values():
+            process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + _SECONDS_TO_SAVE
+        for _, process in self._workers.values():
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._workers.clear()
+
+    def _collect(self) -> list[Ended]:
+        over = {
+            slot: Ended(run_id, process.returncode, platform.node())
+            for slot, (run_id, process) in self._workers.items()
+            if process.poll() is not None
+        }
+        for slot in over:
+            del self._workers[slot]
+        return list(over.values())
+
+    def _place(self, slot: int) -> dict[str, str]:
+        place = thread_limits(self.threads)
+        cores = available_cores()
+        # A launcher that leaves most cores to others (a second launcher, say) leaves the choice to the system too.
+        if len(cores) < 2 * self.num_slots * self.threads <= 2 * len(cores):
+            mine = cores[slot * self.threads : (slot + 1) * self.threads]
+            place[CORES] = ",".join(map(str, mine))
+        if self.gpus:
+            place["CUDA_VISIBLE_DEVICES"] = str(self.gpus[slot % len(self.gpus)])
+        return place
+
+
+def available_cores() -> list[int]:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def default_place() -> tuple[int, int, tuple[int, ...]]:
+    """Slots, threads and GPUs for this machine: a slot for each GPU, else one for each core that memory allows.
+
+    A network of our size gains little from a second thread, and two processes of one thread each do more steps.
+    """
+    import psutil
+    import torch
+
+    gpus = tuple(range(torch.cuda.device_count()))
+    cores = len(available_cores())
+    if gpus:
+        return len(gpus), max(1, cores // len(gpus)), gpus
+    gibibytes = psutil.virtual_memory().available / 2**30
+    return max(1, min(cores, int(gibibytes // 4))), 1, ()

@@ -1,0 +1,309 @@
+"""A matrix: tasks × models × arms × fractions × folds × seeds, as a YAML file and as validated runs.
+
+A *model* is the network around the insert, an *arm* what is compared inside it. A run's id is readable and ends in a
+hash of everything that defines the run, so it is the same on every machine, and a run whose settings change gets
+another id. Nothing here reads a scan.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from medvisionllama._files import canonical_hash
+from medvisionllama.config import Config, load_config
+from medvisionllama.config.load import apply_overrides, parse_overrides
+from medvisionllama.config.presets import preset_settings
+from medvisionllama.config.schema import Section, Seed
+from medvisionllama.errors import ConfigError
+
+Settings = dict[str, Any]
+Variant = Literal["block_removed"]
+Criterion = Literal["trainable", "total", "flops"]
+
+_LIMITS = ("train.epochs", "train.max_steps", "train.max_minutes")
+_AXES = {"data.fold", "data.fraction", "data.num_cases", "train.seed", "data.path", "out"}
+_WITHOUT_EFFECT = {"train.device", "train.save_seconds"}
+"""Settings that change no result, and therefore no id."""
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}", text):
+        raise ValueError(f"{text!r} is no name; use up to 40 letters, digits, and _ . + -")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_name)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class TaskSpec(Section):
+    data: Path | None = None
+    """The dataset's folder, absolute or under the root that the command line names."""
+    phantoms: Annotated[int, Field(ge=3, le=10_000)] | None = None
+    """So many artificial scans instead of a dataset."""
+    set: Settings = {}
+    """Settings of every run on it."""
+
+    @model_validator(mode="after")
+    def _has_scans(self) -> "TaskSpec":
+        if (self.data is None) == (self.phantoms is None):
+            raise ValueError("give either data, the dataset's folder, or phantoms, a number of artificial scans")
+        return self
+
+
+class ModelSpec(Section):
+    preset: str = "small"
+    set: Settings = {}
+    """The network around the insert, and how it is trained."""
+
+
+class MatchSpec(Section):
+    arm: str
+    """The arm whose size is wanted."""
+    by: Criterion
+    """Trainable parameters, all parameters, or operations of a forward pass."""
+    change: Literal["mlp", "depth"] = "mlp"
+    """What is widened or deepened until it fits: an MLP as the insert, or the transformer without an insert."""
+
+
+class ArmSpec(Section):
+    about: str = ""
+    """What the arm isolates, in a line; the report shows it."""
+    set: Settings = {}
+    each: dict[str, list[Any]] = {}
+    """Settings with several values: one arm for each combination, named arm-value."""
+    match: MatchSpec | None = None
+    models: tuple[str, ...] | None = None
+    """Models that have this arm; by default all."""
+    fractions: tuple[Fraction, ...] | None = None
+    """Shares at which it is run; by default all of the matrix."""
+    also: tuple[Variant, ...] = ()
+    """Further evaluations of the same weights: `block_removed` leaves the frozen block out of the trained network."""
+
+
+class Matrix(Section):
+    name: Name
+    about: str = ""
+    tasks: Annotated[dict[Name, TaskSpec], Field(min_length=1)]
+    models: Annotated[dict[Name, ModelSpec], Field(min_length=1)] = {"small": ModelSpec()}
+    arms: Annotated[dict[Name, ArmSpec], Field(min_length=1)]
+    reference: str
+    """The arm that all others are compared with."""
+    fractions: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (1.0,)
+    """Shares of the training patients."""
+    folds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    split_per_seed: bool = False
+    """Each seed draws a test set of its own too, so that small datasets are tested on more patients."""
+    set: Settings = {}
+    """Settings of every run; models, tasks and arms may set others."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Matrix":
+        for axis in ("fractions", "folds", "seeds"):
+            values = getattr(self, axis)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{axis} names {values} twice the same value")
+        for name, arm in self.arms.items():
+            unknown = sorted(set(arm.models or ()) - set(self.models))
+            if unknown:
+                raise ValueError(f"arm {name} asks for the model {unknown[0]!r}; models: {', '.join(self.models)}")
+            if arm.match and arm.each:
+                raise ValueError(f"arm {name} has both match and each; give one of them")
+        names = [arm.name for arm in self.expanded_arms()]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two arms are called {twice[0]!r}; rename one")
+        if self.reference not in names:
+            raise ValueError(f"reference {self.reference!r} is no arm; arms: {', '.join(names)}")
+        self._check_matches()
+        return self
+
+    def _check_matches(self) -> None:
+        plain = [arm.name for arm in self.expanded_arms() if arm.spec.match is None]
+        for name, arm in self.arms.items():
+            if arm.match and arm.match.arm not in plain:
+                raise ValueError(
+                    f"arm {name} is to match {arm.match.arm!r}, which is no arm of a size of its own; there are: {', '.join(plain)}"
+                )
+
+    def expanded_arms(self) -> list["Arm"]:
+        """Every arm, those with several values of a setting one by one."""
+        return [arm for name, spec in self.arms.items() for arm in _expand(name, spec)]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm with one value for each of its settings."""
+
+    name: str
+    spec: ArmSpec
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training of the matrix. `settings` are dotted overrides of the preset."""
+
+    run_id: str
+    task: str
+    model: str
+    arm: str
+    fraction: float
+    fold: int
+    seed: int
+    preset: str
+    settings: Settings
+    match: MatchSpec | None
+    match_settings: Settings | None
+    """Settings of the arm to be matched."""
+    also: tuple[Variant, ...]
+    scans: TaskSpec
+
+    def config(self, *, data: Path, out: Path | None = None, more: Mapping[str, Any] | None = None) -> Config:
+        """The whole configuration; a matched arm's own size comes as `more`."""
+        places: Settings = {"data.path": data} if out is None else {"data.path": data, "out": out}
+        return load_config(self.preset, {**self.settings, **(more or {}), **places})
+
+
+def read_matrix(path: Path) -> Matrix:
+    """Read and check a matrix file.
+
+    Raises:
+        ConfigError: missing, no YAML, unknown keys, or values that do not fit each other.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give a matrix file, as configs/matrix/smoke.yaml") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; give a matrix file, as configs/matrix/smoke.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no matrix; it needs at least name, tasks, arms and reference")
+    try:
+        return Matrix.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{path}: {key + ': ' if key else ''}{message}") from None
+
+
+def expand(matrix: Matrix) -> list[PlannedRun]:
+    """Name every run, seed by seed, so that stopping early leaves whole repetitions.
+
+    Raises:
+        ConfigError: a setting that does not exist or does not fit the others, with the arm that has it.
+    """
+    cells = list(_cells(matrix))
+    return [
+        cell.run(fraction, fold, seed)
+        for seed in matrix.seeds
+        for fold in matrix.folds
+        for fraction in matrix.fractions
+        for cell in cells
+        if cell.arm.spec.fractions is None or fraction in cell.arm.spec.fractions
+    ]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Task, model and arm: what is checked once however many fractions, folds and seeds there are."""
+
+    matrix: Matrix
+    task: str
+    model: str
+    arm: Arm
+    settings: Settings
+    match_settings: Settings | None
+    hashed: str
+
+    def run(self, fraction: float, fold: int, seed: int) -> PlannedRun:
+        place: Settings = {"data.fraction": fraction, "data.fold": fold, "train.seed": seed}
+        if self.matrix.split_per_seed:
+            place["data.split_seed"] = seed
+        digest = canonical_hash([self.hashed, place])[:8]
+        share = f"{100 * fraction:g}pc"
+        task = self.matrix.tasks[self.task]
+        return PlannedRun(
+            f"{self.task}-{self.model}-{self.arm.name}-{share}-f{fold}-s{seed}-{digest}",
+            self.task,
+            self.model,
+            self.arm.name,
+            fraction,
+            fold,
+            seed,
+            self.matrix.models[self.model].preset,
+            {**self.settings, **place},
+            self.arm.spec.match,
+            None if self.match_settings is None else {**self.match_settings, **place},
+            self.arm.spec.also,
+            task,
+        )
+
+
+def _cells(matrix: Matrix) -> Iterator[_Cell]:
+    arms = matrix.expanded_arms()
+    by_name = {arm.name: arm for arm in arms}
+    for task in matrix.tasks:
+        for model in matrix.models:
+            for arm in arms:
+                if arm.spec.models is not None and model not in arm.spec.models:
+                    continue
+                where = f"matrix {matrix.name}, task {task}, model {model}, arm {arm.name}"
+                settings = _settings(matrix, task, model, arm, where)
+                target = None
+                if arm.spec.match:
+                    target = _settings(matrix, task, model, by_name[arm.spec.match.arm], where)
+                identity = [
+                    apply_overrides(preset_settings(matrix.models[model].preset), _lasting(settings)),
+                    str(matrix.tasks[task].data or matrix.tasks[task].phantoms),
+                    None if arm.spec.match is None else [arm.spec.match.model_dump(), _lasting(target or {})],
+                ]
+                yield _Cell(matrix, task, model, arm, settings, target, canonical_hash(identity))
+
+
+def _settings(matrix: Matrix, task: str, model: str, arm: Arm, where: str) -> Settings:
+    """Merge what all runs, the model, the task and the arm set, the later over the earlier; and check it."""
+    settings: Settings = {}
+    for part in (matrix.set, matrix.models[model].set, matrix.tasks[task].set, arm.settings):
+        settings |= parse_overrides(part)
+    taken = sorted(_AXES & set(settings))
+    if taken:
+        raise ConfigError(f"{where}: {taken[0]} is an axis of the matrix; leave it out of 'set'")
+    if any(key in settings for key in _LIMITS):
+        # A limit that the matrix did not ask for would cut its runs short.
+        settings = {**dict.fromkeys(_LIMITS), **settings}
+    try:
+        load_config(matrix.models[model].preset, settings)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return settings
+
+
+def _lasting(settings: Settings) -> Settings:
+    return {key: value for key, value in settings.items() if key not in _WITHOUT_EFFECT}
+
+
+def _expand(name: str, spec: ArmSpec) -> Iterator[Arm]:
+    combinations: list[tuple[str, Settings]] = [(name, dict(spec.set))]
+    for key, values in spec.each.items():
+        combinations = [
+            (f"{made}-{_short(value)}", {**settings, key: value})
+            for made, settings in combinations
+            for value in values
+        ]
+    return (Arm(made, spec, settings) for made, settings in combinations)
+
+
+def _short(value: Any) -> str:
+    """A value as part of a name."""
+    text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+    return re.sub(r"[^A-Za-z0-9_.+-]", "", text) or "empty"

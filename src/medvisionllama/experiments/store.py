@@ -1,0 +1,200 @@
+"""The folder of an experiment: which runs are done, and which run right now, by files and locks alone.
+
+matrix.yaml             the matrix
+experiment.json         where the datasets are
+probe.json              timings of `experiment plan`
+runs/<id>/              a run folder, as `train` makes it, and:
+    lock                held by the process that works on the run; the system frees it however that process ends
+    log.txt             what the run said
+    failures.jsonl      one line per failure, with its traceback
+    done.json           written last, with the facts of the report
+results/                what `experiment report` writes
+
+There is no database and no server: several launchers may share a folder, and killing any process at any moment leaves
+a folder that says the truth.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from medvisionllama._files import is_locked, locked, user_cache, write_json, write_text
+from medvisionllama.errors import CheckpointError, DataError
+from medvisionllama.experiments.matrix import Matrix, PlannedRun, read_matrix
+
+State = Literal["planned", "running", "interrupted", "failed", "done"]
+STATES: tuple[State, ...] = ("done", "running", "interrupted", "failed", "planned")
+
+
+class RunFiles:
+    """Paths beside those of `RunDir` in the folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.lock = path / "lock"
+        self.log = path / "log.txt"
+        self.failures = path / "failures.jsonl"
+        self.done = path / "done.json"
+
+    def read_done(self) -> dict[str, Any] | None:
+        """Facts of a finished run; None if it is not finished."""
+        try:
+            facts: dict[str, Any] = json.loads(self.done.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            raise CheckpointError(
+                f"{self.done} is damaged; delete it, and `experiment run` evaluates the run again"
+            ) from None
+        return facts
+
+    def read_failures(self) -> list[dict[str, Any]]:
+        """Failures so far; a line cut short by a kill is dropped."""
+        try:
+            lines = self.failures.read_text().splitlines()
+        except OSError:
+            return []
+        found = []
+        for line in lines:
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return found
+
+    def add_failure(self, error: str, traceback: str, *, where: str) -> None:
+        """Record why an attempt ended."""
+        record = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "where": where,
+            "error": error,
+            "traceback": traceback,
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.failures.open("a") as file:
+            # A kill may have left a line without its end.
+            file.write(("\n" if file.tell() else "") + json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment's folder, its matrix and the root of its datasets."""
+
+    path: Path
+    matrix: Matrix
+    data_root: Path
+
+    @classmethod
+    def create(cls, path: Path, matrix_file: Path, *, data_root: Path | None) -> "Experiment":
+        """Make the folder, or open it and take the matrix as it is now.
+
+        Runs whose settings the matrix no longer holds keep their folders; they are in no table.
+
+        Raises:
+            ConfigError: the matrix cannot be used.
+        """
+        matrix = read_matrix(matrix_file)
+        known = _read_facts(path).get("data_root")
+        root = data_root or (Path(known) if known else default_data_root())
+        root = root.expanduser().resolve()
+        source = matrix_file.read_text()
+        kept = path / "matrix.yaml"
+        if not kept.is_file() or kept.read_text() != source:
+            write_text(kept, source)
+        if known != str(root):
+            write_json(path / "experiment.json", {"data_root": str(root)})
+        return cls(path, matrix, root)
+
+    @classmethod
+    def open(cls, path: Path) -> "Experiment":
+        """Open a folder made by `create`."""
+        kept = path / "matrix.yaml"
+        if not kept.is_file():
+            raise CheckpointError(
+                f"{path} holds no experiment (no matrix.yaml); begin one with: medvisionllama experiment run MATRIX.yaml --out {path}"
+            )
+        root = _read_facts(path).get("data_root")
+        return cls(path, read_matrix(kept), Path(root) if root else default_data_root())
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results"
+
+    def files(self, run_id: str) -> RunFiles:
+        """The folder of one run."""
+        return RunFiles(self.path / "runs" / run_id)
+
+    def data_of(self, run: PlannedRun) -> Path:
+        """The dataset of a run; phantoms are made on first use.
+
+        Raises:
+            DataError: no such folder.
+        """
+        if run.scans.phantoms is not None:
+            return phantom_folder(run.scans.phantoms)
+        assert run.scans.data is not None, "the matrix checked it"
+        folder = self.data_root / run.scans.data
+        if not folder.is_dir():
+            raise DataError(
+                f"task {run.task}: {folder} does not exist; say where the datasets are with --data ROOT or MEDVISIONLLAMA_DATA"
+            )
+        return folder
+
+    def states(self, runs: Sequence[PlannedRun]) -> dict[str, State]:
+        """State of every run, from one look at the folder."""
+        present = _names(self.path / "runs")
+        return {run.run_id: self._state(run.run_id) if run.run_id in present else "planned" for run in runs}
+
+    def strangers(self, runs: Iterable[PlannedRun]) -> list[str]:
+        """Folders of runs that the matrix does not hold (any more)."""
+        return sorted(_names(self.path / "runs") - {run.run_id for run in runs})
+
+    def _state(self, run_id: str) -> State:
+        files = self.files(run_id)
+        names = _names(files.path)
+        if "done.json" in names:
+            return "done"
+        if "lock" in names and is_locked(files.lock):
+            return "running"
+        if "failures.jsonl" in names:
+            return "failed"
+        return "interrupted" if "config.yaml" in names else "planned"
+
+
+def default_data_root() -> Path:
+    """MEDVISIONLLAMA_DATA, or the current folder."""
+    return Path(os.environ.get("MEDVISIONLLAMA_DATA") or Path.cwd())
+
+
+def phantom_folder(number: int) -> Path:
+    """A dataset of artificial scans in the user's cache, made if it is not there."""
+    from medvisionllama.data.phantom import write_phantoms
+
+    folder = user_cache() / "phantoms" / str(number)
+    if not (folder / "dataset.json").is_file():
+        with locked(folder.with_suffix(".lock")):
+            if not (folder / "dataset.json").is_file():
+                write_phantoms(folder, num_cases=number)
+    return folder
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))  # noqa: PTH208 - ten thousand paths cost more than their names
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((path / "experiment.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}

@@ -1,0 +1,89 @@
+"""One run of an experiment in a process of its own: train, evaluate, write done.json.
+
+python -m medvisionllama.experiments.worker FOLDER RUN_ID
+
+Exit codes: 0 done (perhaps long ago), 1 failed (the traceback is in failures.jsonl), 2 no such run, 3 another process
+works on it, 130 interrupted with everything saved. SIGTERM saves and ends; so does the death of the parent process,
+so that a launcher that was killed leaves nobody behind.
+"""
+
+import argparse
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+DONE, FAILED, UNKNOWN, TAKEN, INTERRUPTED = 0, 1, 2, 3, 130
+CORES = "MEDVISIONLLAMA_CORES"
+"""Environment variable that names the cores a worker is to stay on, as 0,1."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Work on one run and return the exit code."""
+    parser = argparse.ArgumentParser(description="Work on one run of an experiment.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("run_id")
+    parser.add_argument("--wait", type=float, default=5.0, help="seconds to wait for another process's lock")
+    given = parser.parse_args(arguments)
+    _stay_on_cores(os.environ.get(CORES, ""))
+    _end_with_parent()
+    # Imported here: cores and threads must be chosen before PyTorch starts.
+    from medvisionllama._files import lock_if_free
+    from medvisionllama.experiments.matrix import expand
+    from medvisionllama.experiments.store import Experiment
+
+    experiment = Experiment.open(given.folder)
+    run = next((run for run in expand(experiment.matrix) if run.run_id == given.run_id), None)
+    if run is None:
+        _say(f"{given.run_id} is no run of {given.folder}")
+        return UNKNOWN
+    files = experiment.files(run.run_id)
+    with lock_if_free(files.lock, seconds=given.wait) as free:
+        if not free:
+            return TAKEN
+        if files.done.is_file():
+            return DONE
+        from medvisionllama.experiments.execute import execute
+        from medvisionllama.progress import Lines
+
+        try:
+            finished = execute(experiment, run, progress=Lines(_say))
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except Exception as error:  # noqa: BLE001 - whatever went wrong is the record of this run
+            shown = traceback.format_exc()
+            _say(shown)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            files.add_failure(reason, shown, where=platform.node())
+            return FAILED
+        return DONE if finished else INTERRUPTED
+
+
+def _stay_on_cores(text: str) -> None:
+    if text and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {int(number) for number in text.split(",")})
+
+
+def _end_with_parent() -> None:
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
