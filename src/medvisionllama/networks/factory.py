@@ -84,7 +84,8 @@ def build_meta_network(config: NetworkConfig, **shapes: Unpack[Shapes]) -> Token
         BlockError: the block is unknown, or the tokenizer of its prompt is not here.
     """
     block = config.block.model_copy(update={"rotary": False})
-    with torch.device("meta"):
+    # LoRA is drawn before it is let go.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return build_network(config.model_copy(update={"block": block}), **shapes)
 
 

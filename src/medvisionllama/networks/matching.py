@@ -73,7 +73,7 @@ def ratio_for(width: int, hidden: int) -> float:
     """Return a short ratio that gives an MLP exactly so many hidden channels.
 
     >>> ratio_for(192, 577)
-    3.0053
+    3.01
     """
     # A plain quotient may fall just below, and would lose a channel.
     for digits in range(1, 16):
