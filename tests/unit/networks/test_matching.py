@@ -8,6 +8,7 @@ from medvisionllama.errors import ConfigError
 from medvisionllama.networks.factory import match_depth, match_mlp, network_sizes
 from medvisionllama.networks.layers import MLP
 from medvisionllama.networks.matching import measure, ratio_for
+from medvisionllama.networks.sizes import Sizes
 
 STRIDES = ((2, 2, 2), (2, 2, 2), (2, 2, 2))
 SHAPES = {"num_channels": 1, "num_outputs": 3, "crop_size": (32, 40, 32), "strides": STRIDES}
@@ -36,6 +37,13 @@ def _network(name="small", **changes):
 
 def _built(name, settings):
     return network_sizes(_network(name, **settings), **SHAPES)
+
+
+def test_each_criterion_reads_its_own_number():
+    sizes = Sizes(
+        4, trainable=3, frozen=10, flops_forward=7, insert_trainable=1, insert_frozen=10, insert_flops=2
+    )
+    assert [measure(sizes, by) for by in CRITERIA] == [3, 13, 7]
 
 
 @every_target

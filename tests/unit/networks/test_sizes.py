@@ -224,7 +224,8 @@ def test_every_model_of_the_catalogue_is_counted_offline(name):
 
 
 @pytest.mark.usefixtures("_offline")
-def test_a_prompt_whose_tokenizer_is_not_here_is_refused():
+def test_a_prompt_whose_tokenizer_is_not_here_is_refused_and_not_fetched(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
     config = load_config("small", {"network.block.prompt": "left atrium"}).network
     with pytest.raises(BlockError, match=r"not in the cache"):
         network_sizes(config, **SHAPES)
@@ -244,9 +245,16 @@ def test_a_network_outside_the_meta_device_is_not_counted_wrongly():
         sizes_of(network, num_channels=1, crop_size=(8, 8, 8))
 
 
-def test_counting_leaves_the_network_in_its_mode():
-    network = build_meta_network(plain(dropout=0.5), **SHAPES).train()
-    sizes_of(network, num_channels=1, crop_size=(8, 8, 8))
+def test_a_meta_network_keeps_the_blocks_precision(folder):
+    network = build_meta_network(_with_block(folder(), dtype="bfloat16"), **SHAPES)
+    assert {tensor.dtype for tensor in network.insert.block.parameters()} == {torch.bfloat16}
+
+
+def test_evaluation_is_counted_and_the_network_left_in_its_mode():
+    network = build_meta_network(NetworkConfig(insert="none"), **SHAPES).eval()
+    evaluated = sizes_of(network, num_channels=1, crop_size=(8, 8, 8))
+    assert not network.training
+    assert sizes_of(network.train(), num_channels=1, crop_size=(8, 8, 8)) == evaluated
     assert network.training
     assert network.encoder.training
     assert not network.encoder._forward_pre_hooks
