@@ -78,7 +78,7 @@ def build_network(
 def build_meta_network(config: NetworkConfig, **shapes: Unpack[Shapes]) -> TokenSegmenter:
     """Build the network with shapes and no values: without its memory, and no weights are read or fetched.
 
-    Rotary positions are left out: they have no parameter, and not every version of transformers computes them there.
+    Rotary positions are left out: they have no parameter, and not all of transformers computes them there.
 
     Raises:
         BlockError: the block is unknown, or the tokenizer of its prompt is not here.
