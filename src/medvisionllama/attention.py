@@ -2,6 +2,8 @@
 
 import torch
 
+from medvisionllama.autocast import autocast_dtype
+
 _SHORT = 512
 
 
@@ -13,6 +15,4 @@ def plain_is_faster(tokens: torch.Tensor) -> bool:
     """
     if tokens.is_cuda or tokens.shape[-2] > _SHORT:
         return False
-    kind = tokens.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
-    return dtype == torch.bfloat16
+    return (autocast_dtype(tokens.device.type) or tokens.dtype) == torch.bfloat16

@@ -65,6 +65,15 @@ def test_a_written_file_names_every_setting(tmp_path):
     assert written["augment"]["rotation_degrees"] == 20.0
 
 
+def test_a_file_of_before_the_insert_had_a_width_of_its_own_is_still_read(tmp_path):
+    path = tmp_path / "config.yaml"
+    write_config(load_config("small", ["network.insert=mlp"]), path)
+    written = yaml.safe_load(path.read_text())
+    assert written["network"].pop("insert_mlp_ratio", "absent") is None
+    path.write_text(yaml.safe_dump(written))
+    assert read_config(path) == load_config("small", ["network.insert=mlp"])
+
+
 def test_the_paper_preset_has_the_published_sizes():
     config = load_config("paper")
     network, train = config.network, config.train
@@ -187,6 +196,7 @@ def test_a_value_that_can_only_fail_later_is_refused_now(override):
     [
         (["network.width=10", "network.num_heads=4"], ("width=10", "num_heads=4")),
         (["network.depth=2", "network.insert_after=3"], ("insert_after=3", "depth=2")),
+        (["network.insert_mlp_ratio=0.005"], ("insert_mlp_ratio=0.005", "width=192")),
         (["network.tokens=false", "network.head=linear"], ("tokens=false", "head=linear")),
         (["data.geometry=resize"], ("data.geometry=resize", "data.crop_size")),
         (["network.head=linear", "data.crop_size=[16, 16, 12]"], ("crop_size=(16, 16, 12)", "patch_size=8")),

@@ -220,6 +220,8 @@ class NetworkConfig(Section):
     """`zero` multiplies the insert by a trained vector that starts at zero, so training starts at the baseline."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
     """Hidden width of every MLP as a multiple of its width."""
+    insert_mlp_ratio: Annotated[float, Field(gt=0)] | None = None
+    """The same of the MLP that insert=mlp puts in, which fits its size to another arm's; by default mlp_ratio."""
     head: Literal["linear", "upsample", "skip"] = "skip"
     stem_channels: tuple[Positive, Positive, Positive] = (8, 32, 64)
     """Channels of the skip head's stem at stride 1, 2 and 4."""
@@ -241,6 +243,10 @@ class NetworkConfig(Section):
             raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
         if self.insert_after > self.depth:
             raise ValueError(f"insert_after={self.insert_after} is more than depth={self.depth}")
+        if self.insert_mlp_ratio is not None and self.width * self.insert_mlp_ratio < 1:
+            raise ValueError(
+                f"insert_mlp_ratio={self.insert_mlp_ratio} leaves the insert no hidden channel; width={self.width} needs at least {1 / self.width:.4g}"
+            )
         if not self.tokens and self.head != "skip":
             raise ValueError(f"tokens=false needs head=skip, since head={self.head} has no other input")
         return self

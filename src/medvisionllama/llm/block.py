@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medvisionllama.autocast import autocast_dtype
 from medvisionllama.errors import BlockError
 from medvisionllama.llm.controls import NEEDS_CHECKPOINT, WEIGHTS, Weights
 from medvisionllama.llm.families import Family, family_of
-from medvisionllama.llm.filling import filled_layers, initialised_layers
+from medvisionllama.llm.filling import empty_layers, filled_layers, initialised_layers
 from medvisionllama.llm.int8 import store_as_int8
 from medvisionllama.llm.lora import add_lora
 from medvisionllama.llm.rotary import (
@@ -113,6 +114,7 @@ class FrozenBlock(nn.Module):
             frozen: False trains the block like any other module: the control for freezing it.
             storage: `int8` keeps the matrices as 8-bit integers.
             gradient_checkpointing: compute each layer again in the backward pass, so none keeps its activations.
+            device: `meta` gives shapes without memory, and reads no weights.
 
         Raises:
             BlockError: unknown source, family or layer, damaged files, options that exclude each other, or a
@@ -135,6 +137,11 @@ class FrozenBlock(nn.Module):
             raise BlockError("no layer was asked for; give at least one, as layers=(-1,)")
         if weights == "identity":
             modules, norm = nn.ModuleList(), None
+        elif torch.device(device).type == "meta":
+            modules, norm = empty_layers(family, config, positions)
+            for module in (modules, norm):
+                if module is not None:
+                    module.to(dtype)
         elif weights in NEEDS_CHECKPOINT:
             modules, norm = filled_layers(
                 opened, family, config, positions, weights=weights, seed=seed, dtype=dtype, device=device
@@ -181,7 +188,7 @@ class FrozenBlock(nn.Module):
         if tokens.ndim != 3 or tokens.shape[-1] != self.width:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, the block needs [b, n, {self.width}]")
         given = tokens.dtype
-        if not torch.is_autocast_enabled(tokens.device.type):
+        if autocast_dtype(tokens.device.type) is None:
             tokens = tokens.to(self._kept_dtype(given))
         angles = self._angles(tokens, positions)
         for layer, window, kind in zip(self.layers, self._windows, self._kinds, strict=True):
@@ -221,9 +228,8 @@ class FrozenBlock(nn.Module):
         """Angles for each kind of layer; empty for families that have none."""
         if not self._rotary_width:
             return {}
-        kind = tokens.device.type
         # Angles in the products' precision keep queries and keys in it.
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
+        dtype = autocast_dtype(tokens.device.type) or tokens.dtype
         like = tokens.new_empty(0, dtype=dtype)
         if self.rotary is None:
             return dict.fromkeys(self._kinds, no_angles(self._rotary_width, like))

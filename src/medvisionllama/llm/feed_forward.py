@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medvisionllama.autocast import autocast_dtype
 from medvisionllama.types import Tokens
 
 _PIECE = 1 << 22
@@ -37,9 +38,9 @@ def _forward(network: Any, whole: Callable[[Tokens], Tokens], tokens: Tokens) ->
 
 def _casts_weights(network: nn.Module, kind: str) -> bool:
     """Whether autocast converts the weights in each call, so that each piece would keep a copy of them."""
-    if not torch.is_autocast_enabled(kind):
+    dtype = autocast_dtype(kind)
+    if dtype is None:
         return False
-    dtype = torch.get_autocast_dtype(kind)
     return any(weight.is_floating_point() and weight.dtype != dtype for weight in network.parameters())
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medvisionllama.autocast import autocast_dtype
+
 
 class _Int8Product(torch.autograd.Function):
     """`x @ weight.T` whose backward pass widens the integers again instead of keeping them wide."""
@@ -38,8 +40,7 @@ class Int8Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = autocast_dtype(x.device.type) or x.dtype
         product = _Int8Product.apply(x.to(dtype), self.weight) * self.scale.to(dtype)
         return product if self.bias is None else product + self.bias.to(dtype)
 

@@ -7,7 +7,7 @@ controls ask what about the words matters.
 import hashlib
 import random
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,9 @@ from medvisionllama.errors import BlockError
 from medvisionllama.llm.controls import moment_matched, stream
 from medvisionllama.llm.families import family_of
 from medvisionllama.llm.sources import Source, open_source
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PromptControl = Literal["text", "shuffled", "random"]
 PromptRows = Float[Tensor, "token width"]
@@ -45,9 +48,7 @@ def embed_prompt(
     family = family_of(opened.settings["model_type"])
     config = family.make_config(opened.settings)
     tokenizer = opened.tokenizer()
-    ids = tokenizer.encode(text.strip(), add_special_tokens=False).ids
-    if not ids:
-        raise BlockError(f"the prompt {text!r} has no token; write words, or leave the prompt empty")
+    ids = _token_ids(tokenizer, text)
     if control == "shuffled":
         nonsense = tokenizer.encode(shuffled(text.strip(), seed=seed), add_special_tokens=False).ids
         ids = [nonsense[place % len(nonsense)] for place in range(len(ids))]
@@ -61,6 +62,24 @@ def embed_prompt(
     if control == "random":
         rows = moment_matched(rows, torch.Generator().manual_seed(stream(seed, text)))
     return rows
+
+
+def empty_prompt(source: str | Path, text: str) -> PromptRows:
+    """Build rows of a prompt's shape on the meta device; nothing is fetched.
+
+    Raises:
+        BlockError: nothing to embed, or a tokenizer that is not here.
+    """
+    opened = open_source(source, offline=True)
+    config = family_of(opened.settings["model_type"]).make_config(opened.settings)
+    return torch.empty(len(_token_ids(opened.tokenizer(), text)), config.hidden_size, device="meta")
+
+
+def _token_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text.strip(), add_special_tokens=False).ids
+    if not ids:
+        raise BlockError(f"the prompt {text!r} has no token; write words, or leave the prompt empty")
+    return ids
 
 
 def shuffled(text: str, *, seed: int) -> str:

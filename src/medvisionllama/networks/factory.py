@@ -1,6 +1,7 @@
 """From settings to a network: the only place in `networks/` that knows the configuration."""
 
 from collections.abc import Sequence
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +9,24 @@ from torch import Tensor, nn
 from medvisionllama.config import BlockConfig, NetworkConfig
 from medvisionllama.errors import ConfigError
 from medvisionllama.llm import FrozenBlock, embed_prompt
+from medvisionllama.llm.prompt import empty_prompt
 from medvisionllama.networks.embeds import PatchEmbed, StemEmbed
 from medvisionllama.networks.heads import LinearHead, SkipHead, UpsampleHead
 from medvisionllama.networks.inserts import LLMInsert, MLPInsert
+from medvisionllama.networks.matching import Criterion, Match, deeper, wider
 from medvisionllama.networks.segmenter import TokenSegmenter
+from medvisionllama.networks.sizes import Sizes, sizes_of
 from medvisionllama.networks.vit import VisionTransformer, grid_after
 from medvisionllama.types import Triple
+
+
+class Shapes(TypedDict):
+    """What a network must fit, as `Plan.network_sizes` tells it."""
+
+    num_channels: int
+    num_outputs: int
+    crop_size: Triple
+    strides: Sequence[Triple]
 
 
 def build_network(
@@ -62,6 +75,58 @@ def build_network(
     return TokenSegmenter(embed, encoder, build_insert(config, grid=grid, seed=seed), decoder, head)
 
 
+def build_meta_network(config: NetworkConfig, **shapes: Unpack[Shapes]) -> TokenSegmenter:
+    """Build the network with shapes and no values: without its memory, and no weights are read or fetched.
+
+    Rotary positions are left out: they have no parameter, and not all of transformers computes them there.
+
+    Raises:
+        BlockError: the block is unknown, or the tokenizer of its prompt is not here.
+    """
+    block = config.block.model_copy(update={"rotary": False})
+    # LoRA is drawn before it is let go.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return build_network(config.model_copy(update={"block": block}), **shapes)
+
+
+def network_sizes(config: NetworkConfig, **shapes: Unpack[Shapes]) -> Sizes:
+    """Count a network's parameters and the operations of one crop; see `networks/sizes.py` for what counts.
+
+    Raises:
+        BlockError: the block is unknown, or the tokenizer of its prompt is not here.
+    """
+    network = build_meta_network(config, **shapes)
+    return sizes_of(network, num_channels=shapes["num_channels"], crop_size=shapes["crop_size"])
+
+
+def match_mlp(config: NetworkConfig, target: Sizes, *, by: Criterion, **shapes: Unpack[Shapes]) -> Match:
+    """Find the MLP that, in the insert's place, makes the network as large as `target`; a gate stays.
+
+    Raises:
+        ConfigError: no MLP is small enough, or the network has no place for one.
+    """
+    _check_insertable(config)
+
+    def sizes_at(hidden: int) -> Sizes:
+        return network_sizes(_changed(config, insert="mlp", insert_mlp_ratio=hidden / config.width), **shapes)
+
+    return wider(target, sizes_at, by=by, width=config.width)
+
+
+def match_depth(config: NetworkConfig, target: Sizes, *, by: Criterion, **shapes: Unpack[Shapes]) -> Match:
+    """Find the depth that, without an insert, brings the network nearest to `target`; one more block at least.
+
+    Raises:
+        ConfigError: the network without an insert is as large already, or has no transformer.
+    """
+    _check_insertable(config)
+
+    def sizes_at(depth: int) -> Sizes:
+        return network_sizes(_changed(config, insert="none", depth=depth), **shapes)
+
+    return deeper(target, sizes_at, by=by, depth=config.depth)
+
+
 def build_insert(config: NetworkConfig, *, grid: Triple, seed: int = 0) -> nn.Module:
     """Build what sits between encoder and decoder.
 
@@ -72,7 +137,8 @@ def build_insert(config: NetworkConfig, *, grid: Triple, seed: int = 0) -> nn.Mo
     if config.insert == "none":
         return nn.Identity()
     if config.insert == "mlp":
-        return MLPInsert(config.width, ratio=config.mlp_ratio, dropout=config.dropout, gated=gated)
+        ratio = config.insert_mlp_ratio or config.mlp_ratio
+        return MLPInsert(config.width, ratio=ratio, dropout=config.dropout, gated=gated)
     return LLMInsert(
         config.width,
         build_block(config.block, seed=seed),
@@ -97,27 +163,33 @@ def check_insert(config: NetworkConfig) -> None:
 
 def build_block(config: BlockConfig, *, seed: int = 0) -> FrozenBlock:
     """Build the frozen block."""
-    return FrozenBlock.from_pretrained(
-        config.source,
-        layers=config.layers,
-        rotary=config.rotary,
-        causal=config.causal,
-        final_norm=config.final_norm,
-        weights=config.weights,
-        frozen=config.frozen,
-        lora_rank=config.lora_rank,
-        lora_targets=config.lora_targets,
-        storage=config.storage,
-        dtype=getattr(torch, config.dtype),
-        gradient_checkpointing=config.gradient_checkpointing,
-        seed=seed,
-    )
+    device = "meta" if _shapes_only() else "cpu"
+    # What a family computes, and does not store, needs values even then.
+    with torch.device("cpu"):
+        return FrozenBlock.from_pretrained(
+            config.source,
+            layers=config.layers,
+            rotary=config.rotary,
+            causal=config.causal,
+            final_norm=config.final_norm,
+            weights=config.weights,
+            frozen=config.frozen,
+            lora_rank=config.lora_rank,
+            lora_targets=config.lora_targets,
+            storage=config.storage,
+            dtype=getattr(torch, config.dtype),
+            gradient_checkpointing=config.gradient_checkpointing,
+            device=device,
+            seed=seed,
+        )
 
 
 def build_prompt(config: BlockConfig, *, seed: int = 0) -> Tensor | None:
     """Build the prompt's rows, if there is a prompt."""
     if not config.prompt:
         return None
+    if _shapes_only():
+        return empty_prompt(config.source, config.prompt)
     return embed_prompt(config.source, config.prompt, control=config.prompt_control, seed=seed)
 
 
@@ -131,3 +203,19 @@ def _transformer(config: NetworkConfig, depth: int, positions: Triple | None) ->
         attention_dropout=config.attention_dropout,
         positions=positions,
     )
+
+
+def _changed(config: NetworkConfig, **changes: Any) -> NetworkConfig:
+    return NetworkConfig.model_validate(config.model_dump() | changes)
+
+
+def _check_insertable(config: NetworkConfig) -> None:
+    if not config.tokens:
+        raise ConfigError(
+            "network.tokens=false has no transformer to match; set network.tokens=true or leave the matched arm out"
+        )
+
+
+def _shapes_only() -> bool:
+    """Whether this is `build_meta_network`."""
+    return torch.empty(0).is_meta

@@ -11,8 +11,9 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, *, ratio: float = 4.0, dropout: float = 0.0) -> None:
         super().__init__()
-        self.up = nn.Linear(width, int(width * ratio))
-        self.down = nn.Linear(int(width * ratio), width)
+        hidden = hidden_width(width, ratio)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tokens) -> Tokens:
@@ -32,6 +33,11 @@ class ConvBlock(nn.Module):
 
     def forward(self, grid: Tensor) -> Tensor:
         return F.leaky_relu(self.norm(self.conv(grid)), 0.01, inplace=True)
+
+
+def hidden_width(width: int, ratio: float) -> int:
+    """Channels inside an MLP."""
+    return int(width * ratio)
 
 
 def to_tokens(grid: Tensor) -> Tokens:
