@@ -14,7 +14,9 @@ def evaluate(
     split: Annotated[Literal["test", "validation"], typer.Option(help="Which cases of a run.")] = "test",
     block_removed: Annotated[
         bool,
-        typer.Option("--block-removed", help="Leave the frozen block out of a trained run; what does it lose?"),
+        typer.Option(
+            "--block-removed", help="Leave the frozen block out of a trained run; what does it lose?"
+        ),
     ] = False,
     merged: Annotated[
         bool,

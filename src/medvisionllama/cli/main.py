@@ -9,7 +9,7 @@ import warnings
 import typer
 
 from medvisionllama import __version__
-from medvisionllama.cli import data, demo, evaluate, llm, predict, train
+from medvisionllama.cli import data, demo, evaluate, experiment, llm, predict, train
 from medvisionllama.errors import MedVisionLlamaError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("train")(train.train)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(data.app, name="data")
+app.add_typer(experiment.app, name="experiment")
 app.add_typer(llm.app, name="llm")
 
 

@@ -145,7 +145,9 @@ class _Launch:
             # A process that was killed could not write down why.
             code = ended.exit_code
             how = "lost" if code is None else f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-            files.add_failure(f"the worker ended without a word ({how}); see {files.log}", "", where=ended.where)
+            files.add_failure(
+                f"the worker ended without a word ({how}); see {files.log}", "", where=ended.where
+            )
         self.failures[run_id] += 1
         failures = files.read_failures()
         reason = failures[-1]["error"] if failures else "unknown"

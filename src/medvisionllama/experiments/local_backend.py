@@ -35,7 +35,9 @@ class LocalBackend:
         gpus: indices of GPUs that slots take turns in.
     """
 
-    def __init__(self, experiment: Experiment, *, slots: int, threads: int, gpus: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, experiment: Experiment, *, slots: int, threads: int, gpus: tuple[int, ...] = ()
+    ) -> None:
         self.experiment = experiment
         self.num_slots = slots
         self.threads = threads

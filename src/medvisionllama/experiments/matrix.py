@@ -1,7 +1,7 @@
 """A matrix: tasks × models × arms × fractions × folds × seeds, as a YAML file and as validated runs.
 
-A *model* is the network around the insert, an *arm* what is compared inside it. A run's id is readable and ends in a
-hash of everything that defines the run, so it is the same on every machine, and a run whose settings change gets
+A *model* is the network around the insert, an *arm* what is compared inside it. A run's id is readable and ends in
+a hash of everything that defines the run, so it is the same on every machine, and a run whose settings change gets
 another id. Nothing here reads a scan.
 """
 
@@ -46,19 +46,21 @@ class TaskSpec(Section):
     """The dataset's folder, absolute or under the root that the command line names."""
     phantoms: Annotated[int, Field(ge=3, le=10_000)] | None = None
     """So many artificial scans instead of a dataset."""
-    set: Settings = {}
+    set: Settings = Field(default_factory=dict)
     """Settings of every run on it."""
 
     @model_validator(mode="after")
     def _has_scans(self) -> "TaskSpec":
         if (self.data is None) == (self.phantoms is None):
-            raise ValueError("give either data, the dataset's folder, or phantoms, a number of artificial scans")
+            raise ValueError(
+                "give either data, the dataset's folder, or phantoms, a number of artificial scans"
+            )
         return self
 
 
 class ModelSpec(Section):
     preset: str = "small"
-    set: Settings = {}
+    set: Settings = Field(default_factory=dict)
     """The network around the insert, and how it is trained."""
 
 
@@ -74,8 +76,8 @@ class MatchSpec(Section):
 class ArmSpec(Section):
     about: str = ""
     """What the arm isolates, in a line; the report shows it."""
-    set: Settings = {}
-    each: dict[str, list[Any]] = {}
+    set: Settings = Field(default_factory=dict)
+    each: dict[str, list[Any]] = Field(default_factory=dict)
     """Settings with several values: one arm for each combination, named arm-value."""
     match: MatchSpec | None = None
     models: tuple[str, ...] | None = None
@@ -83,14 +85,14 @@ class ArmSpec(Section):
     fractions: tuple[Fraction, ...] | None = None
     """Shares at which it is run; by default all of the matrix."""
     also: tuple[Variant, ...] = ()
-    """Further evaluations of the same weights: `block_removed` leaves the frozen block out of the trained network."""
+    """Further evaluations of the same weights: `block_removed` leaves the frozen block out of a trained network."""
 
 
 class Matrix(Section):
     name: Name
     about: str = ""
     tasks: Annotated[dict[Name, TaskSpec], Field(min_length=1)]
-    models: Annotated[dict[Name, ModelSpec], Field(min_length=1)] = {"small": ModelSpec()}
+    models: Annotated[dict[Name, ModelSpec], Field(min_length=1)]
     arms: Annotated[dict[Name, ArmSpec], Field(min_length=1)]
     reference: str
     """The arm that all others are compared with."""
@@ -100,7 +102,7 @@ class Matrix(Section):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     split_per_seed: bool = False
     """Each seed draws a test set of its own too, so that small datasets are tested on more patients."""
-    set: Settings = {}
+    set: Settings = Field(default_factory=dict)
     """Settings of every run; models, tasks and arms may set others."""
 
     @model_validator(mode="after")
@@ -112,7 +114,9 @@ class Matrix(Section):
         for name, arm in self.arms.items():
             unknown = sorted(set(arm.models or ()) - set(self.models))
             if unknown:
-                raise ValueError(f"arm {name} asks for the model {unknown[0]!r}; models: {', '.join(self.models)}")
+                raise ValueError(
+                    f"arm {name} asks for the model {unknown[0]!r}; models: {', '.join(self.models)}"
+                )
             if arm.match and arm.each:
                 raise ValueError(f"arm {name} has both match and each; give one of them")
         names = [arm.name for arm in self.expanded_arms()]
@@ -180,7 +184,9 @@ def read_matrix(path: Path) -> Matrix:
     try:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give a matrix file, as configs/matrix/smoke.yaml") from None
+        raise ConfigError(
+            f"{path} does not exist; give a matrix file, as configs/matrix/smoke.yaml"
+        ) from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder; give a matrix file, as configs/matrix/smoke.yaml") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -40,9 +40,9 @@ def time_steps(config: Config, shapes: NetworkSizes) -> Timing:
     block = config.network.block
     if block.weights != "identity":
         block = block.model_copy(update={"weights": "random"})
-    network = channels_last(
-        build_network(config.network.model_copy(update={"block": block}), **shapes)
-    ).to(device)
+    network = channels_last(build_network(config.network.model_copy(update={"block": block}), **shapes)).to(
+        device
+    )
     model = SupervisedSegmenter(
         network, num_outputs=shapes["num_outputs"], auxiliary_weight=config.train.auxiliary_weight
     ).train()

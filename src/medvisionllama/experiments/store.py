@@ -10,8 +10,8 @@ runs/<id>/              a run folder, as `train` makes it, and:
     done.json           written last, with the facts of the report
 results/                what `experiment report` writes
 
-There is no database and no server: several launchers may share a folder, and killing any process at any moment leaves
-a folder that says the truth.
+There is no database and no server: several launchers may share a folder, and killing any process at any moment
+leaves a folder that says the truth.
 """
 
 import json
@@ -101,16 +101,31 @@ class Experiment:
             ConfigError: the matrix cannot be used.
         """
         matrix = read_matrix(matrix_file)
-        known = _read_facts(path).get("data_root")
-        root = data_root or (Path(known) if known else default_data_root())
-        root = root.expanduser().resolve()
+        root = _root(path, data_root)
         source = matrix_file.read_text()
         kept = path / "matrix.yaml"
         if not kept.is_file() or kept.read_text() != source:
             write_text(kept, source)
-        if known != str(root):
+        if _read_facts(path).get("data_root") != str(root):
             write_json(path / "experiment.json", {"data_root": str(root)})
         return cls(path, matrix, root)
+
+    @classmethod
+    def look(
+        cls, matrix_file: Path, *, out: Path | str | None = None, data_root: Path | None = None
+    ) -> "Experiment":
+        """Name the folder that `create` would make, and write nothing.
+
+        Args:
+            matrix_file: or the folder itself.
+            out: by default experiments/NAME.
+        """
+        if matrix_file.is_dir():
+            kept = cls.open(matrix_file)
+            return kept if data_root is None else cls(kept.path, kept.matrix, data_root)
+        matrix = read_matrix(matrix_file)
+        folder = Path("experiments") / matrix.name if out is None else Path(out)
+        return cls(folder, matrix, _root(folder, data_root))
 
     @classmethod
     def open(cls, path: Path) -> "Experiment":
@@ -120,8 +135,7 @@ class Experiment:
             raise CheckpointError(
                 f"{path} holds no experiment (no matrix.yaml); begin one with: medvisionllama experiment run MATRIX.yaml --out {path}"
             )
-        root = _read_facts(path).get("data_root")
-        return cls(path, read_matrix(kept), Path(root) if root else default_data_root())
+        return cls(path, read_matrix(kept), _root(path, None))
 
     @property
     def results(self) -> Path:
@@ -168,9 +182,11 @@ class Experiment:
         return "interrupted" if "config.yaml" in names else "planned"
 
 
-def default_data_root() -> Path:
-    """MEDVISIONLLAMA_DATA, or the current folder."""
-    return Path(os.environ.get("MEDVISIONLLAMA_DATA") or Path.cwd())
+def _root(folder: Path, given: Path | None) -> Path:
+    """Where datasets lie: as given, as before, MEDVISIONLLAMA_DATA, or the current folder."""
+    before = _read_facts(folder).get("data_root")
+    root = given or Path(before or os.environ.get("MEDVISIONLLAMA_DATA") or Path.cwd())
+    return root.expanduser().resolve()
 
 
 def phantom_folder(number: int) -> Path:

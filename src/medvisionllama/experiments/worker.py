@@ -2,9 +2,9 @@
 
 python -m medvisionllama.experiments.worker FOLDER RUN_ID
 
-Exit codes: 0 done (perhaps long ago), 1 failed (the traceback is in failures.jsonl), 2 no such run, 3 another process
-works on it, 130 interrupted with everything saved. SIGTERM saves and ends; so does the death of the parent process,
-so that a launcher that was killed leaves nobody behind.
+Exit codes: 0 done (perhaps long ago), 1 failed (the traceback is in failures.jsonl), 2 no such run, 3 another
+process works on it, 130 interrupted with everything saved. SIGTERM saves and ends; so does the death of the parent
+process, so that a launcher that was killed leaves nobody behind.
 """
 
 import argparse

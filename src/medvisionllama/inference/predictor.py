@@ -139,9 +139,7 @@ class Predictor:
         return self.members[0].network
 
     @classmethod
-    def from_run(
-        cls, *paths: Path | str, device: DeviceChoice = "auto", block_removed: bool = False
-    ) -> Self:
+    def from_run(cls, *paths: Path | str, device: DeviceChoice = "auto", block_removed: bool = False) -> Self:
         """Load a run folder, or several whose predictions are averaged.
 
         Args:

@@ -1,0 +1,135 @@
+"""From the folders of finished runs to the tables of a report: what each row says is in README, section Experiments."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medvisionllama.errors import CheckpointError
+from medvisionllama.evaluation.evaluate import read_table
+from medvisionllama.experiments.execute import variant_name
+from medvisionllama.experiments.matrix import PlannedRun, Variant
+from medvisionllama.experiments.store import Experiment, State
+from medvisionllama.progress import Progress, Silent
+from medvisionllama.run_dir import RunDir
+
+_RUN_COLUMNS = (
+    "run_id task model arm fraction fold seed state splits_sha256 train_cases test_cases steps seconds "
+    "evaluation_seconds validation_dice test_dice trainable frozen gflops gate_rms attempts error machine variant_of"
+).split()
+_CURVE_COLUMNS = "run_id task model arm fraction fold seed step seconds loss dice".split()
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Tables of an experiment."""
+
+    runs: pd.DataFrame
+    """A row for each planned run, and one for each further evaluation of its weights."""
+    cases: pd.DataFrame
+    """A row for each finished run, test case and class."""
+    curves: pd.DataFrame
+    """A row for each validation."""
+    train_patients: dict[str, tuple[str, ...]]
+    """Of each finished run."""
+
+
+def collect(
+    experiment: Experiment,
+    runs: Sequence[PlannedRun],
+    states: Mapping[str, State],
+    *,
+    progress: Progress | None = None,
+) -> Frames:
+    """Read every run of an experiment.
+
+    Raises:
+        CheckpointError: a finished run whose files are missing or damaged.
+    """
+    rows: list[dict[str, Any]] = []
+    cases: list[pd.DataFrame] = []
+    curves: list[dict[str, Any]] = []
+    patients: dict[str, tuple[str, ...]] = {}
+    with (progress or Silent()).track("reading runs", len(runs)) as advance:
+        for number, run in enumerate(runs, start=1):
+            files = experiment.files(run.run_id)
+            facts = (files.read_done() if states[run.run_id] == "done" else None) or {}
+            failures = files.read_failures() if states[run.run_id] != "planned" else []
+            error = failures[-1]["error"] if failures and not facts else ""
+            for variant in (None, *run.also):
+                rows.append(_run_row(run, variant, states[run.run_id], facts, error))
+                if facts:
+                    cases.append(_cases(run, variant, facts, files.path))
+            if facts:
+                patients[run.run_id] = tuple(facts["patients"]["train"])
+                curves += _curve_rows(run, files.path)
+            advance(number)
+    return Frames(
+        pd.DataFrame(rows, columns=_RUN_COLUMNS),
+        pd.concat(cases, ignore_index=True) if cases else pd.DataFrame(columns=[*_names_columns(), "class"]),
+        pd.DataFrame(curves, columns=_CURVE_COLUMNS),
+        patients,
+    )
+
+
+def _names(run: PlannedRun, variant: Variant | None) -> dict[str, Any]:
+    return {
+        "run_id": run.run_id,
+        "task": run.task,
+        "model": run.model,
+        "arm": run.arm if variant is None else variant_name(run.arm, variant),
+        "fraction": run.fraction,
+        "fold": run.fold,
+        "seed": run.seed,
+    }
+
+
+def _names_columns() -> list[str]:
+    return ["run_id", "task", "model", "arm", "fraction", "fold", "seed", "splits_sha256"]
+
+
+def _run_row(
+    run: PlannedRun, variant: Variant | None, state: State, facts: Mapping[str, Any], error: str
+) -> dict[str, Any]:
+    names = _names(run, variant)
+    cases = facts.get("cases", {})
+    copied = (
+        "splits_sha256 steps seconds evaluation_seconds validation_dice trainable frozen gflops gate_rms attempts machine"
+    ).split()
+    row = {key: facts.get(key) for key in copied}
+    if variant is not None:
+        # The weights are those of the run itself: its training is counted there.
+        row |= {"seconds": 0.0, "evaluation_seconds": 0.0} if facts else {}
+    return {
+        **names,
+        "state": state,
+        **row,
+        "train_cases": cases.get("train"),
+        "test_cases": cases.get("test"),
+        "test_dice": facts.get("test_dice", {}).get(names["arm"]),
+        "error": error,
+        "variant_of": "" if variant is None else run.arm,
+    }
+
+
+def _cases(run: PlannedRun, variant: Variant | None, facts: Mapping[str, Any], path: Path) -> pd.DataFrame:
+    run_dir = RunDir(path)
+    suffix = "" if variant is None else "-test-" + variant.replace("_", "-")
+    file = run_dir.evaluation.with_name(f"evaluation{suffix}.csv")
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} is missing, though the run is done; delete {path / 'done.json'}, and `experiment run` evaluates it again"
+        )
+    table = read_table(file)
+    for place, (name, value) in enumerate(
+        {**_names(run, variant), "splits_sha256": facts["splits_sha256"]}.items()
+    ):
+        table.insert(place, name, value)
+    return table
+
+
+def _curve_rows(run: PlannedRun, path: Path) -> Iterator[dict[str, Any]]:
+    for record in RunDir(path).read_history():
+        yield {**_names(run, None), **{key: record[key] for key in ("step", "seconds", "loss", "dice")}}

@@ -1,0 +1,267 @@
+"""What a matrix will cost: sizes of every arm, steps, hours and disk, before anything is trained."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medvisionllama._files import canonical_hash
+from medvisionllama.config import Config
+from medvisionllama.data.fingerprint import Fingerprint, fingerprint
+from medvisionllama.data.msd_tasks import find_task
+from medvisionllama.data.planning import Plan
+from medvisionllama.data.resample import shape_at
+from medvisionllama.data.splits import NUM_FOLDS, TEST_SHARE, select
+from medvisionllama.errors import BlockError, ConfigError, DataError, MedVisionLlamaError
+from medvisionllama.experiments.fair import match_run
+from medvisionllama.experiments.matrix import PlannedRun
+from medvisionllama.experiments.probe import Timing, time_steps
+from medvisionllama.experiments.store import Experiment
+from medvisionllama.networks.factory import network_sizes
+from medvisionllama.networks.sizes import Sizes
+from medvisionllama.progress import Progress
+from medvisionllama.training.prepare import divide, plan_of
+
+_DIVIDING = {"path", "modality", "patient_pattern", "exclude", "splits", "split_seed"}
+"""Settings that decide which scans there are and who trains on them."""
+START_SECONDS = 8.0
+"""Of each run, before its first step: Python, libraries, headers, the block."""
+
+
+@dataclass(frozen=True)
+class Scans:
+    """What a run sees of its dataset."""
+
+    plan: Plan
+    train_cases: int
+    validation_cases: int
+    test_cases: int
+    windows: int
+    """Crops that cover the median case."""
+
+
+@dataclass
+class Row:
+    """Runs of one task, model and arm."""
+
+    task: str
+    model: str
+    arm: str
+    runs: int = 0
+    trainable: int | None = None
+    frozen: int | None = None
+    gflops: float | None = None
+    matched: str = ""
+    """Of a matched arm: what it was fitted to, and how near it came."""
+    step_seconds: float | None = None
+    hours: float | None = None
+    """Of all runs, one after the other."""
+    gigabytes: float | None = None
+    problem: str = ""
+
+
+@dataclass
+class Estimate:
+    """The planning table and its sums."""
+
+    rows: list[Row] = field(default_factory=list)
+    num_runs: int = 0
+    done: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def hours(self) -> float | None:
+        """One after the other; None if no row could be timed."""
+        known = [row.hours for row in self.rows if row.hours is not None]
+        return sum(known) if known else None
+
+    @property
+    def gigabytes(self) -> float:
+        return sum(row.gigabytes or 0.0 for row in self.rows)
+
+
+def estimate(
+    experiment: Experiment, runs: Sequence[PlannedRun], *, timed: bool, progress: Progress
+) -> Estimate:
+    """Describe every arm; with `timed`, train each kind of network for about a second.
+
+    What cannot be known here (a dataset that is elsewhere) is left out and said.
+    """
+    groups: dict[tuple[str, str, str], list[PlannedRun]] = {}
+    for run in runs:
+        groups.setdefault((run.task, run.model, run.arm), []).append(run)
+    found = Estimate(num_runs=len(runs))
+    known = _Known(experiment)
+    with progress.track("sizes and timings" if timed else "sizes", len(groups)) as advance:
+        for number, (names, members) in enumerate(groups.items(), start=1):
+            row = Row(*names, runs=len(members))
+            try:
+                _describe(row, members, known, timed=timed)
+            except (DataError, ConfigError, BlockError) as error:
+                row.problem = str(error)
+            found.rows.append(row)
+            advance(number, row.arm)
+    found.problems = list(dict.fromkeys(row.problem for row in found.rows if row.problem))
+    return found
+
+
+class _Known:
+    """What several rows share: datasets are opened once, networks of one shape are timed once."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self._datasets: dict[str, Any] = {}
+        self._timings: dict[str, Timing] = {}
+        self._sizes: dict[str, Sizes] = {}
+
+    def data(self, run: PlannedRun) -> Path:
+        """Folder of a run's dataset, there or not."""
+        if run.scans.phantoms is not None:
+            return self.experiment.data_of(run)
+        return self.experiment.data_root / (run.scans.data or "")
+
+    def scans(self, run: PlannedRun, config: Config) -> Scans:
+        """The crops and cases of a run."""
+        # A fraction takes its share of one division; folds and seeds hardly change how many cases that is.
+        whole = config.model_copy(
+            update={"data": config.data.model_copy(update={"fraction": 1.0, "fold": 0})}
+        )
+        key = canonical_hash(whole.data.model_dump(mode="json", include=_DIVIDING))
+        if key not in self._datasets:
+            try:
+                dataset, splits, selection = divide(whole, drawn=whole.data.splits)
+                seen = set(dataset.patients) - set(selection.test)
+                self._datasets[key] = (dataset, splits, fingerprint(dataset, only=seen))
+            except MedVisionLlamaError as error:
+                self._datasets[key] = error
+        known = self._datasets[key]
+        if isinstance(known, MedVisionLlamaError):
+            published = _published(run, config)
+            if published is None:
+                raise known
+            return published
+        dataset, splits, found = known
+        plan = plan_of(dataset, found, config)
+        chosen = select(
+            splits, dataset.patients, fold=0, fraction=config.data.fraction, num_cases=config.data.num_cases
+        )
+        return Scans(
+            plan,
+            len(chosen.train),
+            len(chosen.validation),
+            len(chosen.test),
+            _windows(plan, found, config.inference.overlap),
+        )
+
+    def sizes(self, config: Config, plan: Plan) -> Sizes:
+        """Parameters and operations."""
+        key = canonical_hash([_shape_of(config), plan.network_sizes])
+        if key not in self._sizes:
+            self._sizes[key] = network_sizes(config.network, **plan.network_sizes)
+        return self._sizes[key]
+
+    def timing(self, config: Config, plan: Plan) -> Timing:
+        """Seconds of a step."""
+        train = config.train
+        settings = [train.batch_size, train.accumulate, train.precision, train.optimizer]
+        key = canonical_hash([_shape_of(config), plan.network_sizes, settings])
+        if key not in self._timings:
+            self._timings[key] = time_steps(config, plan.network_sizes)
+        return self._timings[key]
+
+
+def _shape_of(config: Config) -> dict[str, Any]:
+    """The network but for the values of its block: controls that differ in nothing else cost the same."""
+    network = config.network.model_dump(mode="json")
+    if network["block"]["weights"] != "identity":
+        network["block"]["weights"] = "any"
+    return network
+
+
+def _published(run: PlannedRun, config: Config) -> Scans | None:
+    """What is known of a task of the decathlon without its files, if whole scans are resized to one shape."""
+    if config.data.geometry != "resize" or config.data.crop_size is None or run.scans.data is None:
+        return None
+    try:
+        task = find_task(run.scans.data.name)
+    except DataError:
+        return None
+    edge = config.network.patch_size
+    plan = Plan(
+        channels=task.channels,
+        classes=dict(enumerate(task.classes, start=1)),
+        merged=config.data.labels == "foreground",
+        resize=True,
+        spacing_mm=(1.0, 1.0, 1.0),
+        crop_size=config.data.crop_size,
+        strides=((edge, edge, edge), (1, 1, 1), (1, 1, 1)),
+        flip_axes=(0,),
+    )
+    test = round(TEST_SHARE * task.num_training)
+    validation = (task.num_training - test) // NUM_FOLDS
+    train = math.ceil(config.data.fraction * (task.num_training - test - validation))
+    return Scans(plan, train, validation, test, windows=1)
+
+
+def _describe(row: Row, members: Sequence[PlannedRun], known: _Known, *, timed: bool) -> None:
+    data = known.data(members[0])
+    by_fraction = {run.fraction: run for run in members}
+    counts = Counter(run.fraction for run in members)
+    first = members[0]
+    config = first.config(data=data)
+    plan = known.scans(first, config).plan
+    more = {}
+    if first.match is not None:
+        match = match_run(first, data=data, shapes=plan.network_sizes)
+        more = match.settings
+        row.matched = f"{first.match.by} of {first.match.arm}: {match.ratio:.3f}"
+        config = first.config(data=data, more=more)
+    sizes = known.sizes(config, plan)
+    row.trainable, row.frozen, row.gflops = sizes.trainable, sizes.frozen, sizes.gflops
+    row.gigabytes = len(members) * _bytes(sizes.trainable) / 1e9
+    if not timed:
+        return
+    timing = known.timing(config, plan)
+    row.step_seconds = timing.step
+    seconds = 0.0
+    for fraction, run in by_fraction.items():
+        of_run = run.config(data=data, more=more)
+        seconds += counts[fraction] * _seconds(of_run, known.scans(run, of_run), timing, len(run.also))
+    row.hours = seconds / 3600
+
+
+def _seconds(config: Config, scans: Scans, timing: Timing, further: int) -> float:
+    """Of one run, evaluations included."""
+    train = config.train
+    per_epoch = max(1, scans.train_cases // train.batch_size)
+    limits = [train.max_steps] if train.max_steps else []
+    if train.epochs:
+        limits.append(max(1, train.epochs * per_epoch // train.accumulate))
+    validation = train.num_validations * scans.validation_cases * scans.windows * timing.forward
+    training = min(limits) * timing.step + validation if limits else math.inf
+    if train.max_minutes:
+        training = min(training, 60 * train.max_minutes)
+    views = 1 + (len(scans.plan.flip_axes) if config.inference.flip else 0)
+    test = (1 + further) * scans.test_cases * scans.windows * views * timing.forward
+    return START_SECONDS + training + test
+
+
+def _windows(plan: Plan, found: Fingerprint, overlap: float) -> int:
+    if plan.resize or not found.shapes:
+        return 1
+    number = 1
+    median = [
+        sorted(shape[axis] for shape in found.shapes.values())[len(found.shapes) // 2] for axis in range(3)
+    ]
+    shape = shape_at((median[0], median[1], median[2]), found.median_spacing_mm, plan.spacing_mm)
+    for size, crop in zip(shape, plan.crop_size, strict=True):
+        step = max(1, int(crop * (1 - overlap)))
+        number *= max(0, math.ceil((size - crop) / step)) + 1
+    return number
+
+
+def _bytes(trainable: int) -> int:
+    """On disk when a run is done: its weights in float32, and about a third of a megabyte of tables and masks."""
+    return 4 * trainable + 300_000

@@ -1,0 +1,201 @@
+"""The verbs of `medvisionllama experiment` as functions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Literal
+
+from medvisionllama.errors import ConfigError
+from medvisionllama.experiments.estimate import Estimate, estimate
+from medvisionllama.experiments.launch import Backend, Outcome, launch
+from medvisionllama.experiments.matrix import PlannedRun, expand
+from medvisionllama.experiments.store import Experiment, State
+from medvisionllama.progress import Progress, Silent
+
+
+def open_experiment(
+    matrix: Path | str, *, out: Path | str | None = None, data: Path | str | None = None
+) -> Experiment:
+    """Open an experiment by its matrix file or its folder.
+
+    Args:
+        out: the experiment's folder; by default experiments/NAME.
+        data: folder under which the matrix's datasets lie; by default as before, or MEDVISIONLLAMA_DATA.
+
+    Raises:
+        ConfigError: the matrix cannot be used.
+        CheckpointError: a folder that holds no experiment.
+    """
+    matrix = Path(matrix)
+    root = None if data is None else Path(data)
+    if matrix.is_dir():
+        if out is not None and Path(out).resolve() != matrix.resolve():
+            raise ConfigError(
+                f"{matrix} is an experiment's folder already; give its matrix file to use {out}"
+            )
+        kept = Experiment.open(matrix)
+        return kept if root is None else Experiment.create(matrix, matrix / "matrix.yaml", data_root=root)
+    folder = Experiment.look(matrix, out=out).path
+    return Experiment.create(folder, matrix, data_root=root)
+
+
+def plan(
+    matrix: Path | str,
+    *,
+    data: Path | str | None = None,
+    probe: bool = True,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> Estimate:
+    """Say what a matrix will cost; nothing is written.
+
+    Args:
+        probe: train every kind of network for about a second, to tell hours.
+        threads: of a run, for the probe.
+
+    Raises:
+        ConfigError: a matrix that cannot be used.
+    """
+    matrix = Path(matrix)
+    experiment = Experiment.look(matrix, data_root=None if data is None else Path(data))
+    runs = expand(experiment.matrix)
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = estimate(experiment, runs, timed=probe, progress=progress or Silent())
+    finally:
+        torch.set_num_threads(before)
+    states = experiment.states(runs)
+    found.done = sum(state == "done" for state in states.values())
+    return found
+
+
+def run(
+    matrix: Path | str,
+    *,
+    out: Path | str | None = None,
+    data: Path | str | None = None,
+    backend: Literal["local", "ray"] = "local",
+    address: str | None = None,
+    slots: int | None = None,
+    threads: int | None = None,
+    gpus_per_run: float | None = None,
+    retries: int = 1,
+    only: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Outcome:
+    """Train and evaluate every run that is not done yet.
+
+    Args:
+        out: the experiment's folder; by default experiments/NAME.
+        backend: processes of this machine, or the nodes of a Ray cluster.
+        address: of the Ray cluster; by default RAY_ADDRESS, or one that runs on this machine.
+        slots: runs at a time on this machine; by default one for each GPU, or for each core.
+        threads: of each run.
+        gpus_per_run: of a Ray cluster; 0.5 lets two runs share one. By default 1 if the cluster has any.
+        retries: how often a failed run is tried again.
+        only: patterns of run ids, as "*-small-*"; by default all.
+
+    Raises:
+        MedVisionLlamaError: anything the user can fix, in one line.
+    """
+    experiment = open_experiment(matrix, out=out, data=data)
+    chosen = select_runs(expand(experiment.matrix), only)
+    for task in dict.fromkeys(one.task for one in chosen):
+        # A dataset that is not there would fail a hundred runs one by one.
+        experiment.data_of(next(one for one in chosen if one.task == task))
+    workers = _make_backend(
+        experiment, backend, address=address, slots=slots, threads=threads, gpus_per_run=gpus_per_run
+    )
+    return launch(experiment, chosen, workers, retries=retries, progress=progress or Silent())
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where an experiment is."""
+
+    experiment: Experiment
+    runs: tuple[PlannedRun, ...]
+    states: dict[str, State]
+
+    def count(self, state: State) -> int:
+        """Runs in a state."""
+        return sum(found == state for found in self.states.values())
+
+    def failures(self) -> dict[str, str]:
+        """The last error of each failed run."""
+        failed = [run_id for run_id, state in self.states.items() if state == "failed"]
+        records = {run_id: self.experiment.files(run_id).read_failures() for run_id in failed}
+        return {run_id: found[-1]["error"] if found else "" for run_id, found in records.items()}
+
+    def seconds_left(self) -> float | None:
+        """At the mean pace of the finished runs of the same task and model, in as many slots as work now.
+
+        None if nothing works, or nothing is done to judge by.
+        """
+        working, done = self.count("running"), self.count("done")
+        if not working or not done:
+            return None
+        seconds: dict[tuple[str, str], list[float]] = {}
+        left: list[tuple[str, str]] = []
+        for run in self.runs:
+            if self.states[run.run_id] == "done":
+                facts = self.experiment.files(run.run_id).read_done() or {}
+                seconds.setdefault((run.task, run.model), []).append(
+                    facts.get("seconds", 0.0) + facts.get("evaluation_seconds", 0.0)
+                )
+            else:
+                left.append((run.task, run.model))
+        means = {key: sum(times) / len(times) for key, times in seconds.items()}
+        usual = sum(map(sum, seconds.values())) / done
+        return sum(means.get(key, usual) for key in left) / working
+
+
+def status(matrix: Path | str, *, out: Path | str | None = None) -> Status:
+    """Look at every run of an experiment.
+
+    Args:
+        matrix: the matrix file, or the experiment's folder.
+    """
+    matrix = Path(matrix)
+    experiment = Experiment.open(matrix) if matrix.is_dir() else Experiment.look(matrix, out=out)
+    runs = expand(experiment.matrix)
+    return Status(experiment, tuple(runs), experiment.states(runs))
+
+
+def select_runs(runs: Sequence[PlannedRun], patterns: Sequence[str]) -> list[PlannedRun]:
+    """Runs whose id fits a pattern.
+
+    Raises:
+        ConfigError: a pattern that fits none.
+    """
+    for pattern in patterns:
+        if not any(fnmatch(run.run_id, pattern) for run in runs):
+            raise ConfigError(f"--only {pattern!r} fits no run; ids look like {runs[0].run_id}")
+    return [run for run in runs if not patterns or any(fnmatch(run.run_id, one) for one in patterns)]
+
+
+def _make_backend(
+    experiment: Experiment,
+    kind: Literal["local", "ray"],
+    *,
+    address: str | None,
+    slots: int | None,
+    threads: int | None,
+    gpus_per_run: float | None,
+) -> Backend:
+    from medvisionllama.experiments.local_backend import LocalBackend, default_place
+
+    if kind == "ray":
+        from medvisionllama.experiments.ray_backend import RayBackend
+
+        return RayBackend(
+            experiment.path, address=address, cpus_per_run=threads or 1, gpus_per_run=gpus_per_run
+        )
+    if address is not None:
+        raise ConfigError("address has no effect on this machine's own processes; add --backend ray")
+    usual_slots, usual_threads, gpus = default_place()
+    return LocalBackend(experiment, slots=slots or usual_slots, threads=threads or usual_threads, gpus=gpus)
