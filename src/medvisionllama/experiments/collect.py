@@ -1,4 +1,4 @@
-"""From the folders of finished runs to the tables of a report: what each row says is in README, section Experiments."""
+"""From the folders of finished runs to the tables of a report."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,45 @@ from medvisionllama.experiments.store import Experiment, State
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.run_dir import RunDir
 
-_RUN_COLUMNS = (
-    "run_id task model arm fraction fold seed state splits_sha256 train_cases test_cases steps seconds "
-    "evaluation_seconds validation_dice test_dice trainable frozen gflops gate_rms attempts error machine variant_of"
-).split()
-_CURVE_COLUMNS = "run_id task model arm fraction fold seed step seconds loss dice".split()
+_RUN_COLUMNS = [
+    "run_id",
+    "task",
+    "model",
+    "arm",
+    "fraction",
+    "fold",
+    "seed",
+    "state",
+    "splits_sha256",
+    "train_cases",
+    "test_cases",
+    "steps",
+    "seconds",
+    "evaluation_seconds",
+    "validation_dice",
+    "test_dice",
+    "trainable",
+    "frozen",
+    "gflops",
+    "gate_rms",
+    "attempts",
+    "error",
+    "machine",
+    "variant_of",
+]
+_CURVE_COLUMNS = [
+    "run_id",
+    "task",
+    "model",
+    "arm",
+    "fraction",
+    "fold",
+    "seed",
+    "step",
+    "seconds",
+    "loss",
+    "dice",
+]
 
 
 @dataclass(frozen=True)
@@ -95,9 +129,19 @@ def _run_row(
 ) -> dict[str, Any]:
     names = _names(run, variant)
     cases = facts.get("cases", {})
-    copied = (
-        "splits_sha256 steps seconds evaluation_seconds validation_dice trainable frozen gflops gate_rms attempts machine"
-    ).split()
+    copied = [
+        "splits_sha256",
+        "steps",
+        "seconds",
+        "evaluation_seconds",
+        "validation_dice",
+        "trainable",
+        "frozen",
+        "gflops",
+        "gate_rms",
+        "attempts",
+        "machine",
+    ]
     row = {key: facts.get(key) for key in copied}
     if variant is not None:
         # The weights are those of the run itself: its training is counted there.
