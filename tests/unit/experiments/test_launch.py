@@ -1,0 +1,138 @@
+"""The launcher's decisions, with a backend that trains nothing."""
+
+import pytest
+
+from medvisionllama._files import lock_if_free
+from medvisionllama.experiments import launch as launching
+from medvisionllama.experiments.launch import Ended, launch
+from medvisionllama.experiments.matrix import expand
+from medvisionllama.progress import Silent
+
+from .conftest import finish, run_ids
+
+
+class Scripted:
+    """Ends each start of a run as the script says: a list of exit codes for each run, the last one repeated."""
+
+    def __init__(self, experiment, script, *, num_slots=2):
+        self.experiment = experiment
+        self.script = {run_id: list(codes) for run_id, codes in script.items()}
+        self.num_slots = num_slots
+        self.started = []
+        self.most = 0
+        self.active = []
+        self.stopped = False
+
+    def start(self, run_id):
+        self.started.append(run_id)
+        self.active.append(run_id)
+        self.most = max(self.most, len(self.active))
+
+    def wait(self, seconds):
+        if not self.active:
+            return []
+        run_id = self.active.pop(0)
+        codes = self.script.get(run_id, [0])
+        code = codes.pop(0) if len(codes) > 1 else codes[0]
+        if code == 0:
+            finish(self.experiment, run_id)
+        if code == 1:
+            self.experiment.files(run_id).add_failure("it broke", "Traceback ...", where="here")
+        return [Ended(run_id, code)]
+
+    def stop(self):
+        self.stopped = True
+
+
+def work(experiment, script=None, *, retries=1, **options):
+    backend = Scripted(experiment, script or {}, **options)
+    outcome = launch(experiment, expand(experiment.matrix), backend, retries=retries, progress=Silent())
+    assert backend.stopped
+    return outcome, backend
+
+
+def test_every_run_is_started_once_in_no_more_slots_than_there_are(experiment):
+    outcome, backend = work(experiment, num_slots=3)
+    assert sorted(backend.started) == sorted(run_ids(experiment))
+    assert backend.most == 3
+    assert (outcome.done, outcome.skipped, outcome.failed) == (4, 0, [])
+
+
+def test_finished_runs_are_not_started(experiment):
+    first, *rest = run_ids(experiment)
+    finish(experiment, first)
+    outcome, backend = work(experiment)
+    assert sorted(backend.started) == sorted(rest)
+    assert (outcome.done, outcome.skipped) == (3, 1)
+
+
+def test_a_failing_run_is_tried_again_and_stops_nothing(experiment):
+    first, second, *_ = run_ids(experiment)
+    outcome, backend = work(experiment, {first: [1], second: [1, 0]}, retries=2)
+    assert backend.started.count(first) == 3
+    assert backend.started.count(second) == 2
+    assert outcome.failed == [first]
+    assert outcome.done == 3
+    assert len(experiment.files(first).read_failures()) == 3
+
+
+def test_a_worker_that_was_killed_leaves_a_record(experiment):
+    first, *_ = run_ids(experiment)
+    outcome, _ = work(experiment, {first: [-9, None, 0]}, retries=2)
+    assert outcome.failed == []
+    errors = [record["error"] for record in experiment.files(first).read_failures()]
+    assert "killed by signal 9" in errors[0]
+    assert "lost" in errors[1]
+
+
+def test_an_interrupted_worker_goes_on_and_has_not_failed(experiment):
+    first, *_ = run_ids(experiment)
+    outcome, backend = work(experiment, {first: [130, 130, 0]}, retries=0)
+    assert backend.started.count(first) == 3
+    assert (outcome.done, outcome.failed) == (4, [])
+    assert experiment.files(first).read_failures() == []
+
+
+def test_a_run_that_another_launcher_finishes_is_counted_and_not_repeated(experiment, monkeypatch):
+    monkeypatch.setattr(launching, "_LOOKS_BETWEEN_ASKING", 1)
+    first, *_ = run_ids(experiment)
+    with lock_if_free(experiment.files(first).lock) as free:
+        assert free
+        finish(experiment, first)
+        (experiment.files(first).done).rename(experiment.files(first).path / "later.json")
+        backend = Scripted(experiment, {first: [3]})
+        calls = 0
+        wait = backend.wait
+
+        def finishing(seconds):
+            nonlocal calls
+            calls += 1
+            if calls == 8:
+                (experiment.files(first).path / "later.json").rename(experiment.files(first).done)
+            return wait(seconds)
+
+        backend.wait = finishing
+        outcome = launch(experiment, expand(experiment.matrix), backend, progress=Silent())
+    assert backend.started.count(first) == 1
+    assert (outcome.done, outcome.failed) == (4, [])
+
+
+def test_a_run_whose_other_launcher_died_is_taken_over(experiment, monkeypatch):
+    monkeypatch.setattr(launching, "_LOOKS_BETWEEN_ASKING", 1)
+    first, *_ = run_ids(experiment)
+    # Taken at first, but nobody holds the lock when it is asked for again.
+    outcome, backend = work(experiment, {first: [3, 0]})
+    assert backend.started.count(first) == 2
+    assert outcome.done == 4
+
+
+def test_workers_are_stopped_when_the_launcher_itself_fails(experiment):
+    backend = Scripted(experiment, {})
+
+    def broken(seconds):
+        raise RuntimeError("the cluster is gone")
+
+    backend.wait = broken
+    with pytest.raises(RuntimeError, match="gone"):
+        launch(experiment, expand(experiment.matrix), backend, progress=Silent())
+    assert backend.stopped

@@ -1,0 +1,110 @@
+"""The state of every run is read from files and locks, whatever was killed when."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medvisionllama._files import is_locked, lock_if_free
+from medvisionllama.errors import CheckpointError, DataError
+from medvisionllama.experiments.matrix import expand
+from medvisionllama.experiments.store import Experiment, phantom_folder
+
+from .conftest import finish, run_ids
+
+
+def states(experiment):
+    return list(experiment.states(expand(experiment.matrix)).values())
+
+
+def test_a_folder_says_what_became_of_each_run(experiment):
+    first, second, third, _ = run_ids(experiment)
+    finish(experiment, first)
+    experiment.files(second).add_failure("no memory", "Traceback ...", where="node")
+    folder = experiment.files(third).path
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    assert states(experiment) == ["done", "failed", "interrupted", "planned"]
+
+
+def test_a_run_is_running_while_a_process_holds_its_lock_and_not_a_moment_longer(experiment):
+    run_id = run_ids(experiment)[0]
+    lock = experiment.files(run_id).lock
+    script = (
+        "import sys; from pathlib import Path; from medvisionllama._files import lock_if_free\n"
+        "with lock_if_free(Path(sys.argv[1])) as free:\n"
+        "    print(free, flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline().strip() == "True"
+    assert states(experiment)[0] == "running"
+    with lock_if_free(lock) as free:
+        assert not free
+    holder.kill()
+    holder.wait()
+    assert states(experiment)[0] == "planned"
+    assert not is_locked(lock)
+    with lock_if_free(lock) as free:
+        assert free
+
+
+def test_a_failure_cut_short_by_a_kill_loses_no_other(experiment):
+    files = experiment.files(run_ids(experiment)[0])
+    files.add_failure("first", "", where="a")
+    with files.failures.open("a") as file:
+        file.write('{"error": "cut sho')
+    files.add_failure("second", "", where="b")
+    assert [record["error"] for record in files.read_failures()] == ["first", "second"]
+
+
+def test_a_damaged_record_is_named_with_the_way_out(experiment):
+    files = experiment.files(run_ids(experiment)[0])
+    files.path.mkdir(parents=True)
+    files.done.write_text("{")
+    with pytest.raises(CheckpointError, match="delete it"):
+        files.read_done()
+
+
+def test_looking_writes_nothing_and_creating_keeps_the_matrix(tmp_path, write_matrix):
+    path = write_matrix()
+    seen = Experiment.look(path, out=tmp_path / "out", data_root=tmp_path)
+    assert not seen.path.exists()
+    made = Experiment.create(tmp_path / "out", path, data_root=tmp_path)
+    assert Experiment.open(made.path).matrix == seen.matrix == made.matrix
+    assert Experiment.open(made.path).data_root == tmp_path.resolve()
+
+
+def test_runs_that_the_matrix_holds_no_more_are_left_alone_and_named(experiment, write_matrix):
+    old = run_ids(experiment)[1]
+    finish(experiment, old)
+    changed = Experiment.create(
+        experiment.path, write_matrix(set={"train.max_steps": 6}, seeds=[0, 1]), data_root=None
+    )
+    assert changed.strangers(expand(changed.matrix)) == [old]
+    assert set(states(changed)) == {"planned"}
+    assert changed.data_root == experiment.data_root
+
+
+def test_data_that_is_not_there_is_named_with_the_way_out(experiment):
+    with pytest.raises(DataError, match=r"Task_A does not exist.*--data"):
+        experiment.data_of(expand(experiment.matrix)[0])
+
+
+def test_a_folder_without_an_experiment_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="experiment run"):
+        Experiment.open(tmp_path)
+
+
+def test_phantoms_are_made_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDVISIONLLAMA_CACHE", str(tmp_path))
+    folder = phantom_folder(4)
+    scans = sorted((folder / "imagesTr").iterdir())
+    before = [path.stat().st_mtime_ns for path in scans]
+    assert len(scans) == 4
+    assert phantom_folder(4) == folder
+    assert [path.stat().st_mtime_ns for path in scans] == before
+    assert Path(folder).is_dir()
