@@ -29,6 +29,7 @@ from medvisionllama.evaluation.statistics import (
     holm,
     patients_needed,
     rank_biserial,
+    run_p,
     smallest_p,
     wilcoxon_p,
 )
@@ -41,7 +42,7 @@ DETECTABLE = {"dice": 0.01, "nsd": 0.01}
 COMPARISONS = [
     *(*CELL, "metric", "arm", "reference", "num_patients", "num_runs", "mean", "reference_mean"),
     *("difference", "low", "high", "seed_sd", "p", "p_holm", "effect", "dz", "patients_needed"),
-    *("wins", "losses", "ties", "left_out", "smallest_p", "family_size"),
+    *("wins", "losses", "ties", "left_out", "smallest_p", "family_size", "seed_p"),
 ]
 SUMMARY = [
     *("task", "model", "arm", "fraction", "metric", "num_patients", "num_runs"),
@@ -63,6 +64,9 @@ def compare(
     `difference`, its interval, `effect` and `dz` are the arm minus the reference, whichever is better; `wins` are
     patients for whom the arm is better. `num_runs` counts pairs of runs, `left_out` the pairs that are planned but
     of which one or both are not done. An arm without a pair keeps its row, without numbers.
+
+    `p` and `p_holm` are over patients and speak of these trainings; `seed_p` is over runs (t test, not adjusted).
+    An arm differs where both do: trainings vary, and that alone makes p small.
 
     Args:
         family: tests that Holm adjusts together, always of one metric: `report` all of them, `task` those of one
@@ -187,6 +191,8 @@ def _compare(pairs: Sequence[tuple[Repetition, Repetition]], metric: str) -> dic
     differences = (ours - theirs).round(DECIMALS).to_numpy()
     low, high = bootstrap_interval(differences.tolist(), ours.index.tolist())
     better = -differences if metric in LOWER_IS_BETTER else differences
+    # Rounded as patients are: equal runs have no spread, whatever the rounding of their means.
+    by_run = [round(float((a.patients[metric] - b.patients[metric]).mean()), DECIMALS) for a, b in pairs]
     needed = float("nan")
     if metric in DETECTABLE:
         needed = patients_needed(_spread(differences.tolist()), difference=DETECTABLE[metric])
@@ -197,7 +203,7 @@ def _compare(pairs: Sequence[tuple[Repetition, Repetition]], metric: str) -> dic
         "difference": differences.mean(),
         "low": low,
         "high": high,
-        "seed_sd": _spread([float((a.patients[metric] - b.patients[metric]).mean()) for a, b in pairs]),
+        "seed_sd": _spread(by_run),
         "p": wilcoxon_p(differences),
         "effect": rank_biserial(differences),
         "dz": cohens_dz(differences),
@@ -206,6 +212,7 @@ def _compare(pairs: Sequence[tuple[Repetition, Repetition]], metric: str) -> dic
         "losses": int((better < 0).sum()),
         "ties": int((better == 0).sum()),
         "smallest_p": smallest_p(len(differences)),
+        "seed_p": run_p(by_run),
     }
 
 

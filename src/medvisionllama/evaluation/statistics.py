@@ -110,6 +110,20 @@ def cohens_dz(differences: ArrayLike) -> float:
     return float(values.mean() / values.std(ddof=1))
 
 
+def run_p(differences: ArrayLike) -> float:
+    """Two-sided p of the t test over the mean differences of runs; not a number where they do not vary.
+
+    Patients share the training they are tested with. A lucky run lifts all of them, which a test over patients
+    takes for an effect of the arm; this one does not.
+    """
+    from scipy.stats import ttest_1samp
+
+    values = np.asarray(differences, dtype=float)
+    if len(values) < 2 or np.ptp(values) == 0:
+        return float("nan")
+    return float(ttest_1samp(values, 0).pvalue)
+
+
 def patients_needed(sd: float, *, difference: float = 0.01, alpha: float = 0.05, power: float = 0.8) -> float:
     """Patients with which Wilcoxon's test finds a mean difference with this power, if differences are normal.
 

@@ -88,6 +88,7 @@ def test_one_pair_of_runs_gives_the_numbers_counted_by_hand():
     # SD 0.0407 against 0.01: 132 by the t test (n = (1.96 + 0.84)^2 * 16.57 + 2), over 3 / pi.
     assert row["patients_needed"] == pytest.approx((2.8016**2 * 16.57 + 2) * math.pi / 3, abs=1.5)
     assert math.isnan(row["seed_sd"])
+    assert math.isnan(row["seed_p"])
 
 
 def test_tables_have_the_columns_that_reports_read():
@@ -142,6 +143,17 @@ def test_seeds_make_a_patient_steadier_and_do_not_make_patients():
     # Means of the two runs: 0.2 and 0.4.
     assert row["seed_sd"] == pytest.approx(np.std([0.2, 0.4], ddof=1))
     assert row["p"] == 0.5
+    # t = 0.3 / (0.1 * sqrt(2) / sqrt(2)) = 3 with one degree of freedom.
+    assert row["seed_p"] == pytest.approx(1 - 2 * math.atan(3) / math.pi)
+
+
+def test_a_lucky_run_is_significant_over_patients_and_not_over_runs():
+    study = Study()
+    for seed, luck in enumerate([0.06, -0.01, 0.01]):
+        study.add("none", NONE, seed=seed).add("block", [value + luck for value in NONE], seed=seed)
+    row = study.row()
+    assert row["p"] == 1 / 32
+    assert row["seed_p"] > 0.4
 
 
 def test_a_run_missing_in_one_arm_is_left_out_of_both_and_counted():

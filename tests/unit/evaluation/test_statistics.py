@@ -16,6 +16,7 @@ from medvisionllama.evaluation.statistics import (
     patient_means,
     patients_needed,
     rank_biserial,
+    run_p,
     smallest_p,
     wilcoxon_p,
 )
@@ -104,7 +105,9 @@ def test_wilcoxon_with_tied_ranks_of_many_patients_is_corrected_for_ties():
 
 
 def test_patients_without_a_difference_are_left_out_of_the_ranks():
+    many = drawn(20).tolist()
     assert wilcoxon_p([*SIX, 0.0, 0.0]) == wilcoxon_p(SIX)
+    assert wilcoxon_p([*many, 0.0, 0.0]) == wilcoxon_p(many)
     assert rank_biserial([*SIX, 0.0, 0.0]) == rank_biserial(SIX)
 
 
@@ -131,6 +134,13 @@ def test_no_p_is_smaller_than_the_smallest(num):
 def test_four_patients_cannot_be_significant():
     assert smallest_p(4) == 0.125
     assert math.isnan(smallest_p(0))
+
+
+def test_p_over_runs_is_that_of_the_t_test():
+    # Mean 2, SD 1, t = 2 sqrt(3) with two degrees of freedom: p = 1 - t / sqrt(t^2 + 2).
+    assert run_p([1.0, 2.0, 3.0]) == pytest.approx(1 - math.sqrt(12 / 14))
+    assert math.isnan(run_p([1.0]))
+    assert math.isnan(run_p([1.0, 1.0]))
 
 
 @pytest.mark.parametrize("sd", [0.01, 0.02, 0.03, 0.1, 0.3])
