@@ -32,8 +32,8 @@ def by_all_signs(differences):
     ranks = stats.rankdata(np.abs(values))
     up = ranks[values > 0].sum()
     middle = ranks.sum() / 2
-    sums = [np.dot(signs, ranks) for signs in itertools.product((0, 1), repeat=len(ranks))]
-    return np.mean([abs(total - middle) >= abs(up - middle) - 1e-9 for total in sums])
+    sums = np.array(list(itertools.product((0, 1), repeat=len(ranks)))) @ ranks
+    return np.mean(abs(sums - middle) >= abs(up - middle) - 1e-9)
 
 
 def drawn(num, seed=0, shift=0.3):
