@@ -6,7 +6,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
 from medvisionllama import __version__
@@ -15,6 +14,7 @@ from medvisionllama.colours import colour_of
 from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.check.findings import SEVERITIES, TITLES, Finding
 from medvisionllama.data.check.report import CheckReport
+from medvisionllama.reports.pages import render
 from medvisionllama.reports.plots import png
 from medvisionllama.reports.thumbnails import MAX_PICTURES, Thumbnails
 
@@ -52,8 +52,8 @@ def write_check_page(report: CheckReport, path: Path, pictures: Thumbnails) -> N
         for number, facts in enumerate(ordered)
     ]
     groups = [(code, list(found)) for code, found in groupby(report.findings, lambda finding: finding.code)]
-    environment = Environment(loader=PackageLoader("medvisionllama.reports"), autoescape=True)
-    page = environment.get_template("check.html.j2").render(
+    page = render(
+        "check.html.j2",
         report=report,
         groups=groups,
         titles=TITLES,

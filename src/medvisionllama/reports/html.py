@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader
 
 from medvisionllama._files import write_text
 from medvisionllama.colours import colour_of
@@ -19,6 +18,7 @@ from medvisionllama.errors import ConfigError
 from medvisionllama.evaluation.evaluate import mean_class_dice, read_table, summarise
 from medvisionllama.inference.predictor import read_plan
 from medvisionllama.reports import plots
+from medvisionllama.reports.pages import render
 from medvisionllama.run_dir import RunDir
 
 
@@ -42,8 +42,8 @@ def write_report(run: Path) -> Path:
     manifest = run_dir.read_manifest()
     history = run_dir.read_history()
     table = read_table(run_dir.evaluation) if run_dir.evaluation.is_file() else None
-    environment = Environment(loader=PackageLoader("medvisionllama.reports"), autoescape=True)
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        "report.html.j2",
         name=run_dir.path.resolve().name,
         manifest=manifest,
         plan=plan,

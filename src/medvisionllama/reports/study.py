@@ -1,0 +1,188 @@
+"""`Study`: what the page of a study is made of, as plain tables, and the two tables that follow from them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pandas as pd
+
+from medvisionllama.evaluation.evaluate import FOREGROUND
+
+RUN = ("task", "model", "fraction", "fold", "seed")
+"""Columns that say which training a row is about, whatever the arm."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a measure is named, rounded and judged."""
+
+    title: str
+    decimals: int = 3
+    lower_is_better: bool = False
+
+    def sign(self, difference: float) -> int:
+        """1 where a difference is for the better, -1 where for the worse, 0 for none."""
+        better = (difference > 0) - (difference < 0)
+        return -better if self.lower_is_better else better
+
+
+METRICS = {
+    "dice": Metric("Dice"),
+    "nsd": Metric("NSD"),
+    "hd95_mm": Metric("HD95, mm", decimals=2, lower_is_better=True),
+    "iou": Metric("IoU"),
+    "precision": Metric("precision"),
+    "recall": Metric("recall"),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs, what they measured and how the arms compare; the columns are those of the CSV files."""
+
+    name: str
+    description: str
+    """The matrix as text."""
+    reference: str
+    """The arm that the others are compared with."""
+    runs: pd.DataFrame
+    cases: pd.DataFrame
+    curves: pd.DataFrame
+    comparisons: pd.DataFrame
+    summary: pd.DataFrame
+    """One row per task, model, arm, fraction and metric: mean, low, high, run_sd (or seed_sd), num_patients, ..."""
+    arms: Mapping[str, str]
+    """What each arm is, in one line; their order is the order on the page."""
+    ranks: pd.DataFrame | None = None
+    critical_difference: float | None = None
+    notes: Sequence[str] = ()
+    compute: Mapping[str, str] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
+    """Where the page of a run is, from the study's own page, by run_id."""
+    headline: str | None = None
+    """The arm the study is about; by default the first that is compared with the reference."""
+
+    @property
+    def arm_names(self) -> list[str]:
+        """Every arm in the order of `arms`, then those that only the tables know."""
+        return list(dict.fromkeys([*self.arms, *self.runs["arm"], *self.summary["arm"]]))
+
+    @property
+    def headline_arm(self) -> str | None:
+        """The arm whose comparisons are told first, if any is compared."""
+        compared = set(self.comparisons["arm"])
+        if self.headline in compared:
+            return self.headline
+        return next((arm for arm in self.arm_names if arm in compared), None)
+
+    def state(self, name: str) -> pd.DataFrame:
+        """Runs that are done, failed, planned, ..."""
+        return self.runs[self.runs["state"] == name]
+
+
+_NUMBERS = (
+    *("steps", "seconds", "evaluation_seconds", "validation_dice", "test_dice"),
+    *("trainable", "frozen", "gflops", "gate_rms", "attempts", "train_cases", "test_cases"),
+)
+_NEEDED = {
+    "runs": ("run_id", *RUN, "arm", "state", "splits_sha256", *_NUMBERS, "error", "machine", "variant_of"),
+    "cases": ("run_id", *RUN, "arm", "case_id", "patient_id", "class", "dice"),
+    "curves": ("run_id", *RUN, "arm", "step", "dice"),
+    "comparisons": ("task", "model", "fraction", "metric", "arm"),
+    "summary": ("task", "model", "fraction", "metric", "arm", "mean", "num_runs"),
+}
+
+
+def whole(study: Study) -> Study:
+    """The same with every column that the page reads, and numbers where a run that is not done has none."""
+    frames: dict[str, Any] = {}
+    for name, columns in _NEEDED.items():
+        frame: pd.DataFrame = getattr(study, name)
+        frames[name] = frame.reindex(columns=[*frame.columns, *(key for key in columns if key not in frame)])
+    runs = frames["runs"]
+    frames["runs"] = runs.assign(**{name: pd.to_numeric(runs[name], errors="coerce") for name in _NUMBERS})
+    return replace(study, **frames)
+
+
+def metric_of(name: str) -> Metric:
+    """A measure of the table above, or one of its own name."""
+    return METRICS.get(name, Metric(name))
+
+
+def metrics_of(frame: pd.DataFrame) -> list[str]:
+    """Measures in a table, the usual ones first."""
+    present = list(dict.fromkeys(frame["metric"]))
+    return [name for name in METRICS if name in present] + [name for name in present if name not in METRICS]
+
+
+def percent(fraction: float) -> str:
+    """A fraction of the training cases in words.
+
+    >>> percent(0.1), percent(0.125), percent(1.0)
+    ('10 %', '12.5 %', '100 %')
+    """
+    return f"{100 * fraction:.4g} %"
+
+
+def source(table: str, row: Mapping[Any, Any], *columns: str) -> str:
+    """Where a number comes from: the file and the values that pick its row.
+
+    >>> source("runs.csv", {"task": "liver", "fold": 0}, "task", "fold")
+    'runs.csv: task=liver, fold=0'
+    """
+    return f"{table}: " + ", ".join(f"{column}={row[column]}" for column in columns)
+
+
+def patients_table(study: Study) -> pd.DataFrame:
+    """Mean class Dice of each patient in an arm and in the reference, over the runs that both have.
+
+    `run_id` is one of the arm's runs that measured the patient, to look at.
+    """
+    cases = study.cases
+    kinds = cases.groupby("run_id")["class"].transform("nunique")
+    cases = cases[(cases["class"] != FOREGROUND) | (kinds == 1)]
+    keys = [*RUN, "arm", "run_id", "patient_id"]
+    # Classes first, then scans: a patient with two scans does not count twice.
+    by_case = cases.groupby([*keys, "case_id"], as_index=False, dropna=False)["dice"].mean()
+    by_patient = by_case.groupby(keys, as_index=False, dropna=False)["dice"].mean()
+    is_reference = by_patient["arm"] == study.reference
+    other = (
+        by_patient[is_reference].drop(columns=["arm", "run_id"]).rename(columns={"dice": "reference_dice"})
+    )
+    pairs = by_patient[~is_reference].merge(other, on=[*RUN, "patient_id"])
+    table = pairs.groupby(["task", "model", "fraction", "arm", "patient_id"], as_index=False, sort=False).agg(
+        num_runs=("dice", "size"),
+        dice=("dice", "mean"),
+        reference_dice=("reference_dice", "mean"),
+        run_id=("run_id", "first"),
+    )
+    table["difference"] = table["dice"] - table["reference_dice"]
+    return table
+
+
+def arms_table(study: Study) -> pd.DataFrame:
+    """One row per model and arm: how many runs, how large the network is, how long it took.
+
+    Sizes can differ between tasks (classes, channels), so there is a smallest and a largest one.
+    """
+    rows = []
+    for (model, arm), group in study.runs.groupby(["model", "arm"], sort=False):
+        row: dict[str, Any] = {
+            "model": model,
+            "arm": arm,
+            "variant_of": next((name for name in group["variant_of"].dropna() if name), ""),
+            "planned": len(group),
+            "done": int((group["state"] == "done").sum()),
+            "failed": int((group["state"] == "failed").sum()),
+        }
+        for column in ("trainable", "frozen", "gflops"):
+            row |= {column: group[column].min(), f"{column}_max": group[column].max()}
+        row["gate_rms"] = group["gate_rms"].mean()
+        row["training_hours"] = group["seconds"].sum() / 3600
+        row["evaluation_hours"] = group["evaluation_seconds"].sum() / 3600
+        rows.append(row)
+    order = {arm: place for place, arm in enumerate(study.arm_names)}
+    table = pd.DataFrame(rows, columns=None if rows else ["model", "arm"])
+    return table.sort_values(
+        ["model", "arm"], key=lambda column: column.map(order) if column.name == "arm" else column
+    )

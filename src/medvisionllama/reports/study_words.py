@@ -1,0 +1,180 @@
+"""What the numbers say, in sentences that claim no more than they do."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from medvisionllama.reports.study import Metric, Study, metric_of, percent, source
+
+ALPHA = 0.05
+MARGIN = 0.01
+"""A difference of Dice that would matter; `patients_needed` is about the same one."""
+KEY = ("task", "model", "fraction", "metric", "arm")
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One comparison in words."""
+
+    where: str
+    text: str
+    verdict: str
+    """better, worse or open."""
+    source: str
+
+
+def number(value: float, decimals: int) -> str:
+    """A rounded number without a minus in front of zero; a dash where there is none.
+
+    >>> number(-0.0001, 3), number(float("nan"), 3)
+    ('0.000', '–')
+    """
+    if pd.isna(value):
+        return "–"
+    return f"{round(value, decimals) + 0.0:.{decimals}f}"
+
+
+def signed(value: float, decimals: int) -> str:
+    """The same with a plus where it is one."""
+    text = number(value, decimals)
+    return "+" + text if round(value, decimals) > 0 else text
+
+
+def p_words(p: float) -> str:
+    """A p value to two digits."""
+    if pd.isna(p):
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def smallest_p(num_patients: int) -> float:
+    """Smallest two-sided p that a signed-rank test of so many patients can reach.
+
+    >>> smallest_p(5), smallest_p(6)
+    (0.0625, 0.03125)
+    """
+    return min(1.0, 2.0 / 2.0**num_patients)
+
+
+def verdict(row: Mapping[Any, Any], metric: Metric) -> str:
+    """better or worse where Holm's correction leaves a difference, else open."""
+    p = row["p_holm"]
+    if pd.isna(p) or p >= ALPHA or not metric.sign(row["difference"]):
+        return "open"
+    return "better" if metric.sign(row["difference"]) > 0 else "worse"
+
+
+def statement(row: Mapping[Any, Any]) -> Statement:
+    """A row of the comparisons in words."""
+    metric = metric_of(row["metric"])
+    found = verdict(row, metric)
+    where = f"{row['task']}, {row['model']}, {percent(row['fraction'])} of the training cases"
+    origin = source("comparisons.csv", row, *KEY)
+    patients, runs = int(row["num_patients"]), int(row["num_runs"])
+    if not patients:
+        return Statement(where, "not compared: no pair of runs is done", found, origin)
+    text = (
+        f"difference {signed(row['difference'], metric.decimals)} "
+        f"({number(row['low'], metric.decimals)} to {number(row['high'], metric.decimals)}), "
+        f"p_holm {p_words(row['p_holm'])}, {patients} patients, {runs} {'run' if runs == 1 else 'runs'}: "
+    )
+    if found == "open":
+        text += f"no difference shown{''.join('; ' + reason for reason in _limits(row))}"
+    else:
+        text += f"{found} than {row['reference']}{''.join('; ' + reason for reason in _doubts(row, metric))}"
+    if row.get("left_out"):
+        text += f"; {int(row['left_out'])} more planned pairs of runs are not done"
+    return Statement(where, text, found, origin)
+
+
+def _limits(row: Mapping[Any, Any]) -> Iterable[str]:
+    """What an absent difference is worth."""
+    # The test drops patients without a difference.
+    informative = int(row["wins"] + row["losses"])
+    if smallest_p(informative) >= ALPHA:
+        yield (
+            f"{informative} patients that differ are too few for any p below {ALPHA} "
+            f"(the smallest this test can give is {smallest_p(informative):g})"
+        )
+    elif smallest_p(informative) * (family := row.get("family_size", 1)) >= ALPHA:
+        yield (
+            f"the smallest p of {informative} patients, {smallest_p(informative):.2g}, may become "
+            f"{min(1, smallest_p(informative) * family):.2g} by Holm's correction over {family} comparisons"
+        )
+    needed = row["patients_needed"]
+    if row["metric"] == "dice" and not pd.isna(needed) and math.isfinite(needed):
+        if needed > row["num_patients"]:
+            yield f"{int(needed)} patients would be needed to detect {MARGIN}"
+        else:
+            yield f"these are enough patients to detect {MARGIN} ({int(needed)} needed)"
+    if row["metric"] == "dice" and row["low"] > -MARGIN and row["high"] < MARGIN:
+        yield f"the interval leaves no room for a mean difference of {MARGIN} either way"
+    if row["low"] > 0 or row["high"] < 0:
+        yield "the interval alone leaves out 0, but it is not corrected for the number of comparisons"
+
+
+def _doubts(row: Mapping[Any, Any], metric: Metric) -> Iterable[str]:
+    """What a shown difference is not."""
+    if row["num_runs"] < 2:
+        yield "of one training each, so another seed may say otherwise"
+    elif row["seed_sd"] > abs(row["difference"]):
+        yield (
+            f"from run to run it varies by more than itself (SD {number(row['seed_sd'], metric.decimals)}), "
+            "so another seed may say otherwise"
+        )
+    if row["metric"] == "dice" and abs(row["difference"]) < MARGIN:
+        yield f"smaller than {MARGIN}"
+
+
+def statements(study: Study, *, metric: str = "dice") -> dict[str, list[Statement]]:
+    """Every comparison by a measure in words, by arm in the order of the page."""
+    rows = study.comparisons[study.comparisons["metric"] == metric].to_dict(orient="records")
+    found = {arm: [statement(row) for row in rows if row["arm"] == arm] for arm in study.arm_names}
+    return {arm: lines for arm, lines in found.items() if lines}
+
+
+def count_words(lines: list[Statement], arm: str, reference: str) -> str:
+    """How many comparisons show what."""
+    count = {word: sum(line.verdict == word for line in lines) for word in ("better", "worse", "open")}
+    if len(lines) == 1:
+        shown = {
+            "better": f"{arm} is shown to be better than {reference}",
+            "worse": f"{arm} is shown to be worse than {reference}",
+            "open": f"no difference between {arm} and {reference} is shown",
+        }
+        return f"In the one comparison by Dice, {shown[lines[0].verdict]}."
+    return (
+        f"Of {len(lines)} comparisons by Dice, {count['better']} show {arm} to be better than {reference}, "
+        f"{count['worse']} show it to be worse, and {count['open']} show no difference."
+    )
+
+
+def problems(study: Study) -> list[str]:
+    """What is missing, and what keeps arms from being compared fairly."""
+    lines = list(study.notes)
+    states = study.runs["state"].value_counts()
+    unfinished = {name: count for name, count in states.items() if name not in ("done", "failed")}
+    if unfinished:
+        words = ", ".join(f"{count} {name}" for name, count in unfinished.items())
+        lines.append(f"Not all runs are done ({words}): numbers and signs may still change.")
+    done = study.state("done")
+    if done.empty:
+        lines.append("No run is done, so there is nothing to compare.")
+    elif study.reference not in set(done["arm"]):
+        lines.append(
+            f"No run of the reference arm {study.reference} is done, so nothing is compared with it."
+        )
+    for (task, fold, seed), group in done.groupby(["task", "fold", "seed"], sort=False):
+        if group["splits_sha256"].nunique() > 1:
+            lines.append(f"{task}, fold {fold}, seed {seed}: the runs were not all made with the same split.")
+    for (task, model, fraction), group in done.groupby(["task", "model", "fraction"], sort=False):
+        counts = group["arm"].value_counts()
+        if counts.nunique() > 1:
+            words = ", ".join(f"{arm} {count}" for arm, count in counts.items())
+            lines.append(
+                f"{task}, {model}, {percent(float(str(fraction)))}: arms have different numbers of runs ({words})."
+            )
+    return lines
