@@ -150,6 +150,16 @@ def status(
 def report(
     matrix: Matrix,
     out: Out = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Arm to compare with; by default the matrix's. Goes to results/against-ARM."),
+    ] = None,
+    family: Annotated[
+        Literal["report", "task"],
+        typer.Option(
+            help="Comparisons that Holm's correction takes together: all of a measure, or each task's."
+        ),
+    ] = "report",
     pages: Annotated[
         bool,
         typer.Option("--pages/--no-pages", help="Write the page of each run too, which the dots link to."),
@@ -163,7 +173,9 @@ def report(
     from medvisionllama.cli._progress import TerminalProgress
     from medvisionllama.experiments import verbs
 
-    written = verbs.report(matrix, out=out, pages=pages, progress=TerminalProgress())
+    written = verbs.report(
+        matrix, out=out, reference=reference, family=family, pages=pages, progress=TerminalProgress()
+    )
     if as_json:
         typer.echo(json.dumps({"page": str(written), "folder": str(written.parent)}))
         return

@@ -166,6 +166,38 @@ def status(matrix: Path | str, *, out: Path | str | None = None) -> Status:
     return Status(experiment, tuple(runs), experiment.states(runs))
 
 
+def report(
+    matrix: Path | str,
+    *,
+    out: Path | str | None = None,
+    reference: str | None = None,
+    family: Literal["report", "task"] = "report",
+    pages: bool = True,
+    progress: Progress | None = None,
+) -> Path:
+    """Compare the arms of an experiment, and write a page with its tables as CSV and LaTeX.
+
+    Args:
+        matrix: the matrix file, or the experiment's folder.
+        reference: the arm to compare with; by default the matrix's. Another one's page goes to a folder of its own.
+        family: comparisons that Holm's correction takes together: all of a measure, or those of each task.
+        pages: write the page of each run too, with its overlays.
+
+    Returns:
+        The page.
+
+    Raises:
+        DataError: runs that must not be compared: other splits, or patients both in training and test.
+        CheckpointError: damaged runs.
+    """
+    from medvisionllama.experiments.report import report_experiment
+
+    found = status(matrix, out=out)
+    return report_experiment(
+        found.experiment, reference=reference, family=family, pages=pages, progress=progress or Silent()
+    )
+
+
 def select_runs(runs: Sequence[PlannedRun], patterns: Sequence[str]) -> list[PlannedRun]:
     """Runs whose id fits a pattern.
 

@@ -1,0 +1,135 @@
+"""The report of an experiment: its tables, compared and written as a page."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from medvisionllama.errors import ConfigError
+from medvisionllama.evaluation.comparison import Family, average_ranks, compare, summarise_arms
+from medvisionllama.evaluation.statistics import critical_difference
+from medvisionllama.experiments.collect import Frames, collect
+from medvisionllama.experiments.execute import variant_name
+from medvisionllama.experiments.matrix import Matrix, PlannedRun, expand
+from medvisionllama.experiments.store import Experiment
+from medvisionllama.progress import Progress
+from medvisionllama.reports.html import write_report
+from medvisionllama.reports.study import Study
+from medvisionllama.reports.study_page import write_study
+from medvisionllama.run_dir import RunDir
+
+
+def report_experiment(
+    experiment: Experiment, *, reference: str | None, family: Family, pages: bool, progress: Progress
+) -> Path:
+    """Write results/index.html and the tables beside it; see `verbs.report`."""
+    runs = expand(experiment.matrix)
+    frames = collect(experiment, runs, experiment.states(runs), progress=progress)
+    known = list(dict.fromkeys(frames.runs["arm"]))
+    if reference is not None and reference not in known:
+        raise ConfigError(f"reference {reference!r} is no arm; arms: {', '.join(known)}")
+    chosen = reference or experiment.matrix.reference
+    folder = experiment.results
+    if chosen != experiment.matrix.reference:
+        folder = folder / f"against-{chosen}"
+    links = _run_pages(experiment, frames.runs, folder, write=pages, progress=progress)
+    return write_study(_study(experiment, runs, frames, chosen, family, links), folder)
+
+
+def _study(
+    experiment: Experiment,
+    runs: Sequence[PlannedRun],
+    frames: Frames,
+    reference: str,
+    family: Family,
+    links: dict[str, str],
+) -> Study:
+    matrix = experiment.matrix
+    comparisons = compare(
+        frames.runs,
+        frames.cases,
+        reference=reference,
+        family=family,
+        train_patients=frames.train_patients,
+    )
+    summary = summarise_arms(frames.runs, frames.cases, train_patients=frames.train_patients)
+    # An arm that only some models have would leave hardly a block to rank the others in.
+    everywhere = [name for name, count in _blocks(summary).items() if count == _blocks(summary).max()]
+    ranks = average_ranks(summary, "dice", arms=everywhere)
+    blocks = int(ranks["num_blocks"].max()) if len(ranks) else 0
+    return Study(
+        name=matrix.name,
+        description=matrix.about,
+        reference=reference,
+        runs=frames.runs,
+        cases=frames.cases,
+        curves=frames.curves,
+        comparisons=comparisons,
+        summary=summary,
+        arms=arm_words(matrix),
+        ranks=ranks if blocks > 1 else None,
+        critical_difference=critical_difference(len(ranks), blocks) if blocks > 1 else None,
+        notes=_notes(experiment, runs, matrix),
+        compute=_compute(frames.runs),
+        links=links,
+    )
+
+
+def arm_words(matrix: Matrix) -> dict[str, str]:
+    """What each arm is in one line, further evaluations included."""
+    words = {}
+    for arm in matrix.expanded_arms():
+        words[arm.name] = arm.spec.about
+        for variant in arm.spec.also:
+            words[variant_name(arm.name, variant)] = f"{arm.name}, its frozen block left out after training"
+    return words
+
+
+def _blocks(summary: pd.DataFrame) -> pd.Series:
+    """In how many cells of the matrix each arm has a mean Dice."""
+    dice = summary[(summary["metric"] == "dice") & summary["mean"].notna()]
+    return dice["arm"].value_counts(sort=False)
+
+
+def _notes(experiment: Experiment, runs: Sequence[PlannedRun], matrix: Matrix) -> list[str]:
+    notes = []
+    if matrix.split_per_seed:
+        notes.append(
+            "Each seed has a division of the patients of its own, the same one in every arm: a patient may train in "
+            "one seed and be tested in another, never both in one run."
+        )
+    strangers = experiment.strangers(runs)
+    if strangers:
+        notes.append(
+            f"The folder holds {len(strangers)} runs that the matrix does not name; they are in no table."
+        )
+    return notes
+
+
+def _compute(runs: pd.DataFrame) -> dict[str, str]:
+    done = runs[runs["state"] == "done"]
+    training, evaluation = (
+        pd.to_numeric(done[column]).sum() / 3600 for column in ("seconds", "evaluation_seconds")
+    )
+    machines = [str(machine) for machine in dict.fromkeys(done["machine"]) if machine]
+    return {
+        "trainings done": str(int((done["variant_of"] == "").sum())),
+        "hours of training, all runs added up": f"{training:.2f}",
+        "hours of evaluation on the test cases": f"{evaluation:.2f}",
+        "each run on": "; ".join(machines) or "nothing yet",
+    }
+
+
+def _run_pages(
+    experiment: Experiment, runs: pd.DataFrame, folder: Path, *, write: bool, progress: Progress
+) -> dict[str, str]:
+    """Write the page of each finished run that has none, and say where they are."""
+    done = list(dict.fromkeys(runs.loc[runs["state"] == "done", "run_id"]))
+    pages = {run_id: RunDir(experiment.files(run_id).path).report for run_id in done}
+    missing = [run_id for run_id in done if write and not pages[run_id].is_file()]
+    with progress.track("pages of runs", max(1, len(missing))) as advance:
+        for number, run_id in enumerate(missing, start=1):
+            write_report(experiment.files(run_id).path)
+            advance(number)
+    return {run_id: os.path.relpath(page, folder) for run_id, page in pages.items() if page.is_file()}
