@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -127,6 +128,7 @@ def _check_key(key: str) -> None:
         )
 
 
+@cache
 def _known_types(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     """Type of every setting by its dotted key; None beside another type is left out."""
     types: dict[str, Any] = {}

@@ -175,8 +175,12 @@ class _Known:
 def _shape_of(config: Config) -> dict[str, Any]:
     """The network but for the values of its block: controls that differ in nothing else cost the same."""
     network = config.network.model_dump(mode="json")
-    if network["block"]["weights"] != "identity":
-        network["block"]["weights"] = "any"
+    block = network["block"]
+    if network["insert"] != "llm":
+        network["block"] = None
+    elif block["weights"] != "identity":
+        # A model's layers are alike but for their values.
+        block |= {"weights": "any", "layers": len(block["layers"])}
     return network
 
 

@@ -55,7 +55,8 @@ def _study(
     )
     summary = summarise_arms(frames.runs, frames.cases, train_patients=frames.train_patients)
     # An arm that only some models have would leave hardly a block to rank the others in.
-    everywhere = [name for name, count in _blocks(summary).items() if count == _blocks(summary).max()]
+    counts = _blocks(summary)
+    everywhere = [str(name) for name, count in counts.items() if count == counts.max()]
     ranks = average_ranks(summary, "dice", arms=everywhere)
     blocks = int(ranks["num_blocks"].max()) if len(ranks) else 0
     return Study(
