@@ -92,7 +92,7 @@ def _forest(name: str, model: str, rows: list[dict[Any, Any]]) -> Forest:
             verdict=verdict(row, metric),
             left=held(row["low"]),
             right=held(row["high"]),
-            middle=held(row["difference"]),
+            middle=held(row["difference"]) if abs(row["difference"]) <= reach else None,
             cut_left=row["low"] < -reach,
             cut_right=row["high"] > reach,
             source=source("comparisons.csv", row, *KEY),

@@ -76,7 +76,7 @@ def write_study(study: Study, folder: Path) -> Path:
         runs=study.runs.head(_MAX_RUNS).to_dict(orient="records"),
         failed=study.state("failed").to_dict(orient="records"),
         states=study.runs["state"].value_counts().to_dict(),
-        num_patients_tested=study.cases["patient_id"].nunique(),
+        num_patients_tested=len(study.cases[["task", "patient_id"]].drop_duplicates()),
         files=[*(f"{name}.csv" for name in frames), *latex],
         link=lambda run_id: link_of(study, run_id),
         number=number,

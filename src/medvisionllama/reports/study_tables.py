@@ -104,13 +104,14 @@ def _measure_table(study: Study, rows: pd.DataFrame, model: str, name: str) -> M
         column = rows[(rows["task"] == task) & (rows["fraction"] == fraction)]
         full = column["num_runs"].max()
         whole = column.loc[column["num_runs"] == full, "mean"]
-        best = whole.min() if metric.lower_is_better else whole.max()
+        # As rounded, so that of two cells that show the same number both are bold or none.
+        best = number(whole.min() if metric.lower_is_better else whole.max(), metric.decimals)
         for row in column[column["num_runs"] > 0].to_dict(orient="records"):
             partial = bool(row["num_runs"] < full)
             by_arm[row["arm"]][place] = Cell(
                 mean=number(row["mean"], metric.decimals),
                 sd=number(row["run_sd"] if "run_sd" in row else row["seed_sd"], metric.decimals),
-                best=not partial and len(column) > 1 and row["mean"] == best,
+                best=not partial and len(column) > 1 and number(row["mean"], metric.decimals) == best,
                 verdict=verdicts.get(tuple(row[key] for key in KEY), "open"),
                 partial=partial,
                 num_runs=int(row["num_runs"]),

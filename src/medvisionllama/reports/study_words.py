@@ -101,8 +101,8 @@ def _limits(row: Mapping[Any, Any]) -> Iterable[str]:
         )
     elif smallest_p(informative) * (family := row.get("family_size", 1)) >= ALPHA:
         yield (
-            f"the smallest p of {informative} patients, {smallest_p(informative):.2g}, may become "
-            f"{min(1, smallest_p(informative) * family):.2g} by Holm's correction over {family} comparisons"
+            f"p of {informative} patients is never below {smallest_p(informative):.2g}, which Holm's correction "
+            f"over {family} comparisons may raise to {min(1, smallest_p(informative) * family):.2g}"
         )
     needed = row["patients_needed"]
     if row["metric"] == "dice" and not pd.isna(needed) and math.isfinite(needed):
@@ -113,7 +113,7 @@ def _limits(row: Mapping[Any, Any]) -> Iterable[str]:
     if row["metric"] == "dice" and row["low"] > -MARGIN and row["high"] < MARGIN:
         yield f"the interval leaves no room for a mean difference of {MARGIN} either way"
     if row["low"] > 0 or row["high"] < 0:
-        yield "the interval alone leaves out 0, but it is not corrected for the number of comparisons"
+        yield "the interval leaves out 0, but is not corrected for the number of comparisons"
 
 
 def _doubts(row: Mapping[Any, Any], metric: Metric) -> Iterable[str]:

@@ -115,15 +115,15 @@ def whole_study():
                 mean = sum(dice(task, arm, fraction, seed, p) for seed in SEEDS for p in range(3)) / 6
                 for metric, value in (("dice", mean), ("hd95_mm", 10 * (1 - mean))):
                     row = {"task": task, "model": "small", "arm": arm, "fraction": fraction, "metric": metric}
-                    row |= {"mean": value, "low": value - 0.02, "high": value + 0.03, "run_sd": 0.0014}
+                    row |= {"mean": value, "low": value - 0.0208, "high": value + 0.0304, "run_sd": 0.0014}
                     summary.append(
                         {
                             **row,
                             "num_patients": 3,
                             "num_runs": 2,
                             "median": value,
-                            "q1": value - 0.01,
-                            "q3": value + 0.01,
+                            "q1": value - 0.0117,
+                            "q3": value + 0.0113,
                         }
                     )
     return Study(
@@ -276,9 +276,9 @@ def test_the_answer_says_what_is_shown_and_no_more(written):
         ),
         (
             {**OPEN, "num_patients": 9, "wins": 9, "losses": 0, "family_size": 40},
-            "the smallest p of 9 patients, 0.0039, may become 0.16 by Holm's correction over 40 comparisons",
+            "p of 9 patients is never below 0.0039, which Holm's correction over 40 comparisons may raise to 0.16",
         ),
-        ({**OPEN, "low": 0.0001}, "it is not corrected for the number of comparisons"),
+        ({**OPEN, "low": 0.0001}, "is not corrected for the number of comparisons"),
         ({**OPEN, "patients_needed": 12.0}, "these are enough patients to detect 0.01 (12 needed)"),
         ({"seed_sd": 0.02}, "better than none; from run to run it varies by more than itself (SD 0.020)"),
         ({"num_runs": 1, "seed_sd": float("nan")}, "of one training each"),
@@ -298,6 +298,32 @@ def test_a_comparison_in_words(changes, words):
 def test_fewer_patients_than_six_never_show_a_difference():
     row = comparison("Task04", "pretrained", 0.1, **OPEN | {"num_patients": 6, "wins": 6, "losses": 0})
     assert "too few" not in statement(row).text
+
+
+def test_a_forest_shows_difference_and_interval_in_numbers_and_in_place(written):
+    page = written.read_text()
+    row = page[page.index('class="forest"') :]
+    row = row[
+        row.index("comparisons.csv: task=Task04, model=small, fraction=0.1, metric=dice, arm=pretrained") :
+    ]
+    row = row[: row.index("</tr>")]
+    assert "+0.012" in row
+    assert "<td>0.004 to 0.021</td>" in row
+    left, right = (
+        float(re.search(rf'<line {x}="([0-9.]+)" [^>]*stroke-width', row)[1])
+        for x in ("x1", 'x1="[0-9.]+" x2')
+    )
+    middle = float(re.search(r'cx="([0-9.]+)"', row)[1])
+    zero = float(re.search(r'x1="([0-9.]+)"[^>]*stroke="#1c2430"/>', row)[1])
+    assert zero < left < middle < right
+    assert (middle - zero) / (left - zero) == pytest.approx(0.0124 / 0.0041, rel=0.02)
+
+
+def test_compute_is_added_up_by_arm(written):
+    table = pd.read_csv(written.parent / "arms.csv").set_index("arm")
+    # 8 runs of 360 s and 36 s.
+    assert table.loc["none", ["training_hours", "evaluation_hours"]].tolist() == pytest.approx([0.8, 0.08])
+    assert table.loc["none", ["planned", "done", "failed", "frozen"]].tolist() == [8, 8, 0, 0]
 
 
 def test_the_best_arm_is_bold_and_signs_follow_holm(written):
