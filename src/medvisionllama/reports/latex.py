@@ -45,7 +45,7 @@ def measure_latex(table: MeasureTable, *, reference: str) -> str:
         f"{escape(table.metric.title)} of the model {escape(table.model)}: mean over patients and runs "
         rf"$\pm$ SD over runs; fractions of the training cases. Bold: best mean of a column. "
         f"$^{{+}}$ better, $^{{-}}$ worse than {escape(reference)} "
-        r"(Wilcoxon, $p < 0.05$ after Holm's correction). $^{\dagger}$ fewer runs than other arms of the column."
+        r"($p < 0.05$ by Wilcoxon over patients after Holm's correction, and by t test over runs). $^{\dagger}$ fewer runs than other arms of the column."
     )
     parts = [
         table.part(start, start + _MOST_COLUMNS) for start in range(0, len(table.columns), _MOST_COLUMNS)

@@ -50,7 +50,7 @@ class Study:
     curves: pd.DataFrame
     comparisons: pd.DataFrame
     summary: pd.DataFrame
-    """One row per task, model, arm, fraction and metric: mean, low, high, run_sd (or seed_sd), num_patients, ..."""
+    """One row per task, model, arm, fraction and metric: mean, low, high, seed_sd, num_patients, ..."""
     arms: Mapping[str, str]
     """What each arm is, in one line; their order is the order on the page."""
     ranks: pd.DataFrame | None = None
@@ -88,7 +88,7 @@ _NEEDED = {
     "runs": ("run_id", *RUN, "arm", "state", "splits_sha256", *_NUMBERS, "error", "machine", "variant_of"),
     "cases": ("run_id", *RUN, "arm", "case_id", "patient_id", "class", "dice"),
     "curves": ("run_id", *RUN, "arm", "step", "dice"),
-    "comparisons": ("task", "model", "fraction", "metric", "arm"),
+    "comparisons": ("task", "model", "fraction", "metric", "arm", "seed_p"),
     "summary": ("task", "model", "fraction", "metric", "arm", "mean", "num_runs"),
 }
 

@@ -84,6 +84,7 @@ def _forest(name: str, model: str, rows: list[dict[Any, Any]]) -> Forest:
                 "difference": signed(row["difference"], metric.decimals),
                 "p": p_words(row["p"]),
                 "p_holm": p_words(row["p_holm"]),
+                "seed_p": p_words(row["seed_p"]),
                 "effect": number(row["effect"], 2),
                 "dz": number(row["dz"], 2),
                 "needed": "–" if not _finite(row["patients_needed"]) else f"{int(row['patients_needed'])}",

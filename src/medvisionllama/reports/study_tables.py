@@ -110,7 +110,7 @@ def _measure_table(study: Study, rows: pd.DataFrame, model: str, name: str) -> M
             partial = bool(row["num_runs"] < full)
             by_arm[row["arm"]][place] = Cell(
                 mean=number(row["mean"], metric.decimals),
-                sd=number(row["run_sd"] if "run_sd" in row else row["seed_sd"], metric.decimals),
+                sd=number(row["seed_sd"], metric.decimals),
                 best=not partial and len(column) > 1 and number(row["mean"], metric.decimals) == best,
                 verdict=verdicts.get(tuple(row[key] for key in KEY), "open"),
                 partial=partial,

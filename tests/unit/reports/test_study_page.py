@@ -50,7 +50,7 @@ def comparison(task, arm, fraction, **changes):
     }
     row |= {"num_patients": 20, "num_runs": 2, "mean": 0.8135, "reference_mean": 0.801, "difference": 0.0124}
     row |= {"low": 0.0041, "high": 0.0214, "seed_sd": 0.0032, "p": 0.0021, "p_holm": 0.0084, "effect": 0.71}
-    row |= {"dz": 0.55, "patients_needed": 41.0, "wins": 16, "losses": 4, "ties": 0}
+    row |= {"dz": 0.55, "patients_needed": 41.0, "wins": 16, "losses": 4, "ties": 0, "seed_p": 0.012}
     return {**row, **changes}
 
 
@@ -115,7 +115,7 @@ def whole_study():
                 mean = sum(dice(task, arm, fraction, seed, p) for seed in SEEDS for p in range(3)) / 6
                 for metric, value in (("dice", mean), ("hd95_mm", 10 * (1 - mean))):
                     row = {"task": task, "model": "small", "arm": arm, "fraction": fraction, "metric": metric}
-                    row |= {"mean": value, "low": value - 0.0208, "high": value + 0.0304, "run_sd": 0.0014}
+                    row |= {"mean": value, "low": value - 0.0208, "high": value + 0.0304, "seed_sd": 0.0014}
                     summary.append(
                         {
                             **row,
@@ -259,9 +259,12 @@ def test_the_answer_says_what_is_shown_and_no_more(written):
         "Of 4 comparisons by Dice, 1 show pretrained to be better than none, 0 show it to be worse, and 3"
         in page
     )
-    assert "difference +0.012 (0.004 to 0.021), p_holm 0.0084, 20 patients, 2 runs: better than none" in page
     assert (
-        "difference +0.002 (-0.001 to 0.005), p_holm 0.31, 20 patients, 2 runs: no difference shown; "
+        "difference +0.012 (0.004 to 0.021), p_holm 0.0084, p over runs 0.012, 20 patients, 2 runs: better than none"
+        in page
+    )
+    assert (
+        "difference +0.002 (-0.001 to 0.005), p_holm 0.31, p over runs 0.012, 20 patients, 2 runs: no difference shown; "
         "85 patients would be needed to detect 0.01; the interval leaves no room for a mean difference of 0.01"
         in page
     )
@@ -281,11 +284,18 @@ def test_the_answer_says_what_is_shown_and_no_more(written):
         ({**OPEN, "low": 0.0001}, "is not corrected for the number of comparisons"),
         ({**OPEN, "patients_needed": 12.0}, "these are enough patients to detect 0.01 (12 needed)"),
         ({"seed_sd": 0.02}, "better than none; from run to run it varies by more than itself (SD 0.020)"),
-        ({"num_runs": 1, "seed_sd": float("nan")}, "of one training each"),
+        (
+            {"num_runs": 1, "seed_sd": float("nan"), "seed_p": float("nan")},
+            "no difference shown; the patients of these trainings differ, but one training each says nothing",
+        ),
+        (
+            {"seed_p": 0.2},
+            "no difference shown; the patients of these trainings differ, but trainings vary about as",
+        ),
         ({"difference": -0.0125, "low": -0.02, "high": -0.004}, "worse than none"),
         (
             {"metric": "hd95_mm", "difference": -0.5},
-            "difference -0.50 (0.00 to 0.02), p_holm 0.0084, 20 patients, 2 runs: better",
+            "difference -0.50 (0.00 to 0.02), p_holm 0.0084, p over runs 0.012, 20 patients, 2 runs: better",
         ),
         ({"num_patients": 0, "num_runs": 0}, "not compared: no pair of runs is done"),
         ({"left_out": 3}, "3 more planned pairs of runs are not done"),
