@@ -24,3 +24,7 @@ class BlockError(MedVisionLlamaError):
 
 class CheckpointError(MedVisionLlamaError):
     """A run folder or its weights are missing, damaged or of another model."""
+
+
+class OtherProcessError(MedVisionLlamaError):
+    """Another process of a distributed run failed, so this one ends too."""

@@ -260,6 +260,7 @@ class TrainConfig(Section):
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Stop training after so many minutes from the start, preprocessing and validation included."""
     batch_size: Positive = 2
+    """Crops in a batch, shared by all processes of a run."""
     accumulate: Positive = 1
     """Batches whose gradients are averaged before a step."""
     optimizer: Literal["adam", "adamw"] = "adamw"
@@ -281,6 +282,9 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` takes bf16 where the hardware multiplies it natively, else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    shard_block: bool = False
+    """Divide the frozen block among the processes of a run (FSDP), for blocks of many layers; the rest is whole in
+    each. Slower, and the same to rounding."""
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -322,6 +326,12 @@ class Config(Section):
     def _fits_together(self) -> "Config":
         if self.data.geometry == "resize" and self.data.crop_size is None:
             raise ValueError("data.geometry=resize needs data.crop_size, the shape to resize to")
+        network = self.network
+        has_frozen = network.tokens and network.insert == "llm" and network.block.frozen
+        if self.train.shard_block and not (has_frozen and network.block.weights != "identity"):
+            raise ValueError(
+                "train.shard_block=true has no effect without a frozen block (network.tokens, insert, block.frozen, block.weights); drop it"
+            )
         if self.network.head != "skip" and self.data.strides:
             raise ValueError(
                 f"data.strides has no effect with network.head={self.network.head}; set network.patch_size"

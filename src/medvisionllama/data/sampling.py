@@ -10,6 +10,7 @@ from medvisionllama.config import AugmentConfig, DataConfig
 from medvisionllama.data.cache import CachedCase, normalise
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.transforms import Augmentation
+from medvisionllama.errors import ConfigError
 from medvisionllama.types import ImageBatch, LabelBatch, Triple
 
 _MARGIN = 0.25
@@ -21,6 +22,13 @@ class BatchSampler:
 
     Cases come in a fresh random order every epoch. A share of the crops is centred on a labelled voxel, classes
     taking turns at random, the rest anywhere.
+
+    Args:
+        batch_size: of all processes together, so that a run is the same whatever their number.
+        rank: which of `num_ranks` equal shares of each batch this process cuts.
+
+    Raises:
+        ConfigError: processes that cannot share a batch evenly.
     """
 
     def __init__(
@@ -35,6 +43,7 @@ class BatchSampler:
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
+        check_share(batch_size, num_ranks)
         self.cases = cases
         self.plan = plan
         self.foreground_share = data.foreground_share
@@ -52,18 +61,24 @@ class BatchSampler:
     @property
     def steps_per_epoch(self) -> int:
         """Batches that show every case about once."""
-        return max(1, len(self.cases) // (self.batch_size * self.num_ranks))
+        return max(1, len(self.cases) // self.batch_size)
 
     def batch(self, step: int) -> tuple[ImageBatch, LabelBatch]:
-        """Return images `[b, c, x, y, z]` and class numbers `[b, x, y, z]` of a step."""
-        rng = np.random.default_rng([self.seed, self.rank, step])
-        pairs = [self._cut(self.cases[index], rng) for index in self._case_numbers(step)]
+        """Return images `[b, c, x, y, z]` and class numbers `[b, x, y, z]` of this process's share of a step."""
+        # The zero keeps the batches of runs from before processes shared one.
+        rng = np.random.default_rng([self.seed, 0, step])
+        cases = [self.cases[number] for number in self._case_numbers(step)]
+        # All processes draw for the whole batch, so that each crop is what one process would have cut.
+        centres = [self._centre(case, rng) for case in cases]
+        length = self.batch_size // self.num_ranks
+        share = slice(self.rank * length, (self.rank + 1) * length)
+        pairs = [self._cut(case, centre) for case, centre in zip(cases[share], centres[share], strict=True)]
         images = torch.from_numpy(np.stack([image for image, _ in pairs]))
         labels = torch.from_numpy(np.stack([label for _, label in pairs]))
-        return self.augmentation(images, labels, rng)
+        return self.augmentation.apply(images, labels, self.augmentation.draw_batch(len(cases), rng)[share])
 
     def _case_numbers(self, step: int) -> list[int]:
-        first = (step * self.num_ranks + self.rank) * self.batch_size
+        first = step * self.batch_size
         numbers = []
         for position in range(first, first + self.batch_size):
             epoch, place = divmod(position, len(self.cases))
@@ -72,9 +87,8 @@ class BatchSampler:
             )
         return numbers
 
-    def _cut(self, case: CachedCase, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _cut(self, case: CachedCase, centre: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         label, image = case.label, case.image
-        centre = self._centre(label.shape, case.centres, rng)
         target, source = _overlap(centre, self.region, label.shape)
         cut_image = np.zeros((image.shape[0], *self.region), dtype=np.float32)
         cut_label = np.zeros(self.region, dtype=np.int64)
@@ -85,7 +99,8 @@ class BatchSampler:
         cut_label[target] = self.class_of[label[source]]
         return cut_image, cut_label
 
-    def _centre(self, shape: Sequence[int], centres: np.ndarray, rng: np.random.Generator) -> list[int]:
+    def _centre(self, case: CachedCase, rng: np.random.Generator) -> list[int]:
+        shape, centres = case.label.shape, case.centres
         wanted: np.ndarray | None = None
         if len(centres) and rng.random() < self.foreground_share:
             rows = centres[centres[:, 0] == rng.choice(np.unique(centres[:, 0]))]
@@ -100,6 +115,14 @@ class BatchSampler:
             else:
                 centre.append(int(np.clip(wanted[axis], low, high)))
         return centre
+
+
+def check_share(batch_size: int, num_ranks: int) -> None:
+    """Raise ConfigError unless processes can share a batch evenly."""
+    if batch_size % num_ranks:
+        raise ConfigError(
+            f"train.batch_size={batch_size} is shared by all processes and is not a multiple of their number, {num_ranks}; start fewer processes, or give --set train.batch_size={num_ranks}"
+        )
 
 
 def _overlap(

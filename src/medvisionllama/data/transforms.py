@@ -47,9 +47,18 @@ class Augmentation:
         self, images: ImageBatch, labels: LabelBatch, rng: np.random.Generator
     ) -> tuple[ImageBatch, LabelBatch]:
         """Cut the middle of each region, moved and changed at random unless augmentation is off."""
+        return self.apply(images, labels, self.draw_batch(len(images), rng))
+
+    def draw_batch(self, size: int, rng: np.random.Generator) -> list[Parameters]:
+        """Draw the parameters of a batch; none if augmentation is off."""
+        return [self.draw(rng) for _ in range(size)] if self.config.enabled else []
+
+    def apply(
+        self, images: ImageBatch, labels: LabelBatch, parameters: list[Parameters]
+    ) -> tuple[ImageBatch, LabelBatch]:
+        """Do what was drawn, case by case."""
         if not self.config.enabled:
             return _middle(images, self.crop_size), _middle(labels, self.crop_size)
-        parameters = [self.draw(rng) for _ in range(len(images))]
         images, labels = apply_affine(images, labels, parameters, self.crop_size)
         changed = [apply_intensity(image, drawn) for image, drawn in zip(images, parameters, strict=True)]
         return torch.stack(changed), labels

@@ -2,18 +2,20 @@
 
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 
 from medvisionllama._files import write_json, write_text
 from medvisionllama.checkpoint import frozen, trainable
 from medvisionllama.config import Config, write_config
 from medvisionllama.data.cache import describe
-from medvisionllama.data.sampling import BatchSampler
+from medvisionllama.data.sampling import BatchSampler, check_share
 from medvisionllama.data.splits import write_splits
 from medvisionllama.devices import channels_last, choose_device, use_bf16
 from medvisionllama.errors import CheckpointError, ConfigError
@@ -27,7 +29,13 @@ from medvisionllama.run_dir import RunDir, machine_facts
 from medvisionllama.training.loop import TrainingLoop
 from medvisionllama.training.losses import SupervisedSegmenter
 from medvisionllama.training.prepare import PreparedData, prepare_data
+from medvisionllama.training.processes import Processes, check_launcher, joined_processes, launched_in_vain
 from medvisionllama.training.validation import validate_cases
+
+_IN_VAIN = (
+    "this is one process: accelerate launch --cpu starts several by MPI only; "
+    "use accelerate launch --multi_gpu --num_processes N, or torchrun --nproc_per_node N, with --set train.device=cpu"
+)
 
 
 @dataclass(frozen=True)
@@ -61,25 +69,39 @@ def fit(config: Config, *, resume: bool = False, progress: Progress | None = Non
     >>> fit(config).validation_dice  # doctest: +SKIP
     """
     started = time.monotonic()
-    progress = progress or Silent()
     if config.data.path is None or config.out is None:
         raise ConfigError("fit needs data.path (the dataset) and out (the run folder)")
     config = with_absolute_paths(config)
+    check_launcher()
+    with joined_processes(lambda: make_accelerator(config)) as accelerator:
+        return _fit(config, accelerator, resume=resume, progress=progress or Silent(), started=started)
+
+
+def _fit(
+    config: Config, accelerator: Accelerator, *, resume: bool, progress: Progress, started: float
+) -> RunResult:
     assert config.out is not None, "checked above"
     run_dir = RunDir(config.out)
-    if resume:
-        run_dir.check_resumable()
-    else:
-        run_dir.check_unused()
-    check_insert(config.network)
-    data = prepare_data(config, drawn=run_dir.splits if resume else config.data.splits, progress=progress)
-    if resume:
-        check_unchanged(run_dir, data)
-    accelerator = make_accelerator(config)
+    processes = Processes(accelerator)
+    if not processes.is_main:
+        progress = Silent()
+    if launched_in_vain():
+        progress.say(_IN_VAIN)
+    with processes.machine_first() as is_first:
+        if is_first:
+            check_share(config.train.batch_size, processes.num)
+            if resume:
+                run_dir.check_resumable()
+            else:
+                run_dir.check_unused()
+            check_insert(config.network)
+        data = prepare_data(config, drawn=run_dir.splits if resume else config.data.splits, progress=progress)
+        if resume:
+            check_unchanged(run_dir, data)
     torch.manual_seed(config.train.seed)
     network = channels_last(build_network(config.network, **data.plan.network_sizes, seed=config.train.seed))
     facts = network_facts(network)
-    if accelerator.is_main_process:
+    if processes.is_main:
         write_run_files(run_dir, config, data, {"precision": accelerator.mixed_precision, "network": facts})
     loop = TrainingLoop(
         SupervisedSegmenter(
@@ -102,7 +124,7 @@ def fit(config: Config, *, resume: bool = False, progress: Progress | None = Non
         steps=loop.state.step,
         seconds=loop.state.elapsed_seconds,
         validation_dice=loop.state.best,
-        is_main=accelerator.is_main_process,
+        is_main=processes.is_main,
     )
 
 
@@ -141,11 +163,18 @@ def make_accelerator(config: Config) -> Accelerator:
     # Accelerate keeps precision and device for the life of a process; a session of several runs needs each its own.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     bf16 = use_bf16(config.train.precision, device)
-    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device.type == "cpu")
+    return Accelerator(
+        mixed_precision="bf16" if bf16 else "no",
+        cpu=device.type == "cpu",
+        kwargs_handlers=[
+            # The others wait while the first prepares scans, and the launcher ends them if one dies.
+            InitProcessGroupKwargs(timeout=timedelta(days=1))
+        ],
+    )
 
 
 def make_sampler(config: Config, data: PreparedData, accelerator: Accelerator) -> BatchSampler:
-    """Batches of the training cases; processes of one run share each epoch's cases out among them."""
+    """Batches of the training cases, each shared by the processes of the run."""
     return BatchSampler(
         data.train,
         data.plan,

@@ -1,23 +1,24 @@
 """The training loop: steps, validations, saves.
 
 A step is a function of the seed, the step's number and the weights: batch, augmentation and dropout are drawn from
+A step is a function of the seed, the step's number and the weights: batch, augmentation and dropout are drawn from
 them alone. So a run limited by epochs or steps that was killed and resumed repeats exactly what the uninterrupted
-run does; one limited by minutes goes on from the same weights, but its learning rate follows the clock.
+run does; one limited by minutes goes on from the same weights, but its learning rate follows the clock. Several
+processes share each batch and do together what one would, but for rounding and for dropout, of which each draws its
+own.
 """
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import Tensor
 
 from medvisionllama.checkpoint import copy_into, load_tensors, save_tensors, trainable
@@ -27,6 +28,7 @@ from medvisionllama.errors import CheckpointError
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir
+from medvisionllama.training.interrupts import interruptible
 from medvisionllama.training.losses import SupervisedSegmenter
 from medvisionllama.training.optim import (
     AveragedWeights,
@@ -37,6 +39,11 @@ from medvisionllama.training.optim import (
     restore_optimizer,
     set_learning_rate,
 )
+from medvisionllama.training.processes import Processes
+from medvisionllama.training.sharding import shard_frozen_block
+
+_ECHO_SECONDS = 2.0
+"""Within it a launcher passes on to its processes a Ctrl-C that the terminal has sent them already."""
 
 Validate = Callable[[TokenSegmenter], dict[str, Any]]
 """Segments the validation cases and returns a record with the key `dice`."""
@@ -81,10 +88,13 @@ class TrainingLoop:
         self.config = config
         self.run_dir = run_dir
         self.accelerator = accelerator
+        self.processes = Processes(accelerator)
         self.facts = facts
         self.network = model.network
         self.parameters = trainable(self.network)
         optimizer = make_optimizer(self.network, config)
+        if config.shard_block and self.processes.num > 1:
+            shard_frozen_block(model, self.processes)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = AveragedWeights(self.parameters, config.ema_decay) if config.ema_decay else None
         self.state = LoopState()
@@ -106,7 +116,8 @@ class TrainingLoop:
 
     def run(self, progress: Progress) -> bool:
         """Train to the end; return False if interrupted, with everything saved."""
-        with _interruptible() as interrupted, progress.track("training", 1.0) as advance:
+        echo = _ECHO_SECONDS if self.processes.num > 1 else 0.0
+        with interruptible(echo_seconds=echo) as interrupted, progress.track("training", 1.0) as advance:
             while self.progress < 1.0 or not self.state.dices:
                 loss = self._step()
                 self.state.loss_sum += loss
@@ -117,14 +128,14 @@ class TrainingLoop:
                     self.save()
                 elif time.monotonic() - self._saved_at > self.config.save_seconds:
                     self.save()
-                if self._agreed(interrupted()):
+                if self.processes.any(interrupted()):
                     self.save()
                     return False
         return True
 
     def save(self) -> None:
         """Write the resume state as one file."""
-        if not self.accelerator.is_main_process:
+        if not self.processes.is_main:
             return
         tensors: dict[str, Tensor] = {
             f"weights/{name}": parameter for name, parameter in self.parameters.items()
@@ -145,10 +156,16 @@ class TrainingLoop:
             CheckpointError: the state is damaged, or was made with other frozen weights.
         """
         where = self.run_dir.state
-        if not where.is_file():
-            if self.accelerator.is_main_process:
-                self.run_dir.rewind_history(0)
-            return
+        if where.is_file():
+            self._restore(where)
+        if self.processes.any(self.state.step != self.processes.first(self.state.step)):
+            raise CheckpointError(
+                f"the processes see different saves of the run at {where}; --out must be on a disk that all machines share"
+            )
+        if self.processes.is_main:
+            self.run_dir.rewind_history(self.state.step)
+
+    def _restore(self, where: Path) -> None:
         tensors, facts = load_tensors(where)
         if facts.get("frozen_sha256") != self.facts["frozen_sha256"]:
             raise CheckpointError(
@@ -165,8 +182,6 @@ class TrainingLoop:
                 self.average.values[name].copy_(value)
         self.state = LoopState(**facts["state"])
         self._clock = time.monotonic() - self.state.elapsed_seconds
-        if self.accelerator.is_main_process:
-            self.run_dir.rewind_history(self.state.step)
 
     def _step(self) -> float:
         self.model.train()
@@ -184,9 +199,13 @@ class TrainingLoop:
             images, labels = self.sampler.batch(self.state.step * self.config.accumulate + part)
             device = self.accelerator.device
             images = images.to(device, memory_format=torch.channels_last_3d)
-            loss = self.model(images, labels.to(device)) / self.config.accumulate
-            self.accelerator.backward(loss)
+            last = part + 1 == self.config.accumulate
+            # Gradients travel once a step, with the last batch.
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self.model(images, labels.to(device)) / self.config.accumulate
+                self.accelerator.backward(loss)
             total += float(loss.detach())
+        total = self.processes.mean(total)
         self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)
         if not math.isfinite(total):
             raise CheckpointError(
@@ -224,20 +243,19 @@ class TrainingLoop:
         if self.average:
             self.average.swap()
         record = self.validate(self.network)
-        record["dice"] = self._agreed(record["dice"])
         improved = record["dice"] > self.state.best
         self.state.dices.append(record["dice"])
-        if improved and self.accelerator.is_main_process:
+        if improved and self.processes.is_main:
             facts = {**self.facts, "step": self.state.step, "validation_dice": record["dice"]}
             save_tensors(self.run_dir.best, self.parameters, facts)
         if self.average:
             self.average.swap()
         self._tick()
-        self.state.validation_seconds = self._agreed(time.monotonic() - before)
+        self.state.validation_seconds = self.processes.first(time.monotonic() - before)
         loss = self.state.loss_sum / max(1, self.state.step - self.state.validated_step)
         self.state.loss_sum = 0.0
         self.state.validated_step, self.state.validated_seconds = self.state.step, self.state.elapsed_seconds
-        if self.accelerator.is_main_process:
+        if self.processes.is_main:
             self.run_dir.append_history(
                 {
                     "step": self.state.step,
@@ -252,13 +270,7 @@ class TrainingLoop:
         return f"step {self.state.step}  loss {loss:.3f}{validated}"
 
     def _tick(self) -> None:
-        self.state.elapsed_seconds = self._agreed(time.monotonic() - self._clock)
-
-    def _agreed(self, value: float) -> float:
-        """The first process's value: processes that judged time for themselves would part ways and wait forever."""
-        if self.accelerator.num_processes == 1:
-            return value
-        return float(broadcast(torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)))
+        self.state.elapsed_seconds = self.processes.first(time.monotonic() - self._clock)
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -267,26 +279,3 @@ class TrainingLoop:
 
 def _step_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag, read between steps; the second one acts at once."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag.is_set
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_signal(number: int, frame: object) -> None:
-        flag.set()
-        for known, handler in previous.items():
-            signal.signal(known, handler)
-
-    for number in previous:
-        signal.signal(number, on_signal)
-    try:
-        yield flag.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,10 +1,13 @@
 """Dice plus cross-entropy on probabilities, differentiable, at every supervised resolution."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medvisionllama.networks.segmenter import TokenSegmenter
+from medvisionllama.training.processes import sum_with_gradient
 from medvisionllama.types import ImageBatch, LabelBatch, LogitBatch
 
 
@@ -17,11 +20,17 @@ def targets(labels: LabelBatch, num_outputs: int) -> Tensor:
     return maps.scatter_(1, labels[:, None], 1.0)
 
 
-def dice_ce_loss(logits: LogitBatch, target: Tensor) -> Tensor:
+def dice_ce_loss(
+    logits: LogitBatch, target: Tensor, *, whole_batch: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> Tensor:
     """Mean of `1 - Dice` over foreground classes, plus cross-entropy (binary for one output).
 
     Dice is taken over the batch as one volume (Isensee et al. 2021), so a class absent from one crop is no cliff.
     Targets may be shares between 0 and 1, as at coarser strides.
+
+    Args:
+        whole_batch: turns sums over this process's share of the batch into sums over all of it. The mean over
+            processes of what is returned is then the loss of the whole batch.
     """
     if logits.shape[1] == 1:
         probability, cross_entropy = logits.sigmoid(), F.binary_cross_entropy_with_logits(logits, target)
@@ -31,12 +40,16 @@ def dice_ce_loss(logits: LogitBatch, target: Tensor) -> Tensor:
     axes = (0, 2, 3, 4)
     overlap = 2 * (probability * target).sum(axes)
     total = (probability**2).sum(axes) + (target**2).sum(axes)
+    overlap, total = whole_batch(torch.stack([overlap, total]))
     dice = (overlap + 1e-5) / (total + 1e-5)
     return 1 - dice.mean() + cross_entropy
 
 
 class SupervisedSegmenter(nn.Module):
-    """A network and its loss as one module, so that every wrapper (DDP, autocast, compile) sees one call."""
+    """A network and its loss as one module, so that every wrapper (DDP, autocast, compile) sees one call.
+
+    In a run of several processes each returns its part of the loss, of which the batch's is the mean.
+    """
 
     def __init__(self, network: TokenSegmenter, *, num_outputs: int, auxiliary_weight: float) -> None:
         super().__init__()
@@ -49,10 +62,11 @@ class SupervisedSegmenter(nn.Module):
         logits, auxiliary = self.network.forward_all(images)
         with torch.autocast(logits.device.type, enabled=False):
             target = targets(labels, self.num_outputs)
-            loss = dice_ce_loss(logits.float(), target)
+            loss = dice_ce_loss(logits.float(), target, whole_batch=sum_with_gradient)
             # Also with weight zero: a layer without a gradient would make distributed training wait for one.
             for coarse in auxiliary:
                 x, y, z = coarse.shape[2:]
                 shares = F.adaptive_avg_pool3d(target, (x, y, z))
-                loss = loss + self.auxiliary_weight * dice_ce_loss(coarse.float(), shares)
+                lower = dice_ce_loss(coarse.float(), shares, whole_batch=sum_with_gradient)
+                loss = loss + self.auxiliary_weight * lower
         return loss

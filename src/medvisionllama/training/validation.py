@@ -14,6 +14,7 @@ from medvisionllama.evaluation.metrics import dice
 from medvisionllama.inference.slabs import native_mask
 from medvisionllama.inference.windows import predict_probabilities
 from medvisionllama.networks.segmenter import TokenSegmenter
+from medvisionllama.training.processes import Processes
 
 
 def validate_cases(
@@ -21,25 +22,33 @@ def validate_cases(
 ) -> dict[str, Any]:
     """Segment every case and return mean Dice over cases and classes, and per class.
 
-    Mirrored copies are left out here: they multiply the time and change all checkpoints alike.
+    Mirrored copies are left out here: they multiply the time and change all checkpoints alike. The processes of a
+    run share the cases among them and return the same; around a sharded block, which takes all of them at once,
+    each segments every case.
     """
-    rows = []
+    processes = Processes(accelerator)
+    shared = processes.num > 1 and not config.train.shard_block
+    numbers = range(processes.index, len(cases), processes.num) if shared else range(len(cases))
+    table = torch.zeros(len(cases), len(plan.output_values), dtype=torch.float64)
     network.eval()
     with accelerator.autocast():
-        for case in cases:
+        for number in numbers:
+            case = cases[number]
             image = torch.from_numpy(normalise(case.image, plan.normalisation, case.facts["moments"]))
             probabilities = predict_probabilities(
                 network, image, plan, overlap=config.inference.overlap, flip=False, device=accelerator.device
             )
             truth = np.asarray(case.native_label)
             mask = native_mask(probabilities, truth.shape, plan)
-            rows.append(
-                [
-                    dice(mask == value, truth > 0 if plan.merged else truth == value)
-                    for value in plan.output_values
-                ]
-            )
-    per_class = np.mean(rows, axis=0)
+            row = [
+                dice(mask == value, truth > 0 if plan.merged else truth == value)
+                for value in plan.output_values
+            ]
+            table[number] = torch.tensor(row, dtype=torch.float64)
+    if shared:
+        # Each row stands in one process and is zero in the others, so the sum is exact.
+        table = processes.sum(table)
+    per_class = np.mean(table.numpy(), axis=0)
     names = plan.mask_classes.values()
     record: dict[str, Any] = {
         "dice": float(per_class.mean()),

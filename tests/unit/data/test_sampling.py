@@ -8,6 +8,7 @@ from medvisionllama.data.fingerprint import fingerprint
 from medvisionllama.data.index import open_dataset
 from medvisionllama.data.planning import make_plan
 from medvisionllama.data.sampling import BatchSampler
+from medvisionllama.errors import ConfigError
 
 OFF = AugmentConfig(enabled=False)
 STILL = AugmentConfig(spatial_probability=0, intensity_probability=0)
@@ -68,10 +69,24 @@ def test_an_epoch_shows_every_case_once_in_a_new_order(sampler):
     assert made.steps_per_epoch == 3
 
 
-def test_ranks_share_an_epoch_without_overlap(sampler):
-    made = [sampler(rank=rank, num_ranks=3) for rank in range(3)]
-    assert sorted(n for one in made for n in one._case_numbers(0)) == list(range(6))
-    assert made[0].steps_per_epoch == 1
+@pytest.mark.parametrize("augment", [OFF, AugmentConfig()])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_shares_of_a_batch_are_the_batch_of_one_process(sampler, augment, num_ranks):
+    one = sampler(augment=augment, batch_size=4)
+    shares = [
+        sampler(augment=augment, batch_size=4, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)
+    ]
+    assert {made.steps_per_epoch for made in shares} == {one.steps_per_epoch}
+    for step in range(5):
+        images, labels = zip(*(made.batch(step) for made in shares), strict=True)
+        assert [len(share) for share in images] == [4 // num_ranks] * num_ranks
+        assert torch.equal(torch.cat(images), one.batch(step)[0])
+        assert torch.equal(torch.cat(labels), one.batch(step)[1])
+
+
+def test_processes_that_cannot_share_a_batch_are_refused(sampler):
+    with pytest.raises(ConfigError, match=r"batch_size=3 .* their number, 2; .*batch_size=2"):
+        sampler(batch_size=3, num_ranks=2)
 
 
 def test_a_batch_larger_than_the_dataset_wraps_into_the_next_epoch(sampler):

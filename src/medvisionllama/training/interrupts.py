@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM as a flag that the loop reads between steps."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def interruptible(*, echo_seconds: float = 0.0) -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a flag; the second one acts at once.
+
+    Args:
+        echo_seconds: how long further signals count as echoes of the first: a launcher passes on to its processes
+            what the terminal has sent them already.
+    """
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag.is_set
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    first = 0.0
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal first
+        if not flag.is_set():
+            flag.set()
+            first = time.monotonic()
+            if echo_seconds:
+                return
+        elif time.monotonic() - first < echo_seconds:
+            return
+        for known, handler in previous.items():
+            signal.signal(known, handler)
+        if echo_seconds:
+            signal.raise_signal(number)
+
+    for number in previous:
+        signal.signal(number, on_signal)
+    try:
+        yield flag.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

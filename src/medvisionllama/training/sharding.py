@@ -1,0 +1,29 @@
+"""The frozen block divided among processes (FSDP), everything trained whole in each of them (DDP).
+
+What is trained stays an ordinary tensor, so that averaged weights, optimiser, saving and resuming know nothing of
+shards. A layer is gathered where it is needed, forwards and backwards, and let go again; being frozen it has no
+gradient to give back. Every forward pass is then a collective: all processes must run equally many.
+"""
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from medvisionllama.checkpoint import frozen
+from medvisionllama.llm import FrozenBlock
+from medvisionllama.training.losses import SupervisedSegmenter
+from medvisionllama.training.processes import Processes
+
+
+def shard_frozen_block(model: SupervisedSegmenter, processes: Processes) -> None:
+    """Keep a share of each layer's frozen weights in each process, in place, before DDP wraps the model."""
+    block = getattr(model.network.insert, "block", None)
+    assert isinstance(block, FrozenBlock), "train.shard_block needs one, as the configuration has checked"
+    device: torch.device = processes.accelerator.device
+    mesh = init_device_mesh(device.type, (processes.num,))
+    for layer in block.layers:
+        trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+    # DDP must neither send nor compare the shards.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(frozen(model)))
