@@ -101,6 +101,8 @@ def within(mask: MaskArray, reach: Edges) -> MaskArray:
 
 
 def peak(values: Map) -> Triple:
-    """Voxel of a map's maximum; the first of equals."""
-    x, y, z = (int(index) for index in np.unravel_index(int(values.argmax()), values.shape))
+    """Voxel of a map's maximum; of several equal ones, as at the border of a scan, the one nearest their middle."""
+    equal = np.argwhere(values == values.max())
+    nearest = equal[((equal - equal.mean(axis=0)) ** 2).sum(axis=1).argmin()]
+    x, y, z = nearest.tolist()
     return (x, y, z)

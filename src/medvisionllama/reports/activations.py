@@ -153,14 +153,17 @@ def _in_order(names: Any) -> list[MapName]:
 def _picture(explained: Explained, name: MapName) -> str:
     """A row of three planes for each network that has the map; its maximum is marked, wherever it lies along."""
     shown = {network: maps[name] for network, maps in explained.maps.items() if name in maps}
-    figure = Figure(figsize=(10, 0.2 + 3.3 * len(shown)), layout="constrained")
+    # Fixed margins: a layout that is solved for each of many figures takes longer than the networks.
+    figure = Figure(figsize=(10, 3.3 * len(shown)))
+    margins = {"left": 0.05, "right": 0.94, "bottom": 0.12 / len(shown), "top": 1 - 0.1 / len(shown)}
+    ratios = {"width_ratios": [1, 1, 1, 0.04], "hspace": 0.25, "wspace": 0.12, **margins}
+    grid = figure.subplots(len(shown), 4, squeeze=False, gridspec_kw=ratios)
     centre = plots.centre_of(explained.truth > 0)
-    grid = figure.subplots(len(shown), 3, squeeze=False)
     for row, (network, values) in zip(grid, shown.items(), strict=True):
         # A few tokens of huge norm would leave the rest of the map in one colour.
         low, high = (float(value) for value in np.percentile(values, [1, 99.5]))
         highest = peak(values)
-        for axes, plane in zip(row, plots.PLANES, strict=True):
+        for axes, plane in zip(row[:3], plots.PLANES, strict=True):
             pixel = plots.draw_scan(axes, explained.image, plane, centre)
             cut = plane.cut(values, centre)
             drawn = axes.imshow(
@@ -187,5 +190,5 @@ def _picture(explained: Explained, name: MapName) -> str:
             )
             axes.set_title(plane.name, fontsize=9)
         row[0].set_ylabel(f"{network}\n{row[0].get_ylabel()}", fontsize=9)
-        figure.colorbar(drawn, ax=list(row), shrink=0.8, extend="both")
+        figure.colorbar(drawn, cax=row[3], extend="both")
     return plots.png(figure)

@@ -78,6 +78,8 @@ def test_the_peak_is_the_voxel_of_the_maximum():
     values = np.zeros((3, 4, 5))
     values[2, 1, 3] = 1
     assert peak(values) == (2, 1, 3)
+    values[0, 1, 3] = values[1, 1, 3] = 1
+    assert peak(values) == (1, 1, 3), "of a plateau, its middle"
 
 
 def test_means_are_over_patients_and_differences_over_the_same_cases():
