@@ -20,6 +20,7 @@ _HOMES = {
     "demo": "medvisionllama.api",
     "download": "medvisionllama.api",
     "evaluate": "medvisionllama.api",
+    "explain": "medvisionllama.api",
     "fingerprint": "medvisionllama.api",
     "fit": "medvisionllama.training.fit",
     "load_config": "medvisionllama.config",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from medvisionllama.api import demo as demo
     from medvisionllama.api import download as download
     from medvisionllama.api import evaluate as evaluate
+    from medvisionllama.api import explain as explain
     from medvisionllama.api import fingerprint as fingerprint
     from medvisionllama.api import plan as plan
     from medvisionllama.api import predict as predict

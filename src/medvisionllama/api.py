@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from medvisionllama.data.check.report import CheckReport
     from medvisionllama.data.planning import Plan
     from medvisionllama.data.splits import Splits
+    from medvisionllama.reports.explanation import Explanation
     from medvisionllama.training.fit import RunResult
 
 
@@ -311,6 +312,60 @@ def evaluate(
     if out is not None:
         write_table(table, Path(out))
     return table
+
+
+def explain(
+    run: Path | str,
+    images: Path | str | Sequence[Path | str] = (),
+    *,
+    split: str | None = None,
+    label: Path | str | None = None,
+    control: str = "random",
+    against: Path | str | None = None,
+    out: Path | str | None = None,
+    maps: bool = True,
+    overwrite: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> "Explanation":
+    """Map token norms and attention after each stage of a trained network, and score the maps against masks.
+
+    Args:
+        images: a scan or several, instead of `split`.
+        split: `test` or `validation`: every case of the run's own.
+        label: the image's mask; by default the dataset's, if the image is one of the run's cases, else the run's
+            own prediction.
+        control: `random` sets the same network around a random block beside it, `none` does not.
+        against: another run of the task to set beside it.
+        out: folder for maps, tables and page; by default explain/CASE in the run folder, or explain/SPLIT.
+        maps: False writes no maps, only tables and pages.
+        overwrite: replace an explanation that is already there.
+
+    Returns:
+        Scores, their means if there are several scans, and where the page is.
+
+    Raises:
+        MedVisionLlamaError: anything the user can fix, in one line.
+    """
+    from medvisionllama.reports.explanation import explain_run
+
+    _check_choice("device", device, ("auto", "cpu", "cuda"))
+    _check_choice("control", control, ("random", "none"))
+    if split is not None:
+        _check_choice("split", split, ("test", "validation"))
+    return explain_run(
+        Path(run),
+        [Path(image) for image in ([images] if isinstance(images, str | Path) else images)],
+        split="validation" if split == "validation" else "test" if split else None,
+        label=None if label is None else Path(label),
+        random_block=control == "random",
+        against=None if against is None else Path(against),
+        out=None if out is None else Path(out),
+        maps=maps,
+        overwrite=overwrite,
+        device=device,
+        progress=progress,
+    )
 
 
 def demo(

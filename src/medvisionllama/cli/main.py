@@ -9,7 +9,7 @@ import warnings
 import typer
 
 from medvisionllama import __version__
-from medvisionllama.cli import data, demo, evaluate, experiment, llm, predict, train
+from medvisionllama.cli import data, demo, evaluate, experiment, explain, llm, predict, train
 from medvisionllama.errors import MedVisionLlamaError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
+app.command("explain")(explain.explain)
 app.add_typer(data.app, name="data")
 app.add_typer(experiment.app, name="experiment")
 app.add_typer(llm.app, name="llm")

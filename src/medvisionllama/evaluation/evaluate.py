@@ -62,7 +62,7 @@ def evaluate_files(
     with (progress or Silent()).track("measuring", len(pairs)) as advance:
         for number, pair in enumerate(pairs, start=1):
             # A label may be stored with other axes than its image, and the mask has the image's.
-            predicted, truth = (to_ras(_read(path, classes)) for path in (pair.prediction, pair.label))
+            predicted, truth = (to_ras(read_mask(path, classes)) for path in (pair.prediction, pair.label))
             # The mask lies on its scan's grid; either may be stored as the part that holds segments.
             truth = whole_label(pair.label, truth, predicted.shape, predicted.affine)
             predicted = whole_label(pair.prediction, predicted, truth.shape, truth.affine)
@@ -217,8 +217,8 @@ def mean_class_dice(table: pd.DataFrame) -> pd.Series:
     return (table if classes.empty else classes).groupby("case_id")["dice"].mean()
 
 
-def _read(path: Path, classes: dict[int, str]) -> Volume:
-    """A mask or label with the values of `classes`; DICOM-SEG numbers its segments and is read by their names."""
+def read_mask(path: Path, classes: dict[int, str]) -> Volume:
+    """Read a mask or label with the values of `classes`; DICOM-SEG numbers its segments and is read by names."""
     if _is_dicom_mask(path):
         return read_classes(path, classes)
     label = read_label(path)

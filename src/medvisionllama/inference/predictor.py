@@ -1,6 +1,7 @@
 """`Predictor`: one trained run, or several that are averaged, as one object that turns scans into masks."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -84,10 +85,6 @@ class Member:
 
     def planes(self, grid: np.ndarray, moments: Sequence[tuple[float, float]], axis: int) -> Iterator[Tensor]:
         """Probabilities of a scan on this network's grid, in pieces along `axis`."""
-
-        def prepare(slab: Tensor) -> Tensor:
-            return torch.from_numpy(normalise(slab.numpy(), self.plan.normalisation, moments))
-
         inference = self.config.inference
         return probability_planes(
             self.network,
@@ -97,9 +94,21 @@ class Member:
             overlap=inference.overlap,
             flip=inference.flip,
             device=self.device,
-            normalise=prepare,
-            context=lambda: autocast(self.config.train.precision, self.device),
+            normalise=self.normaliser(moments),
+            context=self.precision,
         )
+
+    def normaliser(self, moments: Sequence[tuple[float, float]]) -> Callable[[Tensor], Tensor]:
+        """Return the function that scales a piece of a scan with these moments as training scaled it."""
+
+        def scaled(slab: Tensor) -> Tensor:
+            return torch.from_numpy(normalise(slab.numpy(), self.plan.normalisation, moments))
+
+        return scaled
+
+    def precision(self) -> AbstractContextManager[None]:
+        """Context in which the network works."""
+        return autocast(self.config.train.precision, self.device)
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,10 @@ class PreparedScan:
     """Mean and deviation of each channel's non-zero voxels, where the networks want them."""
     ranges: Sequence[tuple[float, float]]
     """Least and greatest value of each channel."""
+
+    def grid_of(self, plan: Plan) -> ImageArray:
+        """The scan on the grid of a plan."""
+        return self.grids[_grid_key(plan)]
 
 
 class Predictor:
@@ -231,7 +244,7 @@ class Predictor:
         """Mean probabilities `[k, x, y, z]` on the scan's grid in RAS, `thickness` planes at a time."""
         streams = []
         for member in self.members:
-            grid = scan.grids[_grid_key(member.plan)]
+            grid = scan.grid_of(member.plan)
             planes = member.planes(grid, scan.moments, axis)
             x, y, z = grid.shape[1:]
             streams.append(native_slabs(planes, (x, y, z), scan.ras_shape, axis=axis, thickness=thickness))

@@ -43,6 +43,37 @@ def probability_planes(
         context: entered while the network works on a slab, and left before anything is given out: autocast, say.
     """
     views: list[tuple[int, ...]] = [(), *((turned,) for turned in plan.flip_axes if flip)]
+    for logits in blended_planes(
+        network,
+        image,
+        plan,
+        axis=axis,
+        overlap=overlap,
+        views=views,
+        device=device,
+        normalise=normalise,
+        context=context,
+    ):
+        yield _squash(logits, plan)
+
+
+def blended_planes(
+    network: Network,
+    image: Tensor,
+    plan: Plan,
+    *,
+    axis: int,
+    overlap: float,
+    views: Sequence[tuple[int, ...]] = ((),),
+    device: torch.device | str = "cpu",
+    normalise: Callable[[Tensor], Tensor] = lambda slab: slab,
+    context: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[Tensor]:
+    """Yield what the network returns, windows blended: `[view, k, x, y, z]` pieces along `axis`.
+
+    Args:
+        views: axes along which the image is mirrored, once for each view; () is the image as it is.
+    """
     window, size = plan.crop_size[axis], image.shape[axis + 1]
     starts = _starts(size, window, overlap)
     profile = _profile(window).view([-1 if dim == axis + 2 else 1 for dim in range(5)])
@@ -54,7 +85,7 @@ def probability_planes(
                 [_flipped(network, slab, turns, plan, axis, overlap, device) for turns in views]
             )
         if len(starts) == 1:
-            yield _squash(logits, plan)
+            yield logits
             return
         if number == 0:
             total, weight = logits * profile, profile.clone()
@@ -63,7 +94,7 @@ def probability_planes(
             total = _shifted(total, kept, axis + 2) + logits * profile
             weight = _shifted(weight, kept, axis + 2) + profile
         finished = starts[number + 1] - start if number + 1 < len(starts) else window
-        yield _squash(total.narrow(axis + 2, 0, finished) / weight.narrow(axis + 2, 0, finished), plan)
+        yield total.narrow(axis + 2, 0, finished) / weight.narrow(axis + 2, 0, finished)
 
 
 def predict_probabilities(

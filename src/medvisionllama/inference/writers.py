@@ -51,6 +51,14 @@ def write_mask(
         raise DataError(f"{path}: masks are written as {', '.join((*NIFTI, *ITK))}; choose such a name")
 
 
+def write_map(
+    path: Path, values: np.ndarray, affine: AffineMatrix, *, like: ScanSource | None = None
+) -> None:
+    """Write numbers `[x, y, z]` as NIfTI in float32; `like` as for `write_mask`."""
+    header = _header_like(like) if isinstance(like, Path) and like.name.endswith(NIFTI) else None
+    _write_nifti(path, np.ascontiguousarray(values, dtype=np.float32), affine, header)
+
+
 def write_shares(path: Path, shares: np.ndarray, affine: AffineMatrix) -> None:
     """Write numbers between 0 and 1, given in 255 steps as `[x, y, z]` or `[k, x, y, z]`, as NIfTI.
 
@@ -103,7 +111,7 @@ def _header_like(scan: Path) -> nib.Nifti1Header:
     return header
 
 
-def _write_nifti(path: Path, mask: LabelArray, affine: AffineMatrix, header: nib.Nifti1Header | None) -> None:
+def _write_nifti(path: Path, mask: np.ndarray, affine: AffineMatrix, header: nib.Nifti1Header | None) -> None:
     if header is None:
         image = _nifti(mask, affine)
     else:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from medvisionllama.attention import plain_is_faster
+from medvisionllama.llm.attention_weights import Attending, attention_weights, causal_mask, show, watched
 
 _NAME = "medvisionllama"
 _LONG = 512
@@ -49,6 +50,9 @@ def frozen_attention(
     """
     # Norms inside a layer give float32 under autocast; the products run in the values' precision.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    if watched():
+        mask = causal_mask(query.shape[2], query.device) if is_causal else attention_mask
+        show(module, Attending(query, key, value, mask, scaling, softcap))
     if softcap is not None or (plain_is_faster(query) and attention_mask is None and not is_causal):
         attended = _plain(query, key, value, attention_mask, scaling, is_causal, softcap)
     else:
@@ -75,8 +79,7 @@ def _plain(
 ) -> Tensor:
     """Attention as plain products; a long sequence's scores are computed again in the backward pass, not kept."""
     if is_causal:
-        length = query.shape[2]
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        mask = causal_mask(query.shape[2], query.device)
     arguments = (query, key, value, mask, scaling, softcap)
     if query.shape[2] > _LONG and torch.is_grad_enabled():
         kept: Tensor = checkpoint(_products, *arguments, use_reentrant=False)
@@ -88,12 +91,5 @@ def _products(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
 ) -> Tensor:
     batch, heads, length, width = query.shape
-    # The heads that share a key become one longer sequence of queries.
-    grouped = query.reshape(batch, key.shape[1], -1, width)
-    scores = grouped @ key.transpose(-2, -1) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores.unflatten(2, (-1, length)).masked_fill(~mask, -torch.inf).flatten(2, 3)
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    weights = attention_weights(query, key, mask, scaling=scaling, softcap=softcap).to(value.dtype)
     return (weights @ value).reshape(batch, heads, length, width)

@@ -35,10 +35,14 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tokens) -> Tokens:
-        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = self.by_head(self.qkv(tokens))
         rate = self.attention_dropout if self.training else 0.0
         mixed = attend(query, key, value, dropout=rate)
         return self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
+
+    def by_head(self, projected: Tensor) -> Tensor:
+        """Queries, keys and values `[3, b, head, n, d]` from what `qkv` gives."""
+        return projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class TransformerBlock(nn.Module):

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -16,9 +16,25 @@ from medvisionllama.types import LabelArray
 
 mpl.use("Agg")
 
-_PLANES = (("sagittal", 0, (1, 2)), ("coronal", 1, (0, 2)), ("axial", 2, (0, 1)))
 _NAMED = 10
 _NAMES = ("right", "front", "up")
+
+
+class Plane(NamedTuple):
+    """A cut through a scan in RAS: its normal, and the axes that run across and up in the picture."""
+
+    name: str
+    normal: int
+    across: int
+    up: int
+
+    def cut(self, array: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """The plane of `[x, y, z]` through a voxel."""
+        picture: np.ndarray = np.take(array, centre[self.normal], axis=self.normal).T
+        return picture
+
+
+PLANES = (Plane("sagittal", 0, 1, 2), Plane("coronal", 1, 0, 2), Plane("axial", 2, 0, 1))
 
 
 def curves(history: Sequence[dict[str, Any]]) -> str:
@@ -75,42 +91,53 @@ def overlay(image: Volume, truth: LabelArray, predicted: LabelArray, classes: di
     All arrays are in RAS; pixels keep the scan's proportions in millimetres.
     """
     figure = Figure(figsize=(10, 3.9), layout="constrained")
-    marked = (truth > 0) | (predicted > 0)
-    centre = (
-        np.round(np.argwhere(marked).mean(axis=0)).astype(int) if marked.any() else np.array(truth.shape) // 2
-    )
-    background = image.array[0]
-    low, high = np.percentile(background, [1, 99.5])
-    for axes, (name, normal, (across, up)) in zip(figure.subplots(1, 3), _PLANES, strict=True):
-
-        def cut(array: np.ndarray, normal: int = normal) -> np.ndarray:
-            return np.take(array, centre[normal], axis=normal).T
-
-        dx, dy = image.spacing_mm[across], image.spacing_mm[up]
-        picture = cut(background)
-        extent = (0, picture.shape[1] * dx, 0, picture.shape[0] * dy)
-        axes.imshow(
-            picture,
-            cmap="gray",
-            vmin=low,
-            vmax=max(high, low + 1e-6),
-            origin="lower",
-            extent=extent,
-            interpolation="nearest",
-        )
+    centre = centre_of((truth > 0) | (predicted > 0))
+    for axes, plane in zip(figure.subplots(1, 3), PLANES, strict=True):
+        pixel = draw_scan(axes, image, plane, centre)
         for index, value in enumerate(classes):
             colour = colour_of(index)
-            _outline(axes, cut(predicted) == value, (dx, dy), colour, "solid")
-            _outline(axes, cut(truth) == value, (dx, dy), colour, "dashed")
-        axes.set_title(name, fontsize=10)
-        axes.set_xlabel(f"{_NAMES[across]} →", fontsize=8)
-        axes.set_ylabel(f"{_NAMES[up]} →", fontsize=8)
-        axes.set_xticks([])
-        axes.set_yticks([])
+            outline(axes, plane.cut(predicted, centre) == value, pixel, colour, "solid")
+            outline(axes, plane.cut(truth, centre) == value, pixel, colour, "dashed")
+        axes.set_title(plane.name, fontsize=10)
     return png(figure)
 
 
-def _outline(axes: Any, mask: np.ndarray, pixel: tuple[float, float], colour: str, style: str) -> None:
+def centre_of(marked: np.ndarray) -> np.ndarray:
+    """Voxel in the middle of a structure, or of the scan if there is none."""
+    if not marked.any():
+        return np.array(marked.shape) // 2
+    return np.round(np.argwhere(marked).mean(axis=0)).astype(int)
+
+
+def draw_scan(axes: Any, image: Volume, plane: Plane, centre: np.ndarray) -> tuple[float, float]:
+    """Draw one plane of a scan in grey, in millimetres; returns the edges of its pixels."""
+    background = image.array[0]
+    low, high = np.percentile(background, [1, 99.5])
+    dx, dy = image.spacing_mm[plane.across], image.spacing_mm[plane.up]
+    picture = plane.cut(background, centre)
+    axes.imshow(
+        picture,
+        cmap="gray",
+        vmin=low,
+        vmax=max(high, low + 1e-6),
+        origin="lower",
+        extent=extent_of(picture, (dx, dy)),
+        interpolation="nearest",
+    )
+    axes.set_xlabel(f"{_NAMES[plane.across]} →", fontsize=8)
+    axes.set_ylabel(f"{_NAMES[plane.up]} →", fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return dx, dy
+
+
+def extent_of(picture: np.ndarray, pixel: tuple[float, float]) -> tuple[float, float, float, float]:
+    """Where a picture lies, in millimetres from its lower left corner."""
+    return (0, picture.shape[1] * pixel[0], 0, picture.shape[0] * pixel[1])
+
+
+def outline(axes: Any, mask: np.ndarray, pixel: tuple[float, float], colour: str, style: str) -> None:
+    """Draw the border of a mask in a picture of `draw_scan`."""
     if not mask.any():
         return
     padded = np.pad(mask.astype(float), 1)

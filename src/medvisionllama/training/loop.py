@@ -1,7 +1,6 @@
 """The training loop: steps, validations, saves.
 
 A step is a function of the seed, the step's number and the weights: batch, augmentation and dropout are drawn from
-A step is a function of the seed, the step's number and the weights: batch, augmentation and dropout are drawn from
 them alone. So a run limited by epochs or steps that was killed and resumed repeats exactly what the uninterrupted
 run does; one limited by minutes goes on from the same weights, but its learning rate follows the clock. Several
 processes share each batch and do together what one would, but for rounding and for dropout, of which each draws its

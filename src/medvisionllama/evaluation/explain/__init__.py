@@ -1,0 +1,1 @@
+"""Token maps of trained networks on scans, scored against masks."""

@@ -1,0 +1,108 @@
+"""Whether a map points at a mask: scores of one map against one mask on one grid.
+
+`hit` is the pointing game (Zhang et al. 2018): 1 if the map's maximum lies inside the mask. Where several voxels
+share the maximum it is the share of them that lie inside, so a constant map scores as one that guesses.
+`hit_near` grants a tolerance of one token, since a map knows no finer place. `energy` is the share of the map's sum
+that lies inside; divided by the mask's share of the volume it is `energy_ratio`, 1 for a map that does not know the
+mask. `auc` is the chance that the map is greater at a random voxel inside than at one outside: 0.5 for such a map,
+whatever the map's unit and offset. What guessing would score stands beside: `volume_share` and `near_share`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from medvisionllama.types import MaskArray, Triple
+
+Map = Float[np.ndarray, "x y z"]
+Edges = tuple[float, float, float]
+_NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Pointing:
+    """One map and mask; every number but the shares is NaN where the mask is empty."""
+
+    hit: float
+    hit_near: float
+    energy: float
+    energy_ratio: float
+    auc: float
+    volume_share: float
+    """Of the mask: what `hit` and `energy` would be by chance."""
+    near_share: float
+    """Of all voxels within a token of the mask: what `hit_near` would be by chance."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A mask and its surroundings, prepared once for all maps."""
+
+    mask: MaskArray
+    near: MaskArray
+
+
+def make_target(mask: MaskArray, token: Edges) -> Target:
+    """Prepare a mask; `token` is the length of a token's edges in voxels."""
+    return Target(mask, within(mask, token))
+
+
+def score(values: Map, targets: Iterable[Target]) -> list[Pointing]:
+    """Score a map that is nowhere negative against several masks on its grid."""
+    from scipy.stats import rankdata
+
+    ranks = rankdata(values, axis=None)
+    best = values == values.max()
+    total = float(values.sum(dtype=np.float64))
+    return [_score(values, ranks, best, total, target) for target in targets]
+
+
+def _score(values: Map, ranks: np.ndarray, best: MaskArray, total: float, target: Target) -> Pointing:
+    inside, size = int(target.mask.sum()), target.mask.size
+    share, near_share = inside / size, float(target.near.mean())
+    if not inside:
+        return Pointing(_NAN, _NAN, _NAN, _NAN, _NAN, share, near_share)
+    energy = float(values[target.mask].sum(dtype=np.float64)) / total if total > 0 else _NAN
+    return Pointing(
+        hit=float(target.mask[best].mean()),
+        hit_near=float(target.near[best].mean()),
+        energy=energy,
+        energy_ratio=energy / share,
+        auc=_auc(float(ranks[target.mask.ravel()].sum()), inside, size - inside),
+        volume_share=share,
+        near_share=near_share,
+    )
+
+
+def _auc(sum_of_ranks: float, inside: int, outside: int) -> float:
+    """Area under the ROC curve from the Mann-Whitney statistic."""
+    return (sum_of_ranks - inside * (inside + 1) / 2) / (inside * outside) if outside else _NAN
+
+
+def within(mask: MaskArray, reach: Edges) -> MaskArray:
+    """Voxels at most one reach from the mask, measured along each axis in that axis' own reach."""
+    from scipy.ndimage import distance_transform_edt
+
+    near = np.zeros(mask.shape, dtype=bool)
+    if not mask.any():
+        return near
+    # Far from the mask nothing is near it, so distances are measured in a box around it.
+    box = []
+    for axis, edge in enumerate(reach):
+        filled = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        margin = int(np.ceil(edge))
+        box.append(slice(max(0, int(filled[0]) - margin), int(filled[-1]) + 1 + margin))
+    part = tuple(box)
+    distance = distance_transform_edt(~mask[part], sampling=[1 / edge for edge in reach])
+    near[part] = distance <= 1 + 1e-9
+    return near
+
+
+def peak(values: Map) -> Triple:
+    """Voxel of a map's maximum; of several equal ones, as at the border of a scan, the one nearest their middle."""
+    equal = np.argwhere(values == values.max())
+    nearest = equal[((equal - equal.mean(axis=0)) ** 2).sum(axis=1).argmin()]
+    x, y, z = nearest.tolist()
+    return (x, y, z)

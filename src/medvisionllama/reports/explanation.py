@@ -1,0 +1,129 @@
+"""`explain_run`: from a run and scans to a folder of maps, tables and pages."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from medvisionllama.config import read_config
+from medvisionllama.data.readers import SUFFIXES
+from medvisionllama.errors import DataError
+from medvisionllama.evaluation.evaluate import Split, write_table
+from medvisionllama.evaluation.explain.job import (
+    OTHER,
+    RANDOM,
+    TRAINED,
+    Networks,
+    explain_scan,
+    open_networks,
+    write_maps,
+)
+from medvisionllama.evaluation.explain.summary import summarise_scores
+from medvisionllama.evaluation.explain.targets import ScanToExplain, scans_to_explain
+from medvisionllama.inference.predictor import read_plan
+from medvisionllama.progress import Progress, Silent
+from medvisionllama.reports.activations import Heading, warnings_on, write_case_page, write_summary_page
+from medvisionllama.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was found; the same numbers are in scores.csv and summary.csv beside the page."""
+
+    table: pd.DataFrame
+    """One row per scan, network, map and class."""
+    summary: pd.DataFrame | None
+    """Means over patients; None for a single scan."""
+    page: Path
+    warnings: tuple[str, ...]
+    """What must not be overlooked."""
+    notes: tuple[str, ...]
+    """Stages that the networks lack, and the like."""
+
+
+def explain_run(
+    run: Path,
+    images: Sequence[Path],
+    *,
+    split: Split | None,
+    label: Path | None,
+    random_block: bool,
+    against: Path | None,
+    out: Path | None,
+    maps: bool,
+    overwrite: bool,
+    device: str,
+    progress: Progress | None,
+) -> Explanation:
+    """Explain scans with a run; arguments are those of `medvisionllama.explain`."""
+    progress = progress or Silent()
+    run_dir = RunDir(run)
+    run_dir.check()
+    config, plan = read_config(run_dir.config), read_plan(run_dir)
+    scans = scans_to_explain(run_dir, config, plan, images, split=split, label=label)
+    alone = len(scans) == 1 and split is None
+    folder = out or run_dir.path / "explain" / (scans[0].case_id if alone else split or "scans")
+    _check_free(folder, overwrite=overwrite)
+    networks = open_networks(run_dir.path, random_block=random_block, against=against, device=device)
+    heading = _heading(networks, run_dir.path, against)
+    for note in networks.notes:
+        progress.say(note)
+    tables, warnings = [], list[str]()
+    with progress.track("explaining", len(scans)) as advance:
+        for number, scan in enumerate(scans):
+
+            def told(share: float, before: int = number, name: str = scan.case_id) -> None:
+                advance(before + share, name)
+
+            place = folder if alone else folder / scan.case_id
+            table, loud = _explain_one(networks, scan, heading, place, maps=maps, on_share=told)
+            tables.append(table)
+            warnings += loud
+    table, summary = pd.concat(tables, ignore_index=True), None
+    page = folder / "explain.html"
+    if not alone:
+        summary = summarise_scores(table)
+        write_table(summary, folder / "summary.csv")
+        title = f"The {split} cases" if split else "Scans"
+        write_summary_page(table, summary, heading, page, title=title, loud=warnings)
+        write_table(table, folder / "scores.csv")
+    return Explanation(table, summary, page, tuple(warnings), networks.notes)
+
+
+def _explain_one(
+    networks: Networks,
+    scan: ScanToExplain,
+    heading: Heading,
+    folder: Path,
+    *,
+    maps: bool,
+    on_share: Callable[[float], None],
+) -> tuple[pd.DataFrame, list[str]]:
+    """Map one scan and write what belongs to it; the table last, since it tells that a scan is finished."""
+    explained = explain_scan(networks, scan, on_share=lambda share: on_share(0.9 * share))
+    if maps:
+        write_maps(explained, folder)
+    write_case_page(explained, heading, folder / "explain.html")
+    write_table(explained.table, folder / "scores.csv")
+    on_share(1.0)
+    return explained.table, warnings_on(explained)
+
+
+def _heading(networks: Networks, run: Path, against: Path | None) -> Heading:
+    block = networks.trained.config.network.block
+    words = {
+        TRAINED: f"the run {run.resolve().name} as it was trained",
+        RANDOM: f"the same network, its block's {block.weights} weights replaced by random ones of the family's own initialiser; encoder, mappers, decoder and head unchanged",
+        OTHER: f"the run {against.resolve().name}, as it was trained" if against else "",
+    }
+    return Heading(run.resolve().name, {name: words[name] for name in networks.members}, networks.notes)
+
+
+def _check_free(folder: Path, *, overwrite: bool) -> None:
+    """Raise DataError if the folder is a file, or holds an explanation that nobody said may go."""
+    if folder.is_file() or folder.name.endswith(SUFFIXES):
+        raise DataError(f"--out is a folder for maps and page, not a file: {folder}; give a folder's name")
+    page = folder / "explain.html"
+    if page.exists() and not overwrite:
+        raise DataError(f"{page} already exists; choose another --out, or give --overwrite to replace it")
