@@ -24,3 +24,7 @@ class BlockError(MedVisionLlamaError):
 
 class CheckpointError(MedVisionLlamaError):
     """A run folder or its weights are missing, damaged or of another model."""
+
+
+class ClusterError(MedVisionLlamaError):
+    """A Ray cluster cannot be joined, or its nodes are not fit for runs."""
