@@ -28,3 +28,7 @@ class CheckpointError(MedVisionLlamaError):
 
 class OtherProcessError(MedVisionLlamaError):
     """Another process of a distributed run failed, so this one ends too."""
+
+
+class ClusterError(MedVisionLlamaError):
+    """A Ray cluster cannot be joined, or its nodes are not fit for runs."""

@@ -66,7 +66,9 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each run; default 1.")] = None,
     gpus_per_run: Annotated[
         float | None,
-        typer.Option(min=0.0, help="GPUs of a Ray cluster that a run takes; 0.5 lets two share."),
+        typer.Option(
+            min=0.0, help="GPUs of a Ray cluster that a run takes, by default none; 0.5 lets two share one."
+        ),
     ] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a failed run is tried again.")] = 1,
     only: Annotated[

@@ -95,7 +95,7 @@ def run(
         address: of the Ray cluster; by default RAY_ADDRESS, or one that runs on this machine.
         slots: runs at a time on this machine; by default one for each GPU, or for each core.
         threads: of each run.
-        gpus_per_run: of a Ray cluster; 0.5 lets two runs share one. By default 1 if the cluster has any.
+        gpus_per_run: of a Ray cluster, by default none; 0.5 lets two runs share one.
         retries: how often a failed run is tried again.
         only: patterns of run ids, as "*-small-*"; by default all.
 
@@ -104,11 +104,16 @@ def run(
     """
     experiment = open_experiment(matrix, out=out, data=data)
     chosen = select_runs(expand(experiment.matrix), only)
-    for task in dict.fromkeys(one.task for one in chosen):
-        # A dataset that is not there would fail a hundred runs one by one.
-        experiment.data_of(next(one for one in chosen if one.task == task))
+    # A dataset that is not there would fail a hundred runs one by one.
+    datasets = {one.task: experiment.data_of(one) for one in {one.task: one for one in chosen}.values()}
     workers = _make_backend(
-        experiment, backend, address=address, slots=slots, threads=threads, gpus_per_run=gpus_per_run
+        experiment,
+        backend,
+        address=address,
+        slots=slots,
+        threads=threads,
+        gpus_per_run=gpus_per_run,
+        datasets=list(datasets.values()),
     )
     return launch(experiment, chosen, workers, retries=retries, progress=progress or Silent())
 
@@ -218,16 +223,24 @@ def _make_backend(
     slots: int | None,
     threads: int | None,
     gpus_per_run: float | None,
+    datasets: Sequence[Path],
 ) -> Backend:
     from medvisionllama.experiments.local_backend import LocalBackend, default_place
 
     if kind == "ray":
         from medvisionllama.experiments.ray_backend import RayBackend
 
+        if slots is not None:
+            raise ConfigError("slots has no effect on a Ray cluster: its CPUs and GPUs decide; drop --slots")
         return RayBackend(
-            experiment.path, address=address, cpus_per_run=threads or 1, gpus_per_run=gpus_per_run
+            experiment.path,
+            address=address,
+            cpus_per_run=threads or 1,
+            gpus_per_run=gpus_per_run or 0.0,
+            folders=datasets,
         )
-    if address is not None:
-        raise ConfigError("address has no effect on this machine's own processes; add --backend ray")
+    if address is not None or gpus_per_run is not None:
+        option = "address" if address is not None else "gpus_per_run"
+        raise ConfigError(f"{option} has no effect on this machine's own processes; add --backend ray")
     usual_slots, usual_threads, gpus = default_place()
     return LocalBackend(experiment, slots=slots or usual_slots, threads=threads or usual_threads, gpus=gpus)
