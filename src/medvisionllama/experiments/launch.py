@@ -4,11 +4,8 @@ Whether a run is done is read from its folder, never remembered: so finished run
 folder, and any of them may be killed.
 """
 
-import signal
-import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,6 +14,7 @@ from medvisionllama.experiments.matrix import PlannedRun
 from medvisionllama.experiments.store import Experiment
 from medvisionllama.experiments.worker import DONE, FAILED, INTERRUPTED, TAKEN
 from medvisionllama.progress import Advance, Progress
+from medvisionllama.training.interrupts import interruptible
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _LOOKS_BETWEEN_ASKING = 5
@@ -78,8 +76,8 @@ def launch(
     states = experiment.states(runs)
     todo = deque(run.run_id for run in runs if states[run.run_id] != "done")
     outcome = Outcome(skipped=len(runs) - len(todo))
-    with _stoppable() as stopped, progress.track("runs", len(runs)) as advance:
-        advance(outcome.skipped)
+    # What was done before took no time of this launch, and must not shorten the time left.
+    with interruptible() as stopped, progress.track("runs", max(1, len(todo))) as advance:
         _Launch(experiment, backend, retries, progress, advance, outcome, todo).work(stopped)
     return outcome
 
@@ -108,10 +106,10 @@ class _Launch:
         self.elsewhere: set[str] = set()
         self.failures: Counter[str] = Counter()
 
-    def work(self, stopped: threading.Event) -> None:
+    def work(self, stopped: Callable[[], bool]) -> None:
         looks = 0
         try:
-            while (self.todo or self.active or self.elsewhere) and not stopped.is_set():
+            while (self.todo or self.active or self.elsewhere) and not stopped():
                 while self.todo and len(self.active) < self.backend.num_slots:
                     run_id = self.todo.popleft()
                     self.backend.start(run_id)
@@ -125,7 +123,7 @@ class _Launch:
         finally:
             # Also when the launcher itself fails: nobody is left behind.
             self.backend.stop()
-        self.outcome.interrupted = stopped.is_set()
+        self.outcome.interrupted = stopped()
 
     def _settle(self, ended: Ended) -> None:
         run_id = ended.run_id
@@ -175,31 +173,8 @@ class _Launch:
         self.progress.say(line)
         outcome = self.outcome
         note = f"{len(outcome.failed)} failed" if outcome.failed else ""
-        self.advance(outcome.skipped + outcome.done + len(outcome.failed), note)
+        self.advance(outcome.done + len(outcome.failed), note)
 
     def _dice(self, run_id: str) -> str:
         facts = self.experiment.files(run_id).read_done() or {}
         return "".join(f", test Dice {dice:.4f} ({arm})" for arm, dice in facts.get("test_dice", {}).items())
-
-
-@contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """Turn Ctrl-C and SIGTERM into an event; a second one acts at once."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_signal(number: int, frame: object) -> None:
-        stopped.set()
-        for known, handler in previous.items():
-            signal.signal(known, handler)
-
-    for number in previous:
-        signal.signal(number, on_signal)
-    try:
-        yield stopped
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
