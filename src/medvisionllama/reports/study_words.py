@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from medvisionllama.evaluation.statistics import smallest_p
 from medvisionllama.reports.study import Metric, Study, metric_of, percent, source
 
 ALPHA = 0.05
@@ -48,15 +49,6 @@ def p_words(p: float) -> str:
     if pd.isna(p):
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.2g}"
-
-
-def smallest_p(num_patients: int) -> float:
-    """Smallest two-sided p that a signed-rank test of so many patients can reach.
-
-    >>> smallest_p(5), smallest_p(6)
-    (0.0625, 0.03125)
-    """
-    return min(1.0, 2.0 / 2.0**num_patients)
 
 
 def verdict(row: Mapping[Any, Any], metric: Metric) -> str:
@@ -106,7 +98,9 @@ def _limits(row: Mapping[Any, Any]) -> Iterable[str]:
         yield f"the patients of these trainings differ, but {vary}"
     # The test drops patients without a difference.
     informative = int(row["wins"] + row["losses"])
-    if smallest_p(informative) >= ALPHA:
+    if not informative:
+        yield "no patient differs"
+    elif smallest_p(informative) >= ALPHA:
         yield (
             f"{informative} patients that differ are too few for any p below {ALPHA} "
             f"(the smallest this test can give is {smallest_p(informative):g})"
