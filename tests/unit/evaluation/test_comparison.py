@@ -174,6 +174,7 @@ def test_an_arm_without_a_pair_keeps_its_row_and_costs_the_others_nothing():
     assert math.isnan(table.loc["mlp", "p"])
     assert math.isnan(table.loc["mlp", "p_holm"])
     assert table.loc["block", "p_holm"] == table.loc["block", "p"]
+    assert table.loc["block", "family_size"] == 1
 
 
 def test_seeds_may_bring_splits_of_their_own():
