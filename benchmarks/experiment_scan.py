@@ -47,6 +47,25 @@ MATRIX = {
 }
 
 
+PATIENTS = [f"patient_{number:03d}" for number in range(200)]
+FACTS = {
+    "splits_sha256": "0" * 64,
+    "data_sha256": "0" * 64,
+    "cases": {"train": 144, "validation": 36, "test": 20},
+    "patients": {"train": PATIENTS[:144], "validation": PATIENTS[144:180], "test": PATIENTS[180:]},
+    **{"steps": 1000, "seconds": 60.0, "validation_dice": 0.8, "evaluation_seconds": 5.0},
+    **{
+        "test_dice": {"none": 0.8},
+        "gate_rms": None,
+        "trainable": 3_834_337,
+        "frozen": 3_540_672,
+        "gflops": 2.3,
+    },
+    **{"attempts": 1, "machine": "two cores", "git_revision": "0" * 40},
+}
+"""What a finished run with two hundred patients leaves."""
+
+
 class NoBackend:
     """Starts nothing: what is left of a launch is the look at the folder."""
 
@@ -106,8 +125,7 @@ def fill(experiment: Experiment, run_ids: list[str]) -> None:
             files.config.touch()
             (files.path / "history.jsonl").touch()
         if number % 10 < 5:
-            facts = {"run_id": run_id, "seconds": 60.0, "evaluation_seconds": 5.0, "test_dice": {"none": 0.8}}
-            files.done.write_text(json.dumps(facts))
+            files.done.write_text(json.dumps({"run_id": run_id, **FACTS}, indent=2))
         elif number % 10 == 5:
             files.add_failure("out of memory", "Traceback ...", where="here")
 

@@ -59,6 +59,11 @@ def status_words(found: Status) -> str:
     lines = [f"{len(found.runs)} runs: {sums}"]
     if (left := found.seconds_left()) is not None:
         lines.append(f"about {left / 3600:.1f} hours left at the pace of the finished runs")
+    strangers = found.experiment.strangers(found.runs)
+    if strangers:
+        lines.append(
+            f"{len(strangers)} folders belong to no run of the matrix (any more), as runs/{strangers[0]}; they are left alone"
+        )
     failures = found.failures()
     lines += [f"failed: {run_id}: {error}" for run_id, error in list(failures.items())[:5]]
     if len(failures) > 5:

@@ -63,7 +63,10 @@ def run(
     slots: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time; by default one for each GPU, or for each core.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each run; default 1.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads of each run; by default 1, or the cores shared out among GPUs."),
+    ] = None,
     gpus_per_run: Annotated[
         float | None,
         typer.Option(
@@ -99,13 +102,12 @@ def run(
         only=only or (),
         progress=TerminalProgress(),
     )
-    folder = verbs.status(matrix, out=out).experiment.path
     if as_json:
         typer.echo(json.dumps(asdict(outcome)))
     else:
         typer.echo(
             f"{outcome.done} done now, {outcome.skipped} before, {len(outcome.failed)} failed; "
-            f"see: medvisionllama experiment report {folder}"
+            f"see: medvisionllama experiment report {outcome.folder}"
         )
     if outcome.interrupted:
         typer.echo("stopped with everything saved; the same command goes on", err=True)
@@ -127,6 +129,8 @@ def status(
 
     Example: medvisionllama experiment status experiments/claims --watch
     """
+    if watch and as_json:
+        raise typer.BadParameter("--watch shows a table again and again; drop it or --json")
     from medvisionllama.cli._experiment_tables import print_table, status_table, status_words
     from medvisionllama.experiments import verbs
 
@@ -142,9 +146,12 @@ def status(
         typer.echo(status_words(found))
         return
     with Live(Group(status_table(found), status_words(found)), auto_refresh=False) as live:
-        while found.count("done") + found.count("failed") < len(found.runs):
+        still = 0
+        # A failed run may be about to be tried again: twice over is over.
+        while still < 2:
             time.sleep(3)
             found = verbs.status(matrix, out=out)
+            still = still + 1 if found.count("done") + found.count("failed") == len(found.runs) else 0
             live.update(Group(status_table(found), status_words(found)), refresh=True)
 
 

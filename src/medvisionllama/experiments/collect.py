@@ -1,7 +1,7 @@
 """From the folders of finished runs to the tables of a report."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ import pandas as pd
 
 from medvisionllama.errors import CheckpointError
 from medvisionllama.evaluation.evaluate import read_table
-from medvisionllama.experiments.execute import variant_name
-from medvisionllama.experiments.matrix import PlannedRun, Variant
+from medvisionllama.evaluation.metrics import Measures
+from medvisionllama.experiments.matrix import PlannedRun, Variant, variant_name
 from medvisionllama.experiments.store import Experiment, State
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.run_dir import RunDir
@@ -54,6 +54,10 @@ _CURVE_COLUMNS = [
     "loss",
     "dice",
 ]
+_CASE_COLUMNS = [
+    *("run_id", "task", "model", "arm", "fraction", "fold", "seed", "splits_sha256"),
+    *("case_id", "patient_id", "class", *(field.name for field in fields(Measures))),
+]
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Frames:
     curves: pd.DataFrame
     """A row for each validation."""
     train_patients: dict[str, tuple[str, ...]]
-    """Of each finished run."""
+    """Those that each finished run was trained or chosen by."""
 
 
 def collect(
@@ -97,12 +101,15 @@ def collect(
                 if facts:
                     cases.append(_cases(run, variant, facts, files.path))
             if facts:
-                patients[run.run_id] = tuple(facts["patients"]["train"])
+                patients[run.run_id] = (
+                    *facts["patients"]["train"],
+                    *facts["patients"]["validation"],
+                )
                 curves += _curve_rows(run, files.path)
             advance(number)
     return Frames(
         pd.DataFrame(rows, columns=_RUN_COLUMNS),
-        pd.concat(cases, ignore_index=True) if cases else pd.DataFrame(columns=[*_names_columns(), "class"]),
+        pd.concat(cases, ignore_index=True) if cases else pd.DataFrame(columns=_CASE_COLUMNS),
         pd.DataFrame(curves, columns=_CURVE_COLUMNS),
         patients,
     )
@@ -118,10 +125,6 @@ def _names(run: PlannedRun, variant: Variant | None) -> dict[str, Any]:
         "fold": run.fold,
         "seed": run.seed,
     }
-
-
-def _names_columns() -> list[str]:
-    return ["run_id", "task", "model", "arm", "fraction", "fold", "seed", "splits_sha256"]
 
 
 def _run_row(
@@ -146,6 +149,8 @@ def _run_row(
     if variant is not None:
         # The weights are those of the run itself: its training is counted there.
         row |= {"seconds": 0.0, "evaluation_seconds": 0.0} if facts else {}
+        # Its network is smaller than the one that was trained.
+        row |= {"frozen": None, "gflops": None, "gate_rms": None}
     return {
         **names,
         "state": state,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from medvisionllama._files import canonical_hash
 from medvisionllama.config import Config
 from medvisionllama.data.fingerprint import Fingerprint, fingerprint
@@ -14,7 +16,7 @@ from medvisionllama.data.msd_tasks import find_task
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.resample import shape_at
 from medvisionllama.data.splits import NUM_FOLDS, TEST_SHARE, select
-from medvisionllama.errors import BlockError, ConfigError, DataError, MedVisionLlamaError
+from medvisionllama.errors import DataError, MedVisionLlamaError
 from medvisionllama.experiments.fair import match_run
 from medvisionllama.experiments.matrix import PlannedRun
 from medvisionllama.experiments.probe import Timing, time_steps
@@ -99,8 +101,10 @@ def estimate(
             row = Row(*names, runs=len(members))
             try:
                 _describe(row, members, known, timed=timed)
-            except (DataError, ConfigError, BlockError) as error:
+            except MedVisionLlamaError as error:
                 row.problem = str(error)
+            except (MemoryError, torch.OutOfMemoryError):
+                row.problem = f"{row.model}, {row.arm}: a step does not fit the memory of this machine"
             found.rows.append(row)
             advance(number, row.arm)
     found.problems = list(dict.fromkeys(row.problem for row in found.rows if row.problem))
@@ -138,7 +142,7 @@ class _Known:
                 self._datasets[key] = error
         known = self._datasets[key]
         if isinstance(known, MedVisionLlamaError):
-            published = _published(run, config)
+            published = None if self.data(run).exists() else _published(run, config)
             if published is None:
                 raise known
             return published

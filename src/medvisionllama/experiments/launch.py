@@ -12,7 +12,7 @@ from typing import Protocol
 from medvisionllama._files import is_locked
 from medvisionllama.experiments.matrix import PlannedRun
 from medvisionllama.experiments.store import Experiment
-from medvisionllama.experiments.worker import DONE, FAILED, INTERRUPTED, TAKEN
+from medvisionllama.experiments.worker import DONE, FAILED, INTERRUPTED, TAKEN, UNKNOWN
 from medvisionllama.progress import Advance, Progress
 from medvisionllama.training.interrupts import interruptible
 
@@ -57,8 +57,12 @@ class Outcome:
     """Runs finished, by this launcher or another, since it began."""
     skipped: int = 0
     """Runs that were finished before."""
+    dropped: int = 0
+    """Runs that the matrix, changed meanwhile, does not hold any more."""
     failed: list[str] = field(default_factory=list)
     interrupted: bool = False
+    folder: str = ""
+    """Of the experiment."""
 
 
 def launch(
@@ -75,7 +79,7 @@ def launch(
     """
     states = experiment.states(runs)
     todo = deque(run.run_id for run in runs if states[run.run_id] != "done")
-    outcome = Outcome(skipped=len(runs) - len(todo))
+    outcome = Outcome(skipped=len(runs) - len(todo), folder=str(experiment.path))
     # What was done before took no time of this launch, and must not shorten the time left.
     with interruptible() as stopped, progress.track("runs", max(1, len(todo))) as advance:
         _Launch(experiment, backend, retries, progress, advance, outcome, todo).work(stopped)
@@ -134,6 +138,9 @@ class _Launch:
             self.elsewhere.add(run_id)
         elif ended.exit_code == INTERRUPTED:
             self.todo.append(run_id)
+        elif ended.exit_code == UNKNOWN:
+            self.outcome.dropped += 1
+            self._tell(f"{run_id}: left out, since the matrix changed and does not hold it any more")
         else:
             self._fail(ended)
 
@@ -173,7 +180,7 @@ class _Launch:
         self.progress.say(line)
         outcome = self.outcome
         note = f"{len(outcome.failed)} failed" if outcome.failed else ""
-        self.advance(outcome.done + len(outcome.failed), note)
+        self.advance(outcome.done + outcome.dropped + len(outcome.failed), note)
 
     def _dice(self, run_id: str) -> str:
         facts = self.experiment.files(run_id).read_done() or {}

@@ -32,11 +32,11 @@ class LocalBackend:
     Args:
         slots: workers at a time.
         threads: of each; a slot stays on as many cores of its own where there are enough.
-        gpus: indices of GPUs that slots take turns in.
+        gpus: names of GPUs, as CUDA_VISIBLE_DEVICES takes them, that slots take turns in.
     """
 
     def __init__(
-        self, experiment: Experiment, *, slots: int, threads: int, gpus: tuple[int, ...] = ()
+        self, experiment: Experiment, *, slots: int, threads: int, gpus: tuple[str, ...] = ()
     ) -> None:
         self.experiment = experiment
         self.num_slots = slots
@@ -64,7 +64,7 @@ class LocalBackend:
         deadline = time.monotonic() + seconds
         while True:
             ended = self._collect()
-            if ended or not self._workers or time.monotonic() >= deadline:
+            if ended or time.monotonic() >= deadline:
                 return ended
             time.sleep(0.05)
 
@@ -98,7 +98,7 @@ class LocalBackend:
             mine = cores[slot * self.threads : (slot + 1) * self.threads]
             place[CORES] = ",".join(map(str, mine))
         if self.gpus:
-            place["CUDA_VISIBLE_DEVICES"] = str(self.gpus[slot % len(self.gpus)])
+            place["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         return place
 
 
@@ -109,7 +109,7 @@ def available_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def default_place() -> tuple[int, int, tuple[int, ...]]:
+def default_place() -> tuple[int, int, tuple[str, ...]]:
     """Slots, threads and GPUs for this machine: a slot for each GPU, else one for each core that memory allows.
 
     A network of our size gains little from a second thread, and two processes of one thread each do more steps.
@@ -117,9 +117,19 @@ def default_place() -> tuple[int, int, tuple[int, ...]]:
     import psutil
     import torch
 
-    gpus = tuple(range(torch.cuda.device_count()))
+    gpus = visible_gpus(torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     cores = len(available_cores())
     if gpus:
         return len(gpus), max(1, cores // len(gpus)), gpus
     gibibytes = psutil.virtual_memory().available / 2**30
     return max(1, min(cores, int(gibibytes // 4))), 1, ()
+
+
+def visible_gpus(number: int, allotted: str | None) -> tuple[str, ...]:
+    """Names of this process's GPUs: those it was allotted, which need not be the machine's first ones.
+
+    >>> visible_gpus(2, "2,3"), visible_gpus(2, None)
+    (('2', '3'), ('0', '1'))
+    """
+    names = [name.strip() for name in (allotted or "").split(",") if name.strip()]
+    return tuple(names[:number]) if names else tuple(map(str, range(number)))

@@ -1,8 +1,8 @@
 """A matrix: tasks × models × arms × fractions × folds × seeds, as a YAML file and as validated runs.
 
 A *model* is the network around the insert, an *arm* what is compared inside it. A run's id is readable and ends in
-a hash of everything that defines the run, so it is the same on every machine, and a run whose settings change gets
-another id. Nothing here reads a scan.
+a hash of the preset and of every setting that the matrix makes, so it is the same on every machine, and a run whose
+settings change gets another id. Nothing here reads a scan.
 """
 
 import re
@@ -19,6 +19,7 @@ from medvisionllama.config import Config, load_config
 from medvisionllama.config.load import apply_overrides, parse_overrides
 from medvisionllama.config.presets import preset_settings
 from medvisionllama.config.schema import Section, Seed
+from medvisionllama.data.splits import NUM_FOLDS
 from medvisionllama.errors import ConfigError
 
 Settings = dict[str, Any]
@@ -27,7 +28,7 @@ Criterion = Literal["trainable", "total", "flops"]
 
 _LIMITS = ("train.epochs", "train.max_steps", "train.max_minutes")
 _AXES = {"data.fold", "data.fraction", "data.num_cases", "train.seed", "data.path", "out"}
-_WITHOUT_EFFECT = {"train.device", "train.save_seconds"}
+WITHOUT_EFFECT = {"train.device", "train.save_seconds"}
 """Settings that change no result, and therefore no id."""
 
 
@@ -77,12 +78,12 @@ class ArmSpec(Section):
     about: str = ""
     """What the arm isolates, in a line; the report shows it."""
     set: Settings = Field(default_factory=dict)
-    each: dict[str, list[Any]] = Field(default_factory=dict)
+    each: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Settings with several values: one arm for each combination, named arm-value."""
     match: MatchSpec | None = None
-    models: tuple[str, ...] | None = None
+    models: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Models that have this arm; by default all."""
-    fractions: tuple[Fraction, ...] | None = None
+    fractions: Annotated[tuple[Fraction, ...], Field(min_length=1)] | None = None
     """Shares at which it is run; by default all of the matrix."""
     also: tuple[Variant, ...] = ()
     """Further evaluations of the same weights: `block_removed` leaves the frozen block out of a trained network."""
@@ -117,10 +118,19 @@ class Matrix(Section):
                 raise ValueError(
                     f"arm {name} asks for the model {unknown[0]!r}; models: {', '.join(self.models)}"
                 )
+            other = sorted(set(arm.fractions or ()) - set(self.fractions))
+            if other:
+                raise ValueError(f"arm {name} asks for the fraction {other[0]}; fractions: {self.fractions}")
+            if arm.match and arm.also:
+                raise ValueError(f"arm {name} has no block that `also` could leave out; drop also")
             if arm.match and arm.each:
                 raise ValueError(f"arm {name} has both match and each; give one of them")
         names = [arm.name for arm in self.expanded_arms()]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        shown = [
+            *names,
+            *(variant_name(arm.name, one) for arm in self.expanded_arms() for one in arm.spec.also),
+        ]
+        twice = sorted({name for name in shown if shown.count(name) > 1})
         if twice:
             raise ValueError(f"two arms are called {twice[0]!r}; rename one")
         if self.reference not in names:
@@ -270,7 +280,7 @@ def _cells(matrix: Matrix) -> Iterator[_Cell]:
                     target = _settings(matrix, task, model, by_name[arm.spec.match.arm], where)
                 identity = [
                     apply_overrides(preset_settings(matrix.models[model].preset), _lasting(settings)),
-                    str(matrix.tasks[task].data or matrix.tasks[task].phantoms),
+                    str(matrix.tasks[task].data or f"{matrix.tasks[task].phantoms} phantoms"),
                     None if arm.spec.match is None else [arm.spec.match.model_dump(), _lasting(target or {})],
                 ]
                 yield _Cell(matrix, task, model, arm, settings, target, canonical_hash(identity))
@@ -288,14 +298,32 @@ def _settings(matrix: Matrix, task: str, model: str, arm: Arm, where: str) -> Se
         # A limit that the matrix did not ask for would cut its runs short.
         settings = {**dict.fromkeys(_LIMITS), **settings}
     try:
-        load_config(matrix.models[model].preset, settings)
+        config = load_config(matrix.models[model].preset, settings)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+    _check_runnable(matrix, arm, config, where)
     return settings
 
 
+def _check_runnable(matrix: Matrix, arm: Arm, config: Config, where: str) -> None:
+    """Refuse what only a run would find out, after hours."""
+    if arm.spec.also and not (config.network.tokens and config.network.insert == "llm"):
+        raise ConfigError(f"{where}: there is no block that `also` could leave out; drop also")
+    if matrix.split_per_seed and (config.data.splits or "data.split_seed" in arm.settings):
+        raise ConfigError(
+            f"{where}: split_per_seed draws the splits; leave data.splits and data.split_seed out"
+        )
+    if config.data.splits is None and max(matrix.folds) >= NUM_FOLDS:
+        raise ConfigError(f"{where}: fold {max(matrix.folds)} does not exist; folds are 0 to {NUM_FOLDS - 1}")
+
+
 def _lasting(settings: Settings) -> Settings:
-    return {key: value for key, value in settings.items() if key not in _WITHOUT_EFFECT}
+    return {key: value for key, value in settings.items() if key not in WITHOUT_EFFECT}
+
+
+def variant_name(arm: str, variant: str) -> str:
+    """Name under which a further evaluation of an arm's weights stands in the tables."""
+    return f"{arm}-{variant.replace('_', '-')}"
 
 
 def _expand(name: str, spec: ArmSpec) -> Iterator[Arm]:

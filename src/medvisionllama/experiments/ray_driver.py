@@ -160,8 +160,7 @@ class Driver:
             self._note(task.run_id, f"could not run on {where}: {lines[-1]}")
             return None
         self._note(task.run_id, f"lost on {where}: {lines[0].partition('. ')[0]}")
-        if task.node_id:
-            self._losses[task.run_id] += 1
+        self._losses[task.run_id] += 1
         return INTERRUPTED if self._losses[task.run_id] <= _LOSSES else None
 
     def _note(self, run_id: str, line: str) -> None:

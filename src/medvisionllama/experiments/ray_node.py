@@ -6,6 +6,7 @@ python -m medvisionllama.experiments.ray_node     prints which medvisionllama th
 import hashlib
 import json
 import os
+import secrets
 import platform
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def _folder_fault(token: Path) -> str:
         if time.monotonic() > deadline:
             return f"{token.parent} is not the launcher's folder there; it must be a shared folder, at the same path on every node"
         time.sleep(0.2)
-    mine = token.with_name(f"{token.name}-{os.getpid()}")
+    mine = token.with_name(f"{token.name}-{secrets.token_hex(8)}")
     try:
         mine.touch()
         mine.unlink()

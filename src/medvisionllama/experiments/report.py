@@ -10,8 +10,7 @@ from medvisionllama.errors import ConfigError
 from medvisionllama.evaluation.comparison import Family, average_ranks, compare, summarise_arms
 from medvisionllama.evaluation.statistics import critical_difference
 from medvisionllama.experiments.collect import Frames, collect
-from medvisionllama.experiments.execute import variant_name
-from medvisionllama.experiments.matrix import Matrix, PlannedRun, expand
+from medvisionllama.experiments.matrix import Matrix, PlannedRun, expand, variant_name
 from medvisionllama.experiments.store import Experiment
 from medvisionllama.progress import Progress
 from medvisionllama.reports.html import write_report
@@ -71,7 +70,7 @@ def _study(
         arms=arm_words(matrix),
         ranks=ranks if blocks > 1 else None,
         critical_difference=critical_difference(len(ranks), blocks) if blocks > 1 else None,
-        notes=_notes(experiment, runs, matrix),
+        notes=[*_notes(experiment, runs, matrix), *_revisions(experiment, runs)],
         compute=_compute(frames.runs),
         links=links,
     )
@@ -106,6 +105,18 @@ def _notes(experiment: Experiment, runs: Sequence[PlannedRun], matrix: Matrix) -
             f"The folder holds {len(strangers)} runs that the matrix does not name; they are in no table."
         )
     return notes
+
+
+def _revisions(experiment: Experiment, runs: Sequence[PlannedRun]) -> list[str]:
+    """A run's id does not say which code made it."""
+    found = {
+        str(facts.get("git_revision"))
+        for run in runs
+        if (facts := experiment.files(run.run_id).read_done()) is not None
+    }
+    if len(found) < 2:
+        return []
+    return [f"The runs were made by {len(found)} revisions of the code: {', '.join(sorted(found))}."]
 
 
 def _compute(runs: pd.DataFrame) -> dict[str, str]:

@@ -2,10 +2,10 @@
 
 matrix.yaml             the matrix
 experiment.json         where the datasets are
-probe.json              timings of `experiment plan`
 runs/<id>/              a run folder, as `train` makes it, and:
     lock                held by the process that works on the run; the system frees it however that process ends
     log.txt             what the run said
+    trained.json        written when training is over, so that it is not repeated for a further evaluation
     failures.jsonl      one line per failure, with its traceback
     done.json           written last, with the facts of the report
 results/                what `experiment report` writes
@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from medvisionllama._files import is_locked, locked, user_cache, write_json, write_text
 from medvisionllama.errors import CheckpointError, DataError
-from medvisionllama.experiments.matrix import Matrix, PlannedRun, read_matrix
+from medvisionllama.experiments.matrix import Matrix, PlannedRun, expand, read_matrix, variant_name
 
 State = Literal["planned", "running", "interrupted", "failed", "done"]
 STATES: tuple[State, ...] = ("done", "running", "interrupted", "failed", "planned")
@@ -39,6 +39,7 @@ class RunFiles:
         self.lock = path / "lock"
         self.log = path / "log.txt"
         self.failures = path / "failures.jsonl"
+        self.trained = path / "trained.json"
         self.done = path / "done.json"
 
     def read_done(self) -> dict[str, Any] | None:
@@ -101,12 +102,16 @@ class Experiment:
             ConfigError: the matrix cannot be used.
         """
         matrix = read_matrix(matrix_file)
+        # Workers read the file that is about to be replaced: it must be one that they can use.
+        expand(matrix)
         root = _root(path, data_root)
         source = matrix_file.read_text()
         kept = path / "matrix.yaml"
         if not kept.is_file() or kept.read_text() != source:
             write_text(kept, source)
-        if _read_facts(path).get("data_root") != str(root):
+        # The current folder is a guess, and must not outlive a better one.
+        told = data_root is not None or bool(os.environ.get("MEDVISIONLLAMA_DATA"))
+        if told and _read_facts(path).get("data_root") != str(root):
             write_json(path / "experiment.json", {"data_root": str(root)})
         return cls(path, matrix, root)
 
@@ -164,16 +169,23 @@ class Experiment:
     def states(self, runs: Sequence[PlannedRun]) -> dict[str, State]:
         """State of every run, from one look at the folder."""
         present = _names(self.path / "runs")
-        return {run.run_id: self._state(run.run_id) if run.run_id in present else "planned" for run in runs}
+        return {run.run_id: self._state(run) if run.run_id in present else "planned" for run in runs}
+
+    def is_done(self, run: PlannedRun) -> bool:
+        """Whether a run is trained and evaluated, in every way that the matrix asks for by now."""
+        facts = self.files(run.run_id).read_done()
+        return facts is not None and {variant_name(run.arm, one) for one in run.also} <= set(
+            facts["test_dice"]
+        )
 
     def strangers(self, runs: Iterable[PlannedRun]) -> list[str]:
         """Folders of runs that the matrix does not hold (any more)."""
         return sorted(_names(self.path / "runs") - {run.run_id for run in runs})
 
-    def _state(self, run_id: str) -> State:
-        files = self.files(run_id)
+    def _state(self, run: PlannedRun) -> State:
+        files = self.files(run.run_id)
         names = _names(files.path)
-        if "done.json" in names:
+        if "done.json" in names and (not run.also or self.is_done(run)):
             return "done"
         if "lock" in names and is_locked(files.lock):
             return "running"

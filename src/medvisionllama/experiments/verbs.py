@@ -48,7 +48,7 @@ def plan(
     threads: int = 1,
     progress: Progress | None = None,
 ) -> Estimate:
-    """Say what a matrix will cost; nothing is written.
+    """Say what a matrix will cost; nothing is written but phantoms, into the user's cache.
 
     Args:
         probe: train every kind of network for about a second, to tell hours.
@@ -94,7 +94,7 @@ def run(
         backend: processes of this machine, or the nodes of a Ray cluster.
         address: of the Ray cluster; by default RAY_ADDRESS, or one that runs on this machine.
         slots: runs at a time on this machine; by default one for each GPU, or for each core.
-        threads: of each run.
+        threads: of each run; by default 1, or the cores shared out among the GPUs.
         gpus_per_run: of a Ray cluster, by default none; 0.5 lets two runs share one.
         retries: how often a failed run is tried again.
         only: patterns of run ids, as "*-small-*"; by default all.
@@ -102,10 +102,12 @@ def run(
     Raises:
         MedVisionLlamaError: anything the user can fix, in one line.
     """
-    experiment = open_experiment(matrix, out=out, data=data)
+    root = None if data is None else Path(data)
+    experiment = Experiment.look(Path(matrix), out=out, data_root=root)
     chosen = select_runs(expand(experiment.matrix), only)
     # A dataset that is not there would fail a hundred runs one by one.
     datasets = {one.task: experiment.data_of(one) for one in {one.task: one for one in chosen}.values()}
+    experiment = open_experiment(matrix, out=out, data=data)
     workers = _make_backend(
         experiment,
         backend,

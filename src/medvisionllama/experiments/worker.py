@@ -33,35 +33,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _stay_on_cores(os.environ.get(CORES, ""))
     _end_with_parent()
     # Imported here: cores and threads must be chosen before PyTorch starts.
+    from medvisionllama.experiments.store import RunFiles
+
+    try:
+        return _work(given.folder, given.run_id, given.wait)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - whatever went wrong is the record of this run
+        shown = traceback.format_exc()
+        _say(shown)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        files = RunFiles(given.folder / "runs" / given.run_id)
+        files.add_failure(reason, shown, where=platform.node())
+        return FAILED
+
+
+def _work(folder: Path, run_id: str, seconds_to_wait: float) -> int:
     from medvisionllama._files import lock_if_free
     from medvisionllama.experiments.matrix import expand
     from medvisionllama.experiments.store import Experiment
 
-    experiment = Experiment.open(given.folder)
-    run = next((run for run in expand(experiment.matrix) if run.run_id == given.run_id), None)
+    experiment = Experiment.open(folder)
+    run = next((run for run in expand(experiment.matrix) if run.run_id == run_id), None)
     if run is None:
-        _say(f"{given.run_id} is no run of {given.folder}")
+        _say(f"{run_id} is no run of {folder} (any more)")
         return UNKNOWN
-    files = experiment.files(run.run_id)
-    with lock_if_free(files.lock, seconds=given.wait) as free:
+    with lock_if_free(experiment.files(run_id).lock, seconds=seconds_to_wait) as free:
         if not free:
             return TAKEN
-        if files.done.is_file():
+        if experiment.is_done(run):
             return DONE
         from medvisionllama.experiments.execute import execute
         from medvisionllama.progress import Lines
 
-        try:
-            finished = execute(experiment, run, progress=Lines(_say))
-        except KeyboardInterrupt:
-            return INTERRUPTED
-        except Exception as error:  # noqa: BLE001 - whatever went wrong is the record of this run
-            shown = traceback.format_exc()
-            _say(shown)
-            reason = " ".join(str(error).split()) or type(error).__name__
-            files.add_failure(reason, shown, where=platform.node())
-            return FAILED
-        return DONE if finished else INTERRUPTED
+        return DONE if execute(experiment, run, progress=Lines(_say)) else INTERRUPTED
 
 
 def _stay_on_cores(text: str) -> None:

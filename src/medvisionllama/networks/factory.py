@@ -13,7 +13,7 @@ from medvisionllama.llm.prompt import empty_prompt
 from medvisionllama.networks.embeds import PatchEmbed, StemEmbed
 from medvisionllama.networks.heads import LinearHead, SkipHead, UpsampleHead
 from medvisionllama.networks.inserts import LLMInsert, MLPInsert
-from medvisionllama.networks.matching import Criterion, Match, deeper, wider
+from medvisionllama.networks.matching import Criterion, Match, deeper, ratio_for, wider
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.networks.sizes import Sizes, sizes_of
 from medvisionllama.networks.vit import VisionTransformer, grid_after
@@ -108,7 +108,9 @@ def match_mlp(config: NetworkConfig, target: Sizes, *, by: Criterion, **shapes: 
     _check_insertable(config)
 
     def sizes_at(hidden: int) -> Sizes:
-        return network_sizes(_changed(config, insert="mlp", insert_mlp_ratio=hidden / config.width), **shapes)
+        return network_sizes(
+            _changed(config, insert="mlp", insert_mlp_ratio=ratio_for(config.width, hidden)), **shapes
+        )
 
     return wider(target, sizes_at, by=by, width=config.width)
 

@@ -82,7 +82,10 @@ def size_latex(rows: list[SizeRow], columns: list[tuple[str, float]]) -> str:
         for row in rows
     ]
     head = [" & ".join(map(escape, titles)) + r" \\"]
-    caption = r"Size of each arm, and its Dice with most training cases (mean $\pm$ SD over runs)."
+    caption = (
+        r"Size of each arm, and its Dice with most training cases (mean $\pm$ SD over runs); wide with many tasks. "
+        r"Bold, $^{+}$, $^{-}$ and $^{\dagger}$ as in the tables of Dice."
+    )
     return (
         "% from arms.csv and summary.csv\n"
         + _NEEDS

@@ -75,9 +75,14 @@ class Study:
             return self.headline
         return next((arm for arm in self.arm_names if arm in compared), None)
 
+    @property
+    def trainings(self) -> pd.DataFrame:
+        """The runs without further evaluations of their weights."""
+        return self.runs[self.runs["variant_of"].fillna("") == ""]
+
     def state(self, name: str) -> pd.DataFrame:
         """Runs that are done, failed, planned, ..."""
-        return self.runs[self.runs["state"] == name]
+        return self.trainings[self.trainings["state"] == name]
 
 
 _NUMBERS = (

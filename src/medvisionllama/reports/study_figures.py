@@ -180,6 +180,8 @@ def _scatter(study: Study, key: dict[str, Any], group: pd.DataFrame) -> Scatter:
     def place(value: float) -> float:
         return round((value - bottom) / (1 - bottom) * SIDE, 1)
 
+    rows = study.runs[(study.runs["arm"] == key["arm"]) & (study.runs["variant_of"].fillna("") != "")]
+    is_training = rows.empty
     dots = [
         Dot(
             x=place(row["reference_dice"]),
@@ -190,7 +192,8 @@ def _scatter(study: Study, key: dict[str, Any], group: pd.DataFrame) -> Scatter:
                 f"{number(row['reference_dice'], 3)}, difference {signed(row['difference'], 3)}, "
                 f"runs: {row['num_runs']}"
             ),
-            link=link_of(study, row["run_id"]),
+            # A run's page shows the masks of the whole network, not those of a further evaluation.
+            link=link_of(study, row["run_id"]) if is_training else None,
         )
         for row in group.to_dict(orient="records")
     ]

@@ -13,7 +13,7 @@ from medvisionllama.reports import study_plots
 from medvisionllama.reports.latex import file_name, measure_latex, size_latex
 from medvisionllama.reports.pages import render
 from medvisionllama.reports.study import Study, arms_table, patients_table, percent, source, whole
-from medvisionllama.reports.study_figures import MAX_DOTS, by_arm, forests, link_of, scatters
+from medvisionllama.reports.study_figures import by_arm, forests, link_of, scatters
 from medvisionllama.reports.study_tables import measure_tables, size_columns, size_rows
 from medvisionllama.reports.study_words import count_words, number, problems, statements
 
@@ -52,7 +52,9 @@ def write_study(study: Study, folder: Path) -> Path:
         latex["ablation.tex"] = size_latex(sizes, columns)
     for name, text in latex.items():
         write_text(folder / name, text)
+    _remove_stale(folder, {*(f"{name}.csv" for name in frames), *latex})
     told = statements(study)
+    drawn = scatters(study, patients)
     page = render(
         "study.html.j2",
         study=study,
@@ -66,16 +68,17 @@ def write_study(study: Study, folder: Path) -> Path:
         size_columns=columns,
         arms=arms.to_dict(orient="records"),
         forests=forests(study),
-        scatters=by_arm(scatters(study, patients)),
-        max_dots=MAX_DOTS,
+        scatters=by_arm(drawn),
         num_patients=len(patients),
+        num_drawn=sum(len(item.dots) for item in drawn),
         curves=_pictures(study),
         few_shot=_few_shot(study),
         ranks=study_plots.rank_diagram(study),
         data=_data_rows(study.runs),
         runs=study.runs.head(_MAX_RUNS).to_dict(orient="records"),
         failed=study.state("failed").to_dict(orient="records"),
-        states=study.runs["state"].value_counts().to_dict(),
+        states=study.trainings["state"].value_counts().to_dict(),
+        num_trainings=len(study.trainings),
         num_patients_tested=len(study.cases[["task", "patient_id"]].drop_duplicates()),
         files=[*(f"{name}.csv" for name in frames), *latex],
         link=lambda run_id: link_of(study, run_id),
@@ -86,6 +89,13 @@ def write_study(study: Study, folder: Path) -> Path:
     index = folder / "index.html"
     write_text(index, page)
     return index
+
+
+def _remove_stale(folder: Path, written: set[str]) -> None:
+    """Delete tables that an earlier page had and this one has not; other files stay."""
+    for path in [*folder.glob("table-*.tex"), folder / "ablation.tex", folder / "ranks.csv"]:
+        if path.name not in written:
+            path.unlink(missing_ok=True)
 
 
 def _free(name: str, taken: Iterable[str]) -> str:

@@ -13,6 +13,8 @@ from medvisionllama.reports.study import Metric, Study, metric_of, percent, sour
 ALPHA = 0.05
 MARGIN = 0.01
 """A difference of Dice that would matter; `patients_needed` is about the same one."""
+TRUSTED_PATIENTS = 25
+"""With fewer, the bootstrap interval is too narrow to rule anything out (decision 0016)."""
 KEY = ("task", "model", "fraction", "metric", "arm")
 
 
@@ -58,7 +60,14 @@ def verdict(row: Mapping[Any, Any], metric: Metric) -> str:
     """
     if not (_is_small(row["p_holm"]) and _is_small(row["seed_p"]) and metric.sign(row["difference"])):
         return "open"
+    if _ranks_disagree(row):
+        return "open"
     return "better" if metric.sign(row["difference"]) > 0 else "worse"
+
+
+def _ranks_disagree(row: Mapping[Any, Any]) -> bool:
+    """Whether most patients go one way and their mean the other, pulled by a few."""
+    return bool(row["effect"] * row["difference"] < 0)
 
 
 def _is_small(p: float) -> bool:
@@ -92,9 +101,15 @@ def statement(row: Mapping[Any, Any]) -> Statement:
 def _limits(row: Mapping[Any, Any]) -> Iterable[str]:
     """What an absent difference is worth."""
     if _is_small(row["p_holm"]):
-        vary = "one training each says nothing of how much trainings vary"
-        if not pd.isna(row["seed_p"]):
-            vary = f"trainings vary about as much (SD over runs {number(row['seed_sd'], 3)})"
+        if row["num_runs"] < 2:
+            vary = "one training each says nothing of how much trainings vary"
+        elif _is_small(row["seed_p"]) or pd.isna(row["seed_p"]):
+            vary = "most of them go one way and the mean the other, pulled by a few"
+        else:
+            vary = (
+                f"{int(row['num_runs'])} trainings are too few, or vary too much, to tell "
+                f"(SD over runs {number(row['seed_sd'], 3)})"
+            )
         yield f"the patients of these trainings differ, but {vary}"
     # The test drops patients without a difference.
     informative = int(row["wins"] + row["losses"])
@@ -115,8 +130,9 @@ def _limits(row: Mapping[Any, Any]) -> Iterable[str]:
         if needed > row["num_patients"]:
             yield f"{int(needed)} patients would be needed to detect {MARGIN}"
         else:
-            yield f"these are enough patients to detect {MARGIN} ({int(needed)} needed)"
-    if row["metric"] == "dice" and row["low"] > -MARGIN and row["high"] < MARGIN:
+            yield f"enough patients to detect {MARGIN}, were this the only comparison ({int(needed)} needed)"
+    enough = row["num_patients"] >= TRUSTED_PATIENTS
+    if row["metric"] == "dice" and enough and row["low"] > -MARGIN and row["high"] < MARGIN:
         yield f"the interval leaves no room for a mean difference of {MARGIN} either way"
     if row["low"] > 0 or row["high"] < 0:
         yield "the interval leaves out 0, but is not corrected for the number of comparisons"
@@ -159,7 +175,7 @@ def count_words(lines: list[Statement], arm: str, reference: str) -> str:
 def problems(study: Study) -> list[str]:
     """What is missing, and what keeps arms from being compared fairly."""
     lines = list(study.notes)
-    states = study.runs["state"].value_counts()
+    states = study.trainings["state"].value_counts()
     unfinished = {name: count for name, count in states.items() if name not in ("done", "failed")}
     if unfinished:
         words = ", ".join(f"{count} {name}" for name, count in unfinished.items())

@@ -163,7 +163,10 @@ def _rows(
 
 
 def write_maps(explained: Explained, folder: Path) -> None:
-    """Write every map on the scan's own grid, as NETWORK_STAGE_KIND.nii.gz."""
+    """Write every map on the scan's own grid, as NETWORK_STAGE_KIND.nii.gz, in place of earlier ones."""
+    for kind in ("norm", "attention"):
+        for old in folder.glob(f"*_{kind}.nii.gz"):
+            old.unlink()
     for network, maps in explained.maps.items():
         for name, values in maps.items():
             path = folder / f"{network.replace(' ', '-')}_{name.stage}_{name.kind}.nii.gz"
