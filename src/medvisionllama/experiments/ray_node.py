@@ -6,8 +6,8 @@ python -m medvisionllama.experiments.ray_node     prints which medvisionllama th
 import hashlib
 import json
 import os
-import secrets
 import platform
+import secrets
 import subprocess
 import sys
 import time

@@ -1,10 +1,14 @@
 """The launcher's decisions, with a backend that trains nothing."""
 
+import time
+
 import pytest
 
 from medvisionllama._files import lock_if_free
 from medvisionllama.experiments import launch as launching
+from medvisionllama.experiments import worker
 from medvisionllama.experiments.launch import Ended, launch
+from medvisionllama.experiments.local_backend import LocalBackend, visible_gpus
 from medvisionllama.experiments.matrix import expand
 from medvisionllama.progress import Silent
 
@@ -136,3 +140,32 @@ def test_workers_are_stopped_when_the_launcher_itself_fails(experiment):
     with pytest.raises(RuntimeError, match="gone"):
         launch(experiment, expand(experiment.matrix), backend, progress=Silent())
     assert backend.stopped
+
+
+def test_a_run_that_the_matrix_dropped_meanwhile_is_left_out_and_has_not_failed(experiment):
+    first, *_ = run_ids(experiment)
+    outcome, backend = work(experiment, {first: [2]})
+    assert backend.started.count(first) == 1
+    assert (outcome.done, outcome.dropped, outcome.failed) == (3, 1, [])
+    assert experiment.files(first).read_failures() == []
+
+
+def test_waiting_without_a_worker_takes_its_time(experiment):
+    backend = LocalBackend(experiment, slots=1, threads=1)
+    began = time.monotonic()
+    assert backend.wait(0.3) == []
+    assert time.monotonic() - began >= 0.3, "a launcher with nothing to do must not spin"
+
+
+def test_slots_take_turns_in_the_gpus_that_were_allotted(experiment):
+    backend = LocalBackend(experiment, slots=3, threads=1, gpus=visible_gpus(2, "5,7"))
+    chosen = [backend._place(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    assert chosen == ["5", "7", "5"]
+
+
+def test_a_worker_records_what_fails_before_its_run_begins(experiment):
+    (experiment.path / "matrix.yaml").write_text("name: [")
+    assert worker.main([str(experiment.path), "some-run"]) == worker.FAILED
+    failures = experiment.files("some-run").read_failures()
+    assert "matrix.yaml" in failures[0]["error"]
+    assert "Traceback" in failures[0]["traceback"]

@@ -126,6 +126,26 @@ BROKEN = {
         "no arm of a size of its own",
     ),
     "an unknown preset": ({"models": {"small": {"preset": "tiny"}}}, "tiny"),
+    "a fraction that the matrix has not": ({"arms": {"none": {"fractions": [0.3]}}}, "0.3"),
+    "no model at all": ({"arms": {"none": {"models": []}}}, "models"),
+    "a setting without a value": ({"arms": {"none": {}, "x": {"each": {"train.batch_size": []}}}}, "each"),
+    "a fold that does not exist": ({"folds": [1, 5]}, "fold 5 does not exist"),
+    "splits beside a split for each seed": (
+        {"split_per_seed": True, "set": {"data.splits": "s.json"}},
+        "split_per_seed draws the splits",
+    ),
+    "a block left out where there is none": (
+        {"arms": {"none": {"set": {"network.insert": "none"}, "also": ["block_removed"]}}},
+        "no block",
+    ),
+    "a variant twice": (
+        {"arms": {"none": {}, "block": {"also": ["block_removed"] * 2}}},
+        "block-block-removed",
+    ),
+    "a variant with the name of an arm": (
+        {"arms": {"none": {}, "block": {"also": ["block_removed"]}, "block-block-removed": {}}},
+        "block-block-removed",
+    ),
     "two arms of one name": (
         {"arms": {"none": {}, "x": {"each": {"train.batch_size": [1]}}, "x-1": {}}},
         "x-1",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from medvisionllama._files import is_locked, lock_if_free
-from medvisionllama.errors import CheckpointError, DataError
+from medvisionllama.errors import CheckpointError, ConfigError, DataError
 from medvisionllama.experiments.matrix import expand
 from medvisionllama.experiments.store import Experiment, phantom_folder
 
@@ -108,3 +108,31 @@ def test_phantoms_are_made_once(monkeypatch, tmp_path):
     assert phantom_folder(4) == folder
     assert [path.stat().st_mtime_ns for path in scans] == before
     assert Path(folder).is_dir()
+
+
+def test_a_further_evaluation_that_is_asked_for_later_makes_a_done_run_due_again(experiment, write_matrix):
+    block = next(run for run in run_ids(experiment) if "block" in run)
+    finish(experiment, block, test_dice={"block": 0.5})
+    assert "done" in states(experiment)
+    arms = {"none": {"set": {"network.insert": "none"}}, "block": {"also": ["block_removed"]}}
+    changed = Experiment.create(experiment.path, write_matrix(seeds=[0, 1], arms=arms), data_root=None)
+    assert block in run_ids(changed)
+    assert "done" not in states(changed)
+    finish(changed, block, test_dice={"block": 0.5, "block-block-removed": 0.4})
+    assert "done" in states(changed)
+
+
+def test_a_matrix_that_cannot_be_used_replaces_no_other(experiment, write_matrix):
+    before = (experiment.path / "matrix.yaml").read_text()
+    with pytest.raises(ConfigError):
+        Experiment.create(experiment.path, write_matrix(set={"network.widht": 3}), data_root=None)
+    assert (experiment.path / "matrix.yaml").read_text() == before
+
+
+def test_a_guessed_data_root_does_not_outlive_a_better_one(tmp_path, write_matrix, monkeypatch):
+    monkeypatch.delenv("MEDVISIONLLAMA_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    guessed = Experiment.create(tmp_path / "out", write_matrix(), data_root=None)
+    assert guessed.data_root == tmp_path.resolve()
+    monkeypatch.setenv("MEDVISIONLLAMA_DATA", str(tmp_path / "real"))
+    assert Experiment.open(guessed.path).data_root == (tmp_path / "real").resolve()

@@ -57,6 +57,13 @@ def test_a_matched_mlp_is_within_one_percent(name, by):
     assert match.ratio == measure(built, by) / measure(target, by) == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize("width", [98, 196, 392])
+def test_widths_whose_reciprocal_rounds_down_can_be_matched(width):
+    network = _network(**{"network.width": width, "network.num_heads": 2})
+    match = match_mlp(network, network_sizes(network, **SHAPES), by="trainable", **SHAPES)
+    assert match.ratio == pytest.approx(1, abs=0.01)
+
+
 @every_target
 @every_criterion
 def test_no_other_width_of_the_mlp_comes_nearer(name, by):
