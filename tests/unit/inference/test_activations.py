@@ -8,6 +8,7 @@ from torch import nn
 from medvisionllama.config import load_config
 from medvisionllama.data.planning import Normalisation, Plan
 from medvisionllama.data.volume import Volume, from_ras
+from medvisionllama.inference import activations
 from medvisionllama.inference.activations import (
     MapName,
     native_maps,
@@ -124,6 +125,20 @@ def test_windows_are_blended_and_a_constant_scan_gives_a_constant_map():
     volume = Volume(np.full((1, 45, 40, 35), 3.0, np.float32), np.diag([2.0, 2.0, 2.0, 1.0]))
     maps = native_maps(member, Predictor([member]).prepare(volume))
     np.testing.assert_allclose(maps[MapName("decoder", "norm")], 3.0, rtol=1e-5)
+
+
+def test_maps_do_not_depend_on_the_slabs_they_are_made_in(monkeypatch):
+    member = brightness_member()
+    array = np.random.default_rng(0).random((1, 23, 20, 18)).astype(np.float32)
+    scan = Predictor([member]).prepare(Volume(array, np.diag([2.0, 2.0, 2.5, 1.0])))
+    name = MapName("decoder", "norm")
+    whole = native_maps(member, scan)[name]
+    monkeypatch.setattr(activations, "slab_thickness", lambda *_: 5)
+    shares = []
+    pieces = native_maps(member, scan, on_share=shares.append)[name]
+    assert len(shares) > 3
+    assert shares[-1] == 1
+    np.testing.assert_allclose(pieces, whole, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
