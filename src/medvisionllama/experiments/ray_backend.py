@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import queue
+import secrets
 import socket
 import subprocess
 import sys
@@ -66,8 +67,10 @@ class RayBackend:
         self._joined = False
         self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
         folder.mkdir(parents=True, exist_ok=True)
+        self._token = folder.resolve() / f".token-{secrets.token_hex(8)}"
         settings = {
             "folder": str(folder.resolve()),
+            "token": str(self._token),
             "address": self.address,
             "cpus_per_run": cpus_per_run,
             "gpus_per_run": gpus_per_run,
@@ -116,6 +119,8 @@ class RayBackend:
         except subprocess.TimeoutExpired:
             self._driver.kill()
             self._driver.wait()
+        # A driver that died with its cluster could not.
+        self._token.unlink(missing_ok=True)
 
     def _check_in(self, seconds_to_join: float) -> None:
         """Wait until the cluster is joined and its nodes are found fit."""

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import queue
-import secrets
 import sys
 import threading
 import time
@@ -45,6 +44,8 @@ class Settings:
     """What the launcher asks for."""
 
     folder: str
+    token: str
+    """File in it that nodes look for; the driver holds its lock."""
     address: str
     cpus_per_run: float
     gpus_per_run: float
@@ -200,13 +201,12 @@ def connect(address: str) -> None:
 
 
 @contextmanager
-def _token(folder: Path) -> Iterator[Path]:
-    """Make a file that nodes look for, and hold its lock."""
-    path = folder / f".token-{secrets.token_hex(8)}"
+def _token(path: Path) -> Iterator[None]:
+    """Make a file and hold its lock."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
-            yield path
+            yield
         finally:
             path.unlink(missing_ok=True)
 
@@ -236,9 +236,9 @@ def main() -> int:
     try:
         connect(settings.address)
         tell({"joined": True})
-        with _token(Path(settings.folder)) as token:
+        with _token(Path(settings.token)):
             nodes = Nodes(
-                settings.cpus_per_run, settings.gpus_per_run, str(token), settings.folders, code_version()
+                settings.cpus_per_run, settings.gpus_per_run, settings.token, settings.folders, code_version()
             )
             nodes.check()
             driver = Driver(settings, nodes, tell)
