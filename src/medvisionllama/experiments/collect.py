@@ -15,48 +15,17 @@ from medvisionllama.experiments.store import Experiment, State
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.run_dir import RunDir
 
-_RUN_COLUMNS = [
-    "run_id",
-    "task",
-    "model",
-    "arm",
-    "fraction",
-    "fold",
-    "seed",
-    "state",
-    "splits_sha256",
-    "train_cases",
-    "test_cases",
-    "steps",
-    "seconds",
-    "evaluation_seconds",
-    "validation_dice",
-    "test_dice",
-    "trainable",
-    "frozen",
-    "gflops",
-    "gate_rms",
-    "attempts",
-    "error",
-    "machine",
-    "variant_of",
+_PLACE = ["run_id", "task", "model", "arm", "fraction", "fold", "seed"]
+_FACTS = [
+    *("splits_sha256", "steps", "seconds", "evaluation_seconds", "validation_dice", "trainable", "frozen"),
+    *("gflops", "gate_rms", "attempts", "machine"),
 ]
-_CURVE_COLUMNS = [
-    "run_id",
-    "task",
-    "model",
-    "arm",
-    "fraction",
-    "fold",
-    "seed",
-    "step",
-    "seconds",
-    "loss",
-    "dice",
-]
+"""What a run's own record tells, under the same names."""
+_RUN_COLUMNS = [*_PLACE, "state", *_FACTS, "train_cases", "test_cases", "test_dice", "error", "variant_of"]
+_CURVE_COLUMNS = [*_PLACE, "step", "seconds", "loss", "dice"]
 _CASE_COLUMNS = [
-    *("run_id", "task", "model", "arm", "fraction", "fold", "seed", "splits_sha256"),
-    *("case_id", "patient_id", "class", *(field.name for field in fields(Measures))),
+    *(*_PLACE, "splits_sha256", "case_id", "patient_id", "class"),
+    *(field.name for field in fields(Measures)),
 ]
 
 
@@ -132,20 +101,7 @@ def _run_row(
 ) -> dict[str, Any]:
     names = _names(run, variant)
     cases = facts.get("cases", {})
-    copied = [
-        "splits_sha256",
-        "steps",
-        "seconds",
-        "evaluation_seconds",
-        "validation_dice",
-        "trainable",
-        "frozen",
-        "gflops",
-        "gate_rms",
-        "attempts",
-        "machine",
-    ]
-    row = {key: facts.get(key) for key in copied}
+    row = {key: facts.get(key) for key in _FACTS}
     if variant is not None:
         # The weights are those of the run itself: its training is counted there.
         row |= {"seconds": 0.0, "evaluation_seconds": 0.0} if facts else {}
