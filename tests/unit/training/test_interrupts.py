@@ -5,6 +5,14 @@ import pytest
 from medvisionllama.training.interrupts import interruptible
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_raises():
+    """Python's own handler, also where the tests run in the background and Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_a_flag(number):
     with interruptible() as interrupted:
