@@ -189,13 +189,9 @@ def plan(
     Raises:
         MedVisionLlamaError: a dataset or settings that cannot be used as they are.
     """
-    from medvisionllama.data.fingerprint import fingerprint
-    from medvisionllama.training.prepare import divide, plan_of
+    from medvisionllama.training.prepare import plan_from_headers
 
-    config = load_config(preset, {"data.path": Path(data), **parse_overrides(overrides)})
-    dataset, _, selection = divide(config, drawn=config.data.splits)
-    found = fingerprint(dataset, only=set(dataset.patients) - set(selection.test))
-    return plan_of(dataset, found, config)
+    return plan_from_headers(load_config(preset, {"data.path": Path(data), **parse_overrides(overrides)}))
 
 
 def predict(

@@ -61,7 +61,7 @@ class BatchSampler:
     @property
     def steps_per_epoch(self) -> int:
         """Batches that show every case about once."""
-        return max(1, len(self.cases) // self.batch_size)
+        return steps_per_epoch(len(self.cases), self.batch_size)
 
     def batch(self, step: int) -> tuple[ImageBatch, LabelBatch]:
         """Return images `[b, c, x, y, z]` and class numbers `[b, x, y, z]` of this process's share of a step."""
@@ -115,6 +115,11 @@ class BatchSampler:
             else:
                 centre.append(int(np.clip(wanted[axis], low, high)))
         return centre
+
+
+def steps_per_epoch(num_cases: int, batch_size: int) -> int:
+    """Batches that show every case about once."""
+    return max(1, num_cases // batch_size)
 
 
 def check_share(batch_size: int, num_ranks: int) -> None:

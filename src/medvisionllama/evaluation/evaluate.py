@@ -154,7 +154,7 @@ def evaluate_run(
     chosen = select(read_splits(run_dir.splits), dataset.patients, fold=config.data.fold)
     names = set(chosen.test if split == "test" else chosen.validation)
     predictor = Predictor.from_run(run_dir.path, block_removed=block_removed)
-    part = f"{split}-block-removed" if block_removed else split
+    part = _part(split, block_removed=block_removed)
     cases = [case for case in dataset.cases if case.case_id in names]
     pairs = []
     with progress.track(f"segmenting the {split} cases", len(cases)) as advance:
@@ -172,8 +172,18 @@ def evaluate_run(
         tolerance_mm=tolerance_mm or config.inference.tolerance_mm,
         progress=progress,
     )
-    write_table(table, run_dir.evaluation if part == "test" else run_dir.path / f"evaluation-{part}.csv")
+    write_table(table, table_file(run_dir, split, block_removed=block_removed))
     return table
+
+
+def table_file(run_dir: RunDir, split: Split, *, block_removed: bool = False) -> Path:
+    """Where `evaluate_run` writes its table."""
+    part = _part(split, block_removed=block_removed)
+    return run_dir.evaluation if part == "test" else run_dir.path / f"evaluation-{part}.csv"
+
+
+def _part(split: Split, *, block_removed: bool) -> str:
+    return f"{split}-block-removed" if block_removed else split
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from medvisionllama.errors import CheckpointError
-from medvisionllama.evaluation.evaluate import read_table
+from medvisionllama.evaluation.evaluate import read_table, table_file
 from medvisionllama.evaluation.metrics import Measures
 from medvisionllama.experiments.matrix import PlannedRun, Variant, variant_name
 from medvisionllama.experiments.store import Experiment, State
@@ -41,6 +41,8 @@ class Frames:
     """A row for each validation."""
     train_patients: dict[str, tuple[str, ...]]
     """Those that each finished run was trained or chosen by."""
+    revisions: frozenset[str]
+    """Of the code that made the finished runs."""
 
 
 def collect(
@@ -59,6 +61,7 @@ def collect(
     cases: list[pd.DataFrame] = []
     curves: list[dict[str, Any]] = []
     patients: dict[str, tuple[str, ...]] = {}
+    revisions: set[str] = set()
     with (progress or Silent()).track("reading runs", len(runs)) as advance:
         for number, run in enumerate(runs, start=1):
             files = experiment.files(run.run_id)
@@ -74,6 +77,7 @@ def collect(
                     *facts["patients"]["train"],
                     *facts["patients"]["validation"],
                 )
+                revisions.add(str(facts.get("git_revision")))
                 curves += _curve_rows(run, files.path)
             advance(number)
     return Frames(
@@ -81,6 +85,7 @@ def collect(
         pd.concat(cases, ignore_index=True) if cases else pd.DataFrame(columns=_CASE_COLUMNS),
         pd.DataFrame(curves, columns=_CURVE_COLUMNS),
         patients,
+        frozenset(revisions),
     )
 
 
@@ -120,9 +125,7 @@ def _run_row(
 
 
 def _cases(run: PlannedRun, variant: Variant | None, facts: Mapping[str, Any], path: Path) -> pd.DataFrame:
-    run_dir = RunDir(path)
-    suffix = "" if variant is None else "-test-" + variant.replace("_", "-")
-    file = run_dir.evaluation.with_name(f"evaluation{suffix}.csv")
+    file = table_file(RunDir(path), "test", block_removed=variant == "block_removed")
     if not file.is_file():
         raise CheckpointError(
             f"{file} is missing, though the run is done; delete {path / 'done.json'}, and `experiment run` evaluates it again"

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,18 @@ from medvisionllama.data.fingerprint import Fingerprint, fingerprint
 from medvisionllama.data.msd_tasks import find_task
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.resample import shape_at
-from medvisionllama.data.splits import NUM_FOLDS, TEST_SHARE, select
+from medvisionllama.data.sampling import steps_per_epoch
+from medvisionllama.data.splits import Splits, make_splits, select
 from medvisionllama.errors import DataError, MedVisionLlamaError
 from medvisionllama.experiments.fair import match_run
 from medvisionllama.experiments.matrix import PlannedRun
 from medvisionllama.experiments.probe import Timing, time_steps
 from medvisionllama.experiments.store import Experiment
+from medvisionllama.inference.windows import window_starts
 from medvisionllama.networks.factory import network_sizes
 from medvisionllama.networks.sizes import Sizes
 from medvisionllama.progress import Progress
+from medvisionllama.training.loop import total_steps
 from medvisionllama.training.prepare import divide, plan_of
 
 _DIVIDING = {"path", "modality", "patient_pattern", "exclude", "splits", "split_seed"}
@@ -148,16 +151,8 @@ class _Known:
             return published
         dataset, splits, found = known
         plan = plan_of(dataset, found, config)
-        chosen = select(
-            splits, dataset.patients, fold=0, fraction=config.data.fraction, num_cases=config.data.num_cases
-        )
-        return Scans(
-            plan,
-            len(chosen.train),
-            len(chosen.validation),
-            len(chosen.test),
-            _windows(plan, found, config.inference.overlap),
-        )
+        windows = _windows(plan, found, config.inference.overlap)
+        return _scans(plan, splits, dataset.patients, config, windows=windows)
 
     def sizes(self, config: Config, plan: Plan) -> Sizes:
         """Parameters and operations."""
@@ -207,10 +202,14 @@ def _published(run: PlannedRun, config: Config) -> Scans | None:
         strides=((edge, edge, edge), (1, 1, 1), (1, 1, 1)),
         flip_axes=(0,),
     )
-    test = round(TEST_SHARE * task.num_training)
-    validation = (task.num_training - test) // NUM_FOLDS
-    train = math.ceil(config.data.fraction * (task.num_training - test - validation))
-    return Scans(plan, train, validation, test, windows=1)
+    patients = {str(number): str(number) for number in range(task.num_training)}
+    return _scans(plan, make_splits(patients), patients, config, windows=1)
+
+
+def _scans(plan: Plan, splits: Splits, patients: Mapping[str, str], config: Config, *, windows: int) -> Scans:
+    # Folds and seeds hardly change how many cases there are.
+    chosen = select(splits, patients, fold=0, fraction=config.data.fraction, num_cases=config.data.num_cases)
+    return Scans(plan, len(chosen.train), len(chosen.validation), len(chosen.test), windows)
 
 
 def _describe(row: Row, members: Sequence[PlannedRun], known: _Known, *, timed: bool) -> None:
@@ -243,12 +242,9 @@ def _describe(row: Row, members: Sequence[PlannedRun], known: _Known, *, timed: 
 def _seconds(config: Config, scans: Scans, timing: Timing, further: int) -> float:
     """Of one run, evaluations included."""
     train = config.train
-    per_epoch = max(1, scans.train_cases // train.batch_size)
-    limits = [train.max_steps] if train.max_steps else []
-    if train.epochs:
-        limits.append(max(1, train.epochs * per_epoch // train.accumulate))
+    steps = total_steps(train, steps_per_epoch(scans.train_cases, train.batch_size))
     validation = train.num_validations * scans.validation_cases * scans.windows * timing.forward
-    training = min(limits) * timing.step + validation if limits else math.inf
+    training = math.inf if steps is None else steps * timing.step + validation
     if train.max_minutes:
         training = min(training, 60 * train.max_minutes)
     views = 1 + (len(scans.plan.flip_axes) if config.inference.flip else 0)
@@ -259,15 +255,13 @@ def _seconds(config: Config, scans: Scans, timing: Timing, further: int) -> floa
 def _windows(plan: Plan, found: Fingerprint, overlap: float) -> int:
     if plan.resize or not found.shapes:
         return 1
-    number = 1
     median = [
         sorted(shape[axis] for shape in found.shapes.values())[len(found.shapes) // 2] for axis in range(3)
     ]
     shape = shape_at((median[0], median[1], median[2]), found.median_spacing_mm, plan.spacing_mm)
-    for size, crop in zip(shape, plan.crop_size, strict=True):
-        step = max(1, int(crop * (1 - overlap)))
-        number *= max(0, math.ceil((size - crop) / step)) + 1
-    return number
+    return math.prod(
+        len(window_starts(size, crop, overlap)) for size, crop in zip(shape, plan.crop_size, strict=True)
+    )
 
 
 def _bytes(trainable: int) -> int:

@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from medvisionllama.config import Config, load_config
-from medvisionllama.data.fingerprint import fingerprint
-from medvisionllama.data.planning import NetworkSizes, Plan
+from medvisionllama.data.planning import NetworkSizes
 from medvisionllama.experiments.matrix import PlannedRun, Settings
 from medvisionllama.inference.predictor import read_plan
 from medvisionllama.networks.factory import match_depth, match_mlp, network_sizes
 from medvisionllama.networks.matching import Match
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.prepare import divide, plan_of
+from medvisionllama.training.prepare import plan_from_headers
 
 
 def matched_settings(run: PlannedRun, *, data: Path) -> Settings:
@@ -42,10 +41,3 @@ def sizes_of_run(config: Config, run_dir: RunDir) -> dict[str, Any]:
     """What a finished run's network weighs, for its record."""
     sizes = network_sizes(config.network, **read_plan(run_dir).network_sizes)
     return {"trainable": sizes.trainable, "frozen": sizes.frozen, "gflops": round(sizes.gflops, 4)}
-
-
-def plan_from_headers(config: Config) -> Plan:
-    """The plan of a run, from the headers of the cases that it may see."""
-    dataset, _, selection = divide(config, drawn=config.data.splits)
-    found = fingerprint(dataset, only=set(dataset.patients) - set(selection.test))
-    return plan_of(dataset, found, config)

@@ -6,19 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from medvisionllama.experiments.launch import Ended
 from medvisionllama.experiments.store import Experiment
-from medvisionllama.experiments.worker import CORES
+from medvisionllama.experiments.worker import COMMAND, CORES, SECONDS_TO_SAVE
 
 _THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_SECONDS_TO_SAVE = 120.0
-
-
-def worker_command(folder: Path, run_id: str) -> list[str]:
-    """The command that works on one run."""
-    return [sys.executable, "-m", "medvisionllama.experiments.worker", str(folder), run_id]
 
 
 def thread_limits(threads: int) -> dict[str, str]:
@@ -50,7 +43,7 @@ class LocalBackend:
         files.path.mkdir(parents=True, exist_ok=True)
         with files.log.open("ab") as log:
             process = subprocess.Popen(
-                worker_command(self.experiment.path, run_id),
+                [sys.executable, *COMMAND, str(self.experiment.path), run_id],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -71,7 +64,7 @@ class LocalBackend:
     def stop(self) -> None:
         for _, process in self._workers.values():
             process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + _SECONDS_TO_SAVE
+        deadline = time.monotonic() + SECONDS_TO_SAVE
         for _, process in self._workers.values():
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))

@@ -18,8 +18,8 @@ from typing import IO, Any
 from medvisionllama._optional import require
 from medvisionllama.errors import ClusterError
 from medvisionllama.experiments.launch import Ended
+from medvisionllama.experiments.worker import COMMAND
 
-_WORKER = ("-m", "medvisionllama.experiments.worker")
 _SECONDS_TO_REACH = 5.0
 _SECONDS_TO_JOIN = 60.0
 _SECONDS_TO_CHECK = 150.0
@@ -52,7 +52,7 @@ class RayBackend:
         cpus_per_run: float = 1.0,
         gpus_per_run: float = 0.0,
         folders: Sequence[Path] = (),
-        worker: Sequence[str] = _WORKER,
+        worker: Sequence[str] = COMMAND,
         seconds_to_join: float = _SECONDS_TO_JOIN,
     ) -> None:
         if cpus_per_run <= 0 or gpus_per_run < 0:

@@ -17,8 +17,8 @@ from pathlib import Path
 import medvisionllama
 from medvisionllama._files import is_locked
 from medvisionllama.experiments.local_backend import thread_limits
+from medvisionllama.experiments.worker import SECONDS_TO_SAVE
 
-_SECONDS_TO_SAVE = 120.0
 _SECONDS_TO_APPEAR = 10.0
 """A network disk may show a new file late."""
 
@@ -88,7 +88,7 @@ def _run(command: Sequence[str], log: Path, begin: str, environment: Mapping[str
             raise
         process.terminate()
         try:
-            process.wait(_SECONDS_TO_SAVE)
+            process.wait(SECONDS_TO_SAVE)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

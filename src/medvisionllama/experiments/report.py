@@ -70,7 +70,7 @@ def _study(
         arms=arm_words(matrix),
         ranks=ranks if blocks > 1 else None,
         critical_difference=critical_difference(len(ranks), blocks) if blocks > 1 else None,
-        notes=[*_notes(experiment, runs, matrix), *_revisions(experiment, runs)],
+        notes=_notes(experiment, runs, frames.revisions),
         compute=_compute(frames.runs),
         links=links,
     )
@@ -92,9 +92,9 @@ def _blocks(summary: pd.DataFrame) -> pd.Series:
     return dice["arm"].value_counts(sort=False)
 
 
-def _notes(experiment: Experiment, runs: Sequence[PlannedRun], matrix: Matrix) -> list[str]:
+def _notes(experiment: Experiment, runs: Sequence[PlannedRun], revisions: frozenset[str]) -> list[str]:
     notes = []
-    if matrix.split_per_seed:
+    if experiment.matrix.split_per_seed:
         notes.append(
             "Each seed has a division of the patients of its own, the same one in every arm: a patient may train in "
             "one seed and be tested in another, never both in one run."
@@ -104,19 +104,11 @@ def _notes(experiment: Experiment, runs: Sequence[PlannedRun], matrix: Matrix) -
         notes.append(
             f"The folder holds {len(strangers)} runs that the matrix does not name; they are in no table."
         )
+    if len(revisions) > 1:
+        # A run's id does not say which code made it.
+        listed = ", ".join(sorted(revisions))
+        notes.append(f"The runs were made by {len(revisions)} revisions of the code: {listed}.")
     return notes
-
-
-def _revisions(experiment: Experiment, runs: Sequence[PlannedRun]) -> list[str]:
-    """A run's id does not say which code made it."""
-    found = {
-        str(facts.get("git_revision"))
-        for run in runs
-        if (facts := experiment.files(run.run_id).read_done()) is not None
-    }
-    if len(found) < 2:
-        return []
-    return [f"The runs were made by {len(found)} revisions of the code: {', '.join(sorted(found))}."]
 
 
 def _compute(runs: pd.DataFrame) -> dict[str, str]:

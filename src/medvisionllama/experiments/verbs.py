@@ -6,6 +6,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from medvisionllama.errors import ConfigError
 from medvisionllama.experiments.estimate import Estimate, estimate
 from medvisionllama.experiments.launch import Backend, Outcome, launch
@@ -60,8 +62,6 @@ def plan(
     matrix = Path(matrix)
     experiment = Experiment.look(matrix, data_root=None if data is None else Path(data))
     runs = expand(experiment.matrix)
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -18,6 +18,10 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+COMMAND = ("-m", "medvisionllama.experiments.worker")
+"""Arguments of Python, before the folder and the run's id."""
+SECONDS_TO_SAVE = 120.0
+"""How long a worker that is asked to end may take."""
 DONE, FAILED, UNKNOWN, TAKEN, INTERRUPTED = 0, 1, 2, 3, 130
 CORES = "MEDVISIONLLAMA_CORES"
 """Environment variable that names the cores a worker is to stay on, as 0,1."""

@@ -75,7 +75,7 @@ def blended_planes(
         views: axes along which the image is mirrored, once for each view; () is the image as it is.
     """
     window, size = plan.crop_size[axis], image.shape[axis + 1]
-    starts = _starts(size, window, overlap)
+    starts = window_starts(size, window, overlap)
     profile = _profile(window).view([-1 if dim == axis + 2 else 1 for dim in range(5)])
     total = weight = torch.empty(0)
     for number, start in enumerate(starts):
@@ -122,8 +122,8 @@ def slab_axis(shape: Sequence[int], plans: Sequence[Plan]) -> int:
     return max(free, key=lambda axis: (shape[axis], axis))
 
 
-def _starts(size: int, window: int, overlap: float) -> list[int]:
-    """First planes of the slabs, spaced as MONAI spaces windows; the last ends with the scan."""
+def window_starts(size: int, window: int, overlap: float) -> list[int]:
+    """First planes of the windows along an axis, spaced as MONAI spaces them; the last ends with the scan."""
     if size <= window:
         return [0]
     step = max(1, int(window * (1 - overlap)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from medvisionllama.reports.study import Metric, Study, metric_of, metrics_of, percent, source
+from medvisionllama.reports.study import Metric, Study, metric_of, metrics_of, source
 from medvisionllama.reports.study_words import KEY, number, verdict
 
 SIGNS = {"better": "▲", "worse": "▼", "open": ""}
@@ -78,25 +78,27 @@ class SizeRow:
 def measure_tables(study: Study) -> list[MeasureTable]:
     """Tables by measure, then model."""
     tables = []
+    verdicts = {
+        tuple(row[column] for column in KEY): verdict(row, metric_of(row["metric"]))
+        for row in study.comparisons.to_dict(orient="records")
+    }
     for name in metrics_of(study.summary):
         for model in dict.fromkeys(study.summary["model"]):
             chosen = (study.summary["metric"] == name) & (study.summary["model"] == model)
             if chosen.any():
-                tables.append(_measure_table(study, study.summary[chosen], model, name))
+                tables.append(_measure_table(study, study.summary[chosen], model, name, verdicts))
     return tables
 
 
-def _measure_table(study: Study, rows: pd.DataFrame, model: str, name: str) -> MeasureTable:
+def _measure_table(
+    study: Study, rows: pd.DataFrame, model: str, name: str, verdicts: Mapping[tuple[Any, ...], str]
+) -> MeasureTable:
     metric = metric_of(name)
     pairs = rows[["task", "fraction"]].drop_duplicates()
     tasks = list(dict.fromkeys(rows["task"]))
     columns = [
         (task, value) for task in tasks for value in sorted(pairs.loc[pairs["task"] == task, "fraction"])
     ]
-    verdicts = {
-        tuple(row[column] for column in KEY): verdict(row, metric_of(row["metric"]))
-        for row in study.comparisons.to_dict(orient="records")
-    }
     by_arm: dict[str, list[Cell | None]] = {
         arm: [None] * len(columns) for arm in study.arm_names if arm in set(rows["arm"])
     }
@@ -177,8 +179,3 @@ def _range(row: Mapping[Any, Any], column: str, words: Any) -> str:
     if pd.isna(low):
         return "–"
     return words(low) if words(low) == words(high) else f"{words(low)} to {words(high)}"
-
-
-def column_title(column: tuple[str, float]) -> str:
-    """A task and a fraction in words."""
-    return f"{column[0]}, {percent(column[1])}"

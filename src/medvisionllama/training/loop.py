@@ -103,10 +103,7 @@ class TrainingLoop:
     @property
     def total_steps(self) -> int | None:
         """Optimiser steps of a run limited by epochs or steps."""
-        limits = [] if self.config.max_steps is None else [self.config.max_steps]
-        if self.config.epochs is not None:
-            limits.append(max(1, self.config.epochs * self.sampler.steps_per_epoch // self.config.accumulate))
-        return min(limits, default=None)
+        return total_steps(self.config, self.sampler.steps_per_epoch)
 
     @property
     def progress(self) -> float:
@@ -274,6 +271,14 @@ class TrainingLoop:
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return inner
+
+
+def total_steps(config: TrainConfig, steps_per_epoch: int) -> int | None:
+    """Optimiser steps of a run limited by epochs or steps; None if time alone limits it."""
+    limits = [] if config.max_steps is None else [config.max_steps]
+    if config.epochs is not None:
+        limits.append(max(1, config.epochs * steps_per_epoch // config.accumulate))
+    return min(limits, default=None)
 
 
 def _step_seed(*numbers: int) -> int:

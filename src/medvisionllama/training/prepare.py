@@ -88,6 +88,18 @@ def plan_of(dataset: Dataset, found: Fingerprint, config: Config) -> Plan:
     )
 
 
+def plan_from_headers(config: Config) -> Plan:
+    """Plan as a run of this configuration would, from the headers of the cases that it may see.
+
+    Raises:
+        DataError: the dataset cannot be used as it is.
+        ConfigError: settings that do not fit it.
+    """
+    dataset, _, selection = divide(config, drawn=config.data.splits)
+    found = fingerprint(dataset, only=set(dataset.patients) - set(selection.test))
+    return plan_of(dataset, found, config)
+
+
 def divide(config: Config, *, drawn: Path | None) -> tuple[Dataset, Splits, Selection]:
     """Open the dataset and say who trains, validates and is kept for the test.
 
