@@ -61,7 +61,7 @@ def finished(
     _check_columns(cases, "cases", [*KEYS, "splits_sha256", "patient_id", "case_id", "class", *metrics])
     _check_runs(runs)
     ids = dict(zip(_keys(runs), runs["run_id"].astype(str), strict=True))
-    used = _of_classes(cases)
+    used = of_classes(cases)
     used = used.assign(**{metric: _numbers(used, metric) for metric in metrics})
     rows = {_key(key): group for key, group in used.groupby(KEYS, sort=False)}
     patients = _patients(used, metrics)
@@ -152,8 +152,8 @@ def _check_runs(runs: pd.DataFrame) -> None:
         )
 
 
-def _of_classes(cases: pd.DataFrame) -> pd.DataFrame:
-    """Without the rows of all classes merged, where there are others."""
+def of_classes(cases: pd.DataFrame) -> pd.DataFrame:
+    """Cases without the rows of all classes merged, where there are others."""
     is_class = cases["class"] != FOREGROUND
     has_classes = is_class.groupby([cases[key] for key in KEYS]).transform("any")
     return cases[is_class | ~has_classes.astype(bool)]
@@ -170,9 +170,17 @@ def _numbers(cases: pd.DataFrame, metric: str) -> pd.Series:
     return numbers
 
 
-def _patients(cases: pd.DataFrame, metrics: Sequence[str]) -> dict[Key, pd.DataFrame]:
+def patient_values(cases: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """Mean of each patient in each repetition, indexed by KEYS and patient_id; of what `of_classes` left.
+
+    Classes first, then scans: a patient with two scans does not count twice.
+    """
     scans = cases.groupby([*KEYS, "patient_id", "case_id"])[list(metrics)].mean()
-    values = scans.groupby([*KEYS, "patient_id"]).mean().round(DECIMALS)
+    return scans.groupby([*KEYS, "patient_id"]).mean().round(DECIMALS)
+
+
+def _patients(cases: pd.DataFrame, metrics: Sequence[str]) -> dict[Key, pd.DataFrame]:
+    values = patient_values(cases, metrics)
     return {
         _key(key): group.droplevel(list(range(len(KEYS)))) for key, group in values.groupby(KEYS, sort=False)
     }

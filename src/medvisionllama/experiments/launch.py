@@ -78,37 +78,33 @@ def launch(
     A run that another launcher works on is left to it, and taken over if that launcher dies.
     """
     states = experiment.states(runs)
-    todo = deque(run.run_id for run in runs if states[run.run_id] != "done")
+    todo = {run.run_id: run for run in runs if states[run.run_id] != "done"}
     outcome = Outcome(skipped=len(runs) - len(todo), folder=str(experiment.path))
     # What was done before took no time of this launch, and must not shorten the time left.
     with interruptible() as stopped, progress.track("runs", max(1, len(todo))) as advance:
-        _Launch(experiment, backend, retries, progress, advance, outcome, todo).work(stopped)
+        _Launch(experiment, todo, backend, retries, progress, advance, outcome).work(stopped)
     return outcome
 
 
+@dataclass
 class _Launch:
     """State of one call of `launch`."""
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        backend: Backend,
-        retries: int,
-        progress: Progress,
-        advance: Advance,
-        outcome: Outcome,
-        todo: deque[str],
-    ) -> None:
-        self.experiment = experiment
-        self.backend = backend
-        self.retries = retries
-        self.progress = progress
-        self.advance = advance
-        self.outcome = outcome
-        self.todo = todo
-        self.active: set[str] = set()
-        self.elsewhere: set[str] = set()
-        self.failures: Counter[str] = Counter()
+    experiment: Experiment
+    runs: dict[str, PlannedRun]
+    """Those that were not done when it began."""
+    backend: Backend
+    retries: int
+    progress: Progress
+    advance: Advance
+    outcome: Outcome
+    active: set[str] = field(default_factory=set)
+    elsewhere: set[str] = field(default_factory=set)
+    """Runs that another launcher holds."""
+    failures: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.todo = deque(self.runs)
 
     def work(self, stopped: Callable[[], bool]) -> None:
         looks = 0
@@ -166,11 +162,10 @@ class _Launch:
     def _ask_for_taken(self) -> None:
         """See what became of the runs that another launcher holds."""
         for run_id in sorted(self.elsewhere):
-            files = self.experiment.files(run_id)
-            if files.done.is_file():
+            if self.experiment.is_done(self.runs[run_id]):
                 self.outcome.done += 1
                 self._tell(f"{run_id}: done by another launcher{self._dice(run_id)}")
-            elif is_locked(files.lock):
+            elif is_locked(self.experiment.files(run_id).lock):
                 continue
             else:
                 self.todo.append(run_id)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from medvisionllama.evaluation.evaluate import FOREGROUND
+from medvisionllama.evaluation.repetitions import KEYS, of_classes, patient_values
 
 RUN = ("task", "model", "fraction", "fold", "seed")
 """Columns that say which training a row is about, whatever the arm."""
@@ -143,13 +143,9 @@ def patients_table(study: Study) -> pd.DataFrame:
 
     `run_id` is one of the arm's runs that measured the patient, to look at.
     """
-    cases = study.cases
-    kinds = cases.groupby("run_id")["class"].transform("nunique")
-    cases = cases[(cases["class"] != FOREGROUND) | (kinds == 1)]
-    keys = [*RUN, "arm", "run_id", "patient_id"]
-    # Classes first, then scans: a patient with two scans does not count twice.
-    by_case = cases.groupby([*keys, "case_id"], as_index=False, dropna=False)["dice"].mean()
-    by_patient = by_case.groupby(keys, as_index=False, dropna=False)["dice"].mean()
+    cases = of_classes(study.cases.assign(dice=pd.to_numeric(study.cases["dice"])))
+    by_patient = patient_values(cases, ["dice"]).reset_index()
+    by_patient = by_patient.merge(cases[[*KEYS, "run_id"]].drop_duplicates(), on=KEYS)
     is_reference = by_patient["arm"] == study.reference
     other = (
         by_patient[is_reference].drop(columns=["arm", "run_id"]).rename(columns={"dice": "reference_dice"})
