@@ -38,9 +38,10 @@ def use_bf16(wanted: PrecisionChoice, device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def channels_last(network: N) -> N:
-    """Keep a network's convolutions in the layout that is fastest on CPUs and on GPUs' matrix units."""
-    return network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+def fast_layout(network: N) -> N:
+    """Keep a network's convolutions in its own layout: channels last, unless it says otherwise."""
+    wanted = getattr(network, "memory_format", torch.channels_last_3d)
+    return network.to(memory_format=wanted)  # type: ignore[call-overload]
 
 
 def autocast(wanted: PrecisionChoice, device: torch.device) -> AbstractContextManager[None]:

@@ -9,7 +9,12 @@ from medvisionllama.cli._options import Data, Json
 
 def plan(
     data: Data,
-    preset: Annotated[str, typer.Option(help="small (default), paper or reference.")] = "small",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="small (default), paper, reference, or a rival: unet, unet++, dynunet, segresnet, unetr, swin_unetr."
+        ),
+    ] = "small",
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any setting of `train`; repeat as needed."),

@@ -1,7 +1,10 @@
 """Named full configurations. Each is the difference from the defaults of `schema.py`, with literal sizes."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
 
+from medvisionllama.config.schema import Architecture
 from medvisionllama.errors import ConfigError
 
 Settings = dict[str, Any]
@@ -75,7 +78,20 @@ _PUBLISHED_TRAINING: Settings = {
     "auxiliary_weight": 0.0,
 }
 
-PRESETS = {"small": small, "paper": paper, "reference": reference}
+
+def rival(architecture: str) -> Settings:
+    """One of MONAI's networks, trained as `small` is."""
+    return {**small(), "network": {"architecture": architecture, "tokens": False, "insert": "none"}}
+
+
+RIVALS: tuple[str, ...] = tuple(name for name in get_args(Architecture) if name != "tokens")
+"""MONAI's networks, each a preset of its own name."""
+PRESETS: dict[str, Callable[[], Settings]] = {
+    "small": small,
+    "paper": paper,
+    "reference": reference,
+    **{name: partial(rival, name) for name in RIVALS},
+}
 
 
 def preset_settings(name: str) -> Settings:

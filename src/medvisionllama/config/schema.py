@@ -14,6 +14,7 @@ Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Architecture = Literal["tokens", "unetr", "swin_unetr", "dynunet", "segresnet", "unet++", "unet"]
 Size = tuple[Positive, Positive, Positive]
 Step = Annotated[int, Field(ge=1, le=4)]
 Stride = tuple[Step, Step, Step]
@@ -207,6 +208,11 @@ class BlockConfig(Section):
 
 
 class NetworkConfig(Section):
+    architecture: Architecture = "tokens"
+    """`tokens` is ours. The others are MONAI's networks, to compare with: same crops, loss, schedule, prediction.
+    Each is a preset of its own, and of the settings below has base_channels alone."""
+    base_channels: Positive | None = None
+    """Channels of the first stage of such a network, or its feature size; by default the published."""
     tokens: bool = True
     """False leaves stem and skip head alone: the control that shows what the tokens add."""
     insert: Literal["llm", "mlp", "none"] = "llm"
@@ -236,6 +242,32 @@ class NetworkConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     positions: Literal["before_encoder", "after_insert"] = "before_encoder"
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether there is a transformer."""
+        return self.architecture == "tokens" and self.tokens
+
+    @property
+    def has_block(self) -> bool:
+        """Whether a language model's layer is in it."""
+        return self.has_tokens and self.insert == "llm"
+
+    @model_validator(mode="after")
+    def _rival_fits(self) -> "NetworkConfig":
+        if self.architecture == "tokens":
+            if self.base_channels is not None:
+                raise ValueError("base_channels has no effect with architecture=tokens; set stem_channels")
+        elif self.insert != "none" or self.tokens or self.head != "skip":
+            # Else an arm would be called by a block that it does not have.
+            raise ValueError(
+                f"architecture={self.architecture} has no tokens and no insert; take it with --preset {self.architecture}, or set network.tokens=false and network.insert=none with it"
+            )
+        if self.architecture == "swin_unetr" and (self.base_channels or 12) % 12:
+            raise ValueError(
+                f"base_channels={self.base_channels} is no multiple of 12, which swin_unetr needs"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> "NetworkConfig":
@@ -327,7 +359,7 @@ class Config(Section):
         if self.data.geometry == "resize" and self.data.crop_size is None:
             raise ValueError("data.geometry=resize needs data.crop_size, the shape to resize to")
         network = self.network
-        has_frozen = network.tokens and network.insert == "llm" and network.block.frozen
+        has_frozen = network.has_block and network.block.frozen
         if self.train.shard_block and not (has_frozen and network.block.weights != "identity"):
             raise ValueError(
                 "train.shard_block=true has no effect without a frozen block (network.tokens, insert, block.frozen, block.weights); drop it"

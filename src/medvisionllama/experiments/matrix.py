@@ -307,7 +307,7 @@ def _settings(matrix: Matrix, task: str, model: str, arm: Arm, where: str) -> Se
 
 def _check_runnable(matrix: Matrix, arm: Arm, config: Config, where: str) -> None:
     """Refuse what only a run would find out, after hours."""
-    if arm.spec.also and not (config.network.tokens and config.network.insert == "llm"):
+    if arm.spec.also and not config.network.has_block:
         raise ConfigError(f"{where}: there is no block that `also` could leave out; drop also")
     if matrix.split_per_seed and (config.data.splits or "data.split_seed" in arm.settings):
         raise ConfigError(

@@ -9,7 +9,7 @@ import torch
 
 from medvisionllama.config import Config
 from medvisionllama.data.planning import NetworkSizes
-from medvisionllama.devices import autocast, channels_last, choose_device
+from medvisionllama.devices import autocast, choose_device, fast_layout
 from medvisionllama.networks.factory import build_network
 from medvisionllama.training.losses import SupervisedSegmenter
 from medvisionllama.training.optim import make_optimizer
@@ -40,7 +40,7 @@ def time_steps(config: Config, shapes: NetworkSizes) -> Timing:
     block = config.network.block
     if block.weights != "identity":
         block = block.model_copy(update={"weights": "random"})
-    network = channels_last(build_network(config.network.model_copy(update={"block": block}), **shapes)).to(
+    network = fast_layout(build_network(config.network.model_copy(update={"block": block}), **shapes)).to(
         device
     )
     model = SupervisedSegmenter(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from medvisionllama.checkpoint import copy_into, frozen, trainable
-from medvisionllama.devices import channels_last
+from medvisionllama.devices import fast_layout
 from medvisionllama.inference.predictor import Member
 from medvisionllama.networks.factory import build_block
 from medvisionllama.networks.inserts import LLMInsert
@@ -30,6 +30,6 @@ def with_random_block(member: Member) -> Member | None:
     twin = copy.copy(insert)
     # A shallow copy shares its table of modules, and the original must keep its block.
     twin._modules = dict(insert._modules)
-    twin.block = channels_last(block).to(member.device)
+    twin.block = fast_layout(block).to(member.device)
     other = TokenSegmenter(network.embed, network.encoder, twin, network.decoder, network.head)
     return replace(member, network=other.eval())

@@ -16,7 +16,7 @@ from medvisionllama.data.cache import image_moments, normalise, to_grid
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.readers import ScanSource, read_image
 from medvisionllama.data.volume import Volume, from_ras, to_ras
-from medvisionllama.devices import DeviceChoice, autocast, channels_last, choose_device
+from medvisionllama.devices import DeviceChoice, autocast, choose_device, fast_layout
 from medvisionllama.errors import CheckpointError, DataError
 from medvisionllama.inference.slabs import entropy, label_values, likeliest, native_slabs, slab_thickness
 from medvisionllama.inference.windows import probability_planes, slab_axis
@@ -81,7 +81,7 @@ class Member:
                     f"{path} was trained without a block (network.insert={config.network.insert}), so none can be removed"
                 )
             network.insert.block_removed = True
-        return cls(channels_last(network).to(device).eval(), plan, config, device)
+        return cls(fast_layout(network).to(device).eval(), plan, config, device)
 
     def planes(self, grid: np.ndarray, moments: Sequence[tuple[float, float]], axis: int) -> Iterator[Tensor]:
         """Probabilities of a scan on this network's grid, in pieces along `axis`."""

@@ -14,6 +14,7 @@ from medvisionllama.networks.embeds import PatchEmbed, StemEmbed
 from medvisionllama.networks.heads import LinearHead, SkipHead, UpsampleHead
 from medvisionllama.networks.inserts import LLMInsert, MLPInsert
 from medvisionllama.networks.matching import Criterion, Match, deeper, ratio_for, wider
+from medvisionllama.networks.monai_nets import build_rival
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.networks.sizes import Sizes, sizes_of
 from medvisionllama.networks.vit import VisionTransformer, grid_after
@@ -47,6 +48,15 @@ def build_network(
     Raises:
         BlockError: the block cannot be had.
     """
+    if config.architecture != "tokens":
+        return build_rival(
+            config.architecture,
+            num_channels=num_channels,
+            num_outputs=num_outputs,
+            crop_size=crop_size,
+            strides=strides,
+            base_channels=config.base_channels,
+        )
     embed: nn.Module
     head: nn.Module
     if config.head == "skip":
@@ -159,7 +169,7 @@ def check_insert(config: NetworkConfig) -> None:
     Raises:
         BlockError: a source, layer, projection or prompt that does not exist.
     """
-    if config.tokens:
+    if config.has_tokens:
         build_insert(config, grid=(1, 1, 1))
 
 
@@ -212,7 +222,7 @@ def _changed(config: NetworkConfig, **changes: Any) -> NetworkConfig:
 
 
 def _check_insertable(config: NetworkConfig) -> None:
-    if not config.tokens:
+    if not config.has_tokens:
         raise ConfigError(
             "network.tokens=false has no transformer to match; set network.tokens=true or leave the matched arm out"
         )

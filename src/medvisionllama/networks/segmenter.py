@@ -1,5 +1,6 @@
 """`TokenSegmenter`: embed → encoder → insert → decoder → head. Every model of this project is one of these."""
 
+import torch
 from torch import nn
 
 from medvisionllama.networks.layers import to_grid, to_tokens
@@ -14,6 +15,9 @@ class TokenSegmenter(nn.Module):
         encoder, insert, decoder: tokens to tokens, of equal shape.
         head: token grid and features to logits.
     """
+
+    memory_format = torch.channels_last_3d
+    """Layout in which its convolutions are fastest."""
 
     def __init__(
         self, embed: nn.Module, encoder: nn.Module, insert: nn.Module, decoder: nn.Module, head: nn.Module

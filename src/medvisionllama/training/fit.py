@@ -17,7 +17,7 @@ from medvisionllama.config import Config, write_config
 from medvisionllama.data.cache import describe
 from medvisionllama.data.sampling import BatchSampler, check_share
 from medvisionllama.data.splits import write_splits
-from medvisionllama.devices import channels_last, choose_device, use_bf16
+from medvisionllama.devices import choose_device, fast_layout, use_bf16
 from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.inference.predictor import read_plan
 from medvisionllama.llm import CATALOG
@@ -99,7 +99,7 @@ def _fit(
         if resume:
             check_unchanged(run_dir, data)
     torch.manual_seed(config.train.seed)
-    network = channels_last(build_network(config.network, **data.plan.network_sizes, seed=config.train.seed))
+    network = fast_layout(build_network(config.network, **data.plan.network_sizes, seed=config.train.seed))
     facts = network_facts(network)
     if processes.is_main:
         write_run_files(run_dir, config, data, {"precision": accelerator.mixed_precision, "network": facts})

@@ -86,7 +86,7 @@ def open_networks(run: Path, *, random_block: bool, against: Path | None, device
 
 def _open(run: Path, device: Any) -> Member:
     member = Member.from_run(run, device)
-    if not member.config.network.tokens:
+    if not member.config.network.has_tokens:
         raise ConfigError(
             f"{run} was trained without tokens (network.tokens=false), so there are no tokens to map; explain a run that has them"
         )

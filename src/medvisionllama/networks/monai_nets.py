@@ -1,0 +1,226 @@
+"""The rivals: MONAI's segmentation networks in our shell, so that one loop trains and one predictor runs all.
+
+A rival is a head that is given the scan itself: no tokens, no insert. Sizes are the published ones, or narrower by
+`base_channels`, for machines on which the published width makes too few steps.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medvisionllama.errors import ConfigError
+from medvisionllama.networks.embeds import Features, kernel_for
+from medvisionllama.networks.segmenter import TokenSegmenter
+from medvisionllama.types import ImageBatch, LogitBatch, Triple
+
+RivalName = Literal["unetr", "swin_unetr", "dynunet", "segresnet", "unet++", "unet"]
+
+PUBLISHED_CHANNELS: dict[RivalName, int] = {
+    "unetr": 16,
+    "swin_unetr": 24,
+    "dynunet": 32,
+    "segresnet": 16,
+    "unet++": 32,
+    "unet": 32,
+}
+"""Channels of the first stage, or feature size: MONAI's defaults, and for SegResNet that of Myronenko 2018."""
+_CHANNELS_LAST = {"unetr", "unet++"}  # faster so in bf16 on two Zen 4 cores; the others are slower so
+_MOST_CHANNELS = 320  # nnU-Net's limit in three dimensions
+_SMALLEST_EDGE = 8  # nnU-Net halves an axis while it is at least this long
+
+
+class ScanItself(nn.Module):
+    """An embedding that makes no tokens and hands on the scan."""
+
+    def forward(self, image: ImageBatch) -> tuple[None, Features]:
+        return None, [image]
+
+
+class MonaiHead(nn.Module):
+    """A whole network as a head.
+
+    Args:
+        unit: what each edge of its input must be a multiple of; scans are padded with zeros at their ends.
+    """
+
+    def __init__(self, network: nn.Module, *, unit: Triple) -> None:
+        super().__init__()
+        self.network = network
+        self.unit = unit
+        self.memory_format = torch.contiguous_format
+
+    def forward(self, grid: None, features: Features) -> tuple[LogitBatch, list[LogitBatch]]:
+        (image,) = features
+        shape = image.shape[2:]
+        if self.memory_format == torch.contiguous_format:
+            # An image of one channel has both layouts, and convolutions would take the slower; a copy ends it.
+            image = image.clone(memory_format=torch.contiguous_format)
+        x, y, z = (-size % step for size, step in zip(shape, self.unit, strict=True))
+        made = self.network(F.pad(image, (0, z, 0, y, 0, x)) if x or y or z else image)
+        outputs = list(made.unbind(1)) if isinstance(made, Tensor) and made.ndim == 6 else _listed(made)
+        x, y, z = shape
+        outputs = [output[..., :x, :y, :z] for output in outputs]
+        return outputs[0], outputs[1:]
+
+
+def build_rival(
+    name: RivalName,
+    *,
+    num_channels: int,
+    num_outputs: int,
+    crop_size: Triple,
+    strides: Sequence[Triple],
+    base_channels: int | None = None,
+) -> TokenSegmenter:
+    """Build a rival for crops of a plan.
+
+    Args:
+        strides: the plan's, which DynUNet follows and goes on from as nnU-Net would; the others halve all axes.
+        base_channels: by default `PUBLISHED_CHANNELS`; multiples of 12 for `swin_unetr`.
+
+    Raises:
+        ConfigError: a crop of which the deepest stage would see one voxel.
+    """
+    width = base_channels or PUBLISHED_CHANNELS[name]
+    head = _BUILDERS[name](num_channels, num_outputs, crop_size, strides, width)
+    if math.prod(math.ceil(size / step) for size, step in zip(crop_size, head.unit, strict=True)) < 2:
+        raise ConfigError(
+            f"a crop of {'×'.join(map(str, crop_size))} voxels is one voxel at the deepest stage of {name} (stride {'×'.join(map(str, head.unit))}), which its norm cannot scale; set a larger data.crop_size"
+        )
+    segmenter = TokenSegmenter(ScanItself(), nn.Identity(), nn.Identity(), nn.Identity(), head)
+    head.memory_format = torch.channels_last_3d if name in _CHANNELS_LAST else torch.contiguous_format
+    segmenter.memory_format = head.memory_format
+    return segmenter
+
+
+def dynunet_strides(crop_size: Triple, strides: Sequence[Triple]) -> list[Triple]:
+    """The plan's strides, then further ones while an axis has eight voxels left (Isensee et al. 2021).
+
+    >>> dynunet_strides((112, 112, 10), [(2, 2, 1), (2, 2, 1), (2, 2, 2)])[3:]
+    [(2, 2, 1)]
+    """
+    result, size = list(strides), list(crop_size)
+    for stride in strides:
+        size = [length // step for length, step in zip(size, stride, strict=True)]
+    while any(_halvable(length) for length in size):
+        x, y, z = (2 if _halvable(length) else 1 for length in size)
+        result.append((x, y, z))
+        size = [length // step for length, step in zip(size, (x, y, z), strict=True)]
+    return result
+
+
+def _halvable(length: int) -> bool:
+    return length >= _SMALLEST_EDGE and length % 2 == 0
+
+
+def _dynunet(
+    num_channels: int, num_outputs: int, crop: Triple, planned: Sequence[Triple], width: int
+) -> MonaiHead:
+    from monai.networks.nets import DynUNet
+
+    strides = dynunet_strides(crop, planned)
+    kernels = [*(kernel_for(stride) for stride in strides), (3, 3, 3)]
+    network = DynUNet(
+        3,
+        num_channels,
+        num_outputs,
+        kernel_size=kernels,
+        strides=[(1, 1, 1), *strides],
+        upsample_kernel_size=strides,
+        filters=[min(width * 2**level, _MOST_CHANNELS) for level in range(len(kernels))],
+        deep_supervision=len(strides) > 2,
+        deep_supr_num=min(2, len(strides) - 1),
+    )
+    x, y, z = (math.prod(stride[axis] for stride in strides) for axis in range(3))
+    return MonaiHead(network, unit=(x, y, z))
+
+
+def _segresnet(
+    num_channels: int, num_outputs: int, crop: Triple, planned: Sequence[Triple], width: int
+) -> MonaiHead:
+    from monai.networks.nets import SegResNet
+
+    network = SegResNet(init_filters=width, in_channels=num_channels, out_channels=num_outputs)
+    return MonaiHead(network, unit=(8, 8, 8))
+
+
+def _unetr(
+    num_channels: int, num_outputs: int, crop: Triple, planned: Sequence[Triple], width: int
+) -> MonaiHead:
+    from monai.networks.nets import UNETR
+
+    unit = (16, 16, 16)
+    x, y, z = (length + -length % 16 for length in crop)
+    hidden = 48 * width
+    network = UNETR(
+        num_channels,
+        num_outputs,
+        img_size=(x, y, z),
+        feature_size=width,
+        hidden_size=hidden,
+        mlp_dim=4 * hidden,
+        num_heads=12,
+    )
+    for block in network.vit.blocks:
+        _leave_out(block, "norm_cross_attn")
+    return MonaiHead(network, unit=unit)
+
+
+def _swin_unetr(
+    num_channels: int, num_outputs: int, crop: Triple, planned: Sequence[Triple], width: int
+) -> MonaiHead:
+    from monai.networks.nets import SwinUNETR
+
+    # It reads numbers off tensors while it is built, which the meta device has not.
+    device = torch.empty(0).device
+    with torch.device("cpu"):
+        network = SwinUNETR(num_channels, num_outputs, feature_size=width)
+    return MonaiHead(network.to(device), unit=(32, 32, 32))
+
+
+def _unet(
+    num_channels: int, num_outputs: int, crop: Triple, planned: Sequence[Triple], width: int
+) -> MonaiHead:
+    from monai.networks.nets import BasicUNet
+
+    network = BasicUNet(3, num_channels, num_outputs, features=_basic_widths(width))
+    return MonaiHead(network, unit=(16, 16, 16))
+
+
+def _unet_plus_plus(
+    num_channels: int, num_outputs: int, crop: Triple, planned: Sequence[Triple], width: int
+) -> MonaiHead:
+    from monai.networks.nets import BasicUNetPlusPlus
+
+    network = BasicUNetPlusPlus(3, num_channels, num_outputs, features=_basic_widths(width))
+    _leave_out(network, "final_conv_0_1", "final_conv_0_2", "final_conv_0_3")
+    return MonaiHead(network, unit=(16, 16, 16))
+
+
+def _basic_widths(width: int) -> tuple[int, ...]:
+    """MONAI's own proportions: 32, 32, 64, 128, 256, 32."""
+    return width, width, 2 * width, 4 * width, 8 * width, width
+
+
+def _leave_out(module: nn.Module, *names: str) -> None:
+    """Drop layers that MONAI makes and never runs: distributed training would wait for their gradients."""
+    for name in names:
+        setattr(module, name, nn.Identity())
+
+
+def _listed(made: Tensor | list[Tensor]) -> list[Tensor]:
+    return list(made) if isinstance(made, list | tuple) else [made]
+
+
+_BUILDERS: dict[RivalName, Callable[[int, int, Triple, Sequence[Triple], int], MonaiHead]] = {
+    "unetr": _unetr,
+    "swin_unetr": _swin_unetr,
+    "dynunet": _dynunet,
+    "segresnet": _segresnet,
+    "unet++": _unet_plus_plus,
+    "unet": _unet,
+}

@@ -1,0 +1,109 @@
+"""MONAI's networks in our shell: the same numbers as without it, on crops and scans of any shape."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from medvisionllama.config import load_config
+from medvisionllama.config.presets import RIVALS
+from medvisionllama.devices import fast_layout
+from medvisionllama.errors import ConfigError
+from medvisionllama.networks.factory import build_network, network_sizes
+from medvisionllama.networks.monai_nets import PUBLISHED_CHANNELS, build_rival, dynunet_strides
+
+CUBIC = [(2, 2, 2)] * 3
+SLIM = {"unetr": 2, "swin_unetr": 12, "dynunet": 4, "segresnet": 8, "unet++": 4, "unet": 4}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def make(name, crop=(32, 32, 16), strides=CUBIC, **more):
+    torch.manual_seed(0)
+    return build_rival(
+        name,
+        num_channels=2,
+        num_outputs=3,
+        crop_size=crop,
+        strides=strides,
+        base_channels=SLIM[name],
+        **more,
+    )
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_every_weight_of_a_rival_is_trained(name):
+    network = fast_layout(make(name, crop=(32, 40, 16)))
+    logits, auxiliary = network.train().forward_all(torch.randn(1, 2, 32, 40, 16))
+    assert logits.shape == (1, 3, 32, 40, 16)
+    (logits.square().mean() + sum(extra.square().mean() for extra in auxiliary)).backward()
+    assert [key for key, weight in network.named_parameters() if weight.grad is None] == []
+
+
+@pytest.mark.parametrize("name", ["unet", "segresnet", "dynunet"])
+def test_shell_pads_and_crops_and_does_nothing_else(name):
+    network = make(name, crop=(24, 16, 16)).eval()
+    image = torch.randn(1, 2, 21, 16, 16)
+    with torch.no_grad():
+        ours = network(image)
+        unit = network.head.unit[0]
+        theirs = network.head.network(F.pad(image, (0, 0, 0, 0, 0, -21 % unit)))
+    assert ours.shape == (1, 3, 21, 16, 16)
+    torch.testing.assert_close(ours, theirs[:, :, :21], rtol=1e-4, atol=1e-5)
+
+
+def test_dynunet_is_supervised_at_coarser_strides_while_training_only():
+    network = make("dynunet")
+    image = torch.randn(1, 2, 32, 32, 16)
+    assert len(network.train().forward_all(image)[1]) == 2
+    assert network.eval().forward_all(image)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("crop", "planned", "stages"),
+    [
+        # What nnU-Net 2 plans for MSD Task04 at the same patch, and for ACDC at a patch near it.
+        ((40, 56, 40), CUBIC, [(2, 2, 2)] * 3),
+        ((112, 112, 10), [(2, 2, 1), (2, 2, 1), (2, 2, 2)], [(2, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 1)]),
+        ((128, 128, 128), CUBIC, [(2, 2, 2)] * 5),
+    ],
+)
+def test_dynunet_is_as_deep_as_nnunet_would_make_it(crop, planned, stages):
+    assert dynunet_strides(crop, planned) == stages
+
+
+def test_published_dynunet_has_nnunets_channels():
+    network = build_rival("dynunet", num_channels=1, num_outputs=3, crop_size=(128, 128, 128), strides=CUBIC)
+    widths = [block.conv1.conv.out_channels for block in network.head.network.downsamples]
+    assert [PUBLISHED_CHANNELS["dynunet"], *widths, network.head.network.bottleneck.conv1.conv.out_channels] == [
+        32, 64, 128, 256, 320, 320,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "edge"), [("swin_unetr", 32), ("unet", 16)])
+def test_crop_too_small_for_a_rival_is_refused_with_its_stride(name, edge):
+    with pytest.raises(ConfigError, match=f"one voxel at the deepest stage of {name} .stride {edge}"):
+        make(name, crop=(edge, edge, edge))
+
+
+def test_preset_of_a_rival_builds_it_and_counts_it():
+    config = load_config("unet", {"network.base_channels": 4})
+    shapes = {"num_channels": 1, "num_outputs": 3, "crop_size": (32, 32, 16), "strides": CUBIC}
+    network = build_network(config.network, **shapes)
+    sizes = network_sizes(config.network, **shapes)
+    assert sizes.trainable == sum(weight.numel() for weight in network.parameters())
+    assert (sizes.tokens, sizes.insert_trainable, sizes.frozen) == (0, 0, 0)
+    assert sizes.flops_forward > 0
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings", "message"),
+    [
+        ("small", {"network.architecture": "unet"}, "take it with --preset unet"),
+        ("unet", {"network.insert": "llm"}, "no tokens and no insert"),
+        ("small", {"network.base_channels": 16}, "no effect with architecture=tokens"),
+        ("swin_unetr", {"network.base_channels": 16}, "no multiple of 12"),
+        ("unet", {"train.shard_block": True}, "no effect without a frozen block"),
+    ],
+)
+def test_settings_that_would_mislabel_a_rival_are_refused(preset, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(preset, settings)
