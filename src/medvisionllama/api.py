@@ -273,6 +273,7 @@ def evaluate(
     labels: Path | str | None = None,
     *,
     split: str = "test",
+    also: Sequence[Path | str] = (),
     block_removed: bool = False,
     choose_cleaning: bool = False,
     merged: bool = False,
@@ -285,6 +286,8 @@ def evaluate(
     Args:
         predictions: a folder of masks; or, without `labels`, a run folder.
         split: `test` or `validation`, of a run.
+        also: further runs of the task; the mean of all probabilities is measured on the first run's split. None may
+            have seen its patients. The table is evaluation-SPLIT-with-NAMES.csv.
         block_removed: leave the frozen block out of a trained run: what does it lose?
         choose_cleaning: compare ways to remove components on the validation cases of a run, and keep the one that
             gains most in postprocessing.json, or none; `predict` and `evaluate` use it from then on.
@@ -303,13 +306,15 @@ def evaluate(
     from medvisionllama.reports.html import write_report
 
     _check_choice("split", split, ("test", "validation"))
-    if labels is not None and choose_cleaning:
-        raise ConfigError("choose_cleaning needs a run folder, not masks and labels; leave out the labels")
+    for name, given in {"also": also, "choose_cleaning": choose_cleaning}.items():
+        if labels is not None and given:
+            raise ConfigError(f"{name} needs a run folder, not masks and labels; leave out the labels")
     if labels is None:
         part: Split = "validation" if split == "validation" else "test"
         table = evaluate_run(
             Path(predictions),
             split=part,
+            also=also,
             block_removed=block_removed,
             choose=choose_cleaning,
             tolerance_mm=tolerance_mm,

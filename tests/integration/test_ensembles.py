@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from medvisionllama import api
 from medvisionllama._files import file_sha256
-from medvisionllama.errors import ConfigError
-from medvisionllama.inference.cleaning import read_choice
+from medvisionllama.errors import CheckpointError, ConfigError, DataError
+from medvisionllama.evaluation.evaluate import evaluate_folders, mean_class_dice, read_table
+from medvisionllama.inference.cleaning import Cleaning, read_choice
 from medvisionllama.run_dir import RunDir
 
 from .conftest import TINY
@@ -76,6 +78,20 @@ def test_the_choice_is_written_and_shown_and_its_masks_are_measured(runs, cli):
     assert f"chosen: {choice.words} ({run.postprocessing})" in shown.out
 
 
+def test_the_masks_that_are_kept_and_measured_are_cleaned(runs, monkeypatch):
+    everything = Cleaning(min_component_ml=1e6)
+    monkeypatch.setattr(
+        "medvisionllama.evaluation.cleaning.make_candidates", lambda volumes: [Cleaning(), everything]
+    )
+    monkeypatch.setattr("medvisionllama.inference.cleaning.pick", lambda dice: 1)
+    before = api.evaluate(runs / "fold0", split="validation")
+    assert before["predicted_ml"].max() > 0
+    after = api.evaluate(runs / "fold0", split="validation", choose_cleaning=True)
+    assert after["predicted_ml"].max() == 0
+    dice = [one.dice for one in read_choice(RunDir(runs / "fold0")).candidates]
+    assert dice == pytest.approx([mean_class_dice(before).mean(), mean_class_dice(after).mean()])
+
+
 @pytest.mark.parametrize("also", [False, True])
 def test_predict_uses_the_choice_and_says_so(runs, phantoms, tmp_path, cli, also):
     choose_by_hand(runs / "fold0", min_component_ml=1e6)
@@ -125,3 +141,63 @@ def test_masks_against_labels_choose_nothing(runs, phantoms):
         api.evaluate(runs / "fold0", phantoms / "labelsTr", split="validation", choose_cleaning=True)
     with pytest.raises(ConfigError, match="allowed: test, validation"):
         api.evaluate(runs / "fold0", split="train")
+
+
+def edit_manifest(run, **changes):
+    path = RunDir(run).manifest
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_an_ensemble_is_measured_as_predict_segments_it(runs, phantoms, tmp_path, cli):
+    run = RunDir(runs / "fold0")
+    alone = api.evaluate(run.path)
+    before = run.evaluation.read_bytes()
+    outcome = cli("evaluate", run.path, "--also", runs / "fold1")
+    assert outcome.code == 0, outcome.err
+    table = run.path / "evaluation-test-with-fold1.csv"
+    assert outcome.out.splitlines()[-1] == str(table)
+    assert run.evaluation.read_bytes() == before
+    test = json.loads(run.manifest.read_text())["cases"]["test"]
+    scans = [phantoms / "imagesTr" / f"{case}.nii.gz" for case in test]
+    api.predict(run.path, scans, also=[runs / "fold1"], out=tmp_path / "masks")
+    expected = evaluate_folders(tmp_path / "masks", phantoms / "labelsTr")
+    found = read_table(table)
+    assert set(found["case_id"]) == set(test)
+    np.testing.assert_allclose(found["dice"], expected["dice"], atol=1e-6)
+    assert not np.allclose(found["dice"], alone["dice"], atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_a_member_that_has_seen_a_test_patient_is_refused(runs, cli, part):
+    cases = json.loads(RunDir(runs / "fold1").manifest.read_text())["cases"]
+    leak = cases["test"][0]
+    edit_manifest(runs / "fold1", cases={**cases, part: [*cases[part], leak]})
+    outcome = cli("evaluate", runs / "fold0", "--also", runs / "fold1")
+    assert outcome.code == 2
+    [line] = [line for line in outcome.err.splitlines() if line.startswith("medvisionllama: ")]
+    assert f"{runs / 'fold1'} has 1 of the 1 test patients among its {part} patients" in line
+    assert repr(leak) in line
+    assert not list((runs / "fold0").glob("evaluation*"))
+
+
+def test_validation_patients_are_scored_by_runs_of_the_same_fold_only(runs):
+    with pytest.raises(DataError, match="same splits and fold"):
+        api.evaluate(runs / "fold0", split="validation", also=[runs / "fold1"])
+    api.evaluate(runs / "fold0", split="validation", also=[runs / "again"])
+    assert (runs / "fold0" / "evaluation-validation-with-again.csv").is_file()
+
+
+def test_a_member_that_does_not_say_whom_it_has_seen_is_refused(runs):
+    edit_manifest(runs / "fold1", cases=None)
+    with pytest.raises(CheckpointError, match="a leak cannot be excluded"):
+        api.evaluate(runs / "fold0", also=[runs / "fold1"])
+
+
+def test_a_run_counts_once(runs):
+    with pytest.raises(ConfigError, match="given twice"):
+        api.evaluate(runs / "fold0", also=[runs / "fold1", runs / "fold0"])
+
+
+def test_an_ensemble_chooses_no_cleaning(runs):
+    with pytest.raises(ConfigError, match="leave out --also"):
+        api.evaluate(runs / "fold0", split="validation", also=[runs / "again"], choose_cleaning=True)

@@ -12,6 +12,15 @@ def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder of masks; or a run folder, without LABELS.")],
     labels: Annotated[Path | None, typer.Argument(help="Folder of labels with the same file names.")] = None,
     split: Annotated[Literal["test", "validation"], typer.Option(help="Which cases of a run.")] = "test",
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help=(
+                "A further run of the same splits, another fold for example; the mean of the probabilities is "
+                "measured. Repeatable. Its table is evaluation-SPLIT-with-NAMES.csv."
+            )
+        ),
+    ] = None,
     block_removed: Annotated[
         bool,
         typer.Option(
@@ -50,11 +59,14 @@ def evaluate(
     medvisionllama evaluate runs/hip --split test
 
     medvisionllama evaluate runs/hip --split validation --choose-cleaning
+
+    medvisionllama evaluate runs/fold0 --also runs/fold1 --also runs/fold2 --split test
     """
     from medvisionllama import api
     from medvisionllama.cli._progress import TerminalProgress
     from medvisionllama.cli._tables import print_choice, print_summary
     from medvisionllama.evaluation.evaluate import to_json
+    from medvisionllama.evaluation.evaluate_run import table_file
     from medvisionllama.inference.cleaning import read_choice
     from medvisionllama.run_dir import RunDir
 
@@ -62,6 +74,7 @@ def evaluate(
         predictions,
         labels,
         split=split,
+        also=also or [],
         block_removed=block_removed,
         choose_cleaning=choose_cleaning,
         merged=merged,
@@ -76,5 +89,7 @@ def evaluate(
         typer.echo(to_json(table, more))
         return
     print_summary(table)
+    if also:
+        typer.echo(str(table_file(run_dir, split, also=also, block_removed=block_removed)))
     if choice is not None:
         print_choice(choice, run_dir.postprocessing)

@@ -1,17 +1,19 @@
-"""A run measured on one of its own splits."""
+"""A run, or the mean of several, measured on one of the first run's own splits."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from medvisionllama.config import Config, read_config
-from medvisionllama.data.index import Case, open_configured
+from medvisionllama.data.index import Case, Dataset, open_configured
 from medvisionllama.data.splits import read_splits, select
 from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
 from medvisionllama.evaluation.evaluate import Pair, Split, evaluate_files, write_table
+from medvisionllama.evaluation.members import check_distinct, check_unseen, name_ensemble
 from medvisionllama.inference.cleaning import cleaning_of, write_choice
 from medvisionllama.inference.postprocess import clean
-from medvisionllama.inference.predictor import Predictor
+from medvisionllama.inference.predictor import Predictor, check_alike
 from medvisionllama.inference.writers import write_mask
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.run_dir import RunDir
@@ -21,6 +23,7 @@ def evaluate_run(
     run: Path,
     *,
     split: Split = "test",
+    also: Sequence[Path | str] = (),
     block_removed: bool = False,
     choose: bool = False,
     tolerance_mm: float | None = None,
@@ -31,29 +34,38 @@ def evaluate_run(
     The masks are kept in the run's `predictions/` folder; the test split's table is evaluation.csv.
 
     Args:
+        also: further runs whose probabilities are averaged with this one's; masks and table get names of their own.
         block_removed: leave the frozen block out of the trained network; masks and table get names of their own.
         choose: find out which components to remove, and write postprocessing.json; on validation only.
         tolerance_mm: of NSD; by default the run's own setting.
 
     Raises:
-        CheckpointError: not a finished run.
-        ConfigError: a choice that would be unfair or of no effect.
-        DataError: the dataset has moved, or has patients that the run's splits do not know.
+        CheckpointError: not a finished run, or runs of other classes.
+        ConfigError: a choice that would be unfair or of no effect, or a run twice.
+        DataError: the dataset has moved, has patients that the run's splits do not know, or patients that one of
+            several runs was trained or chosen by.
     """
     progress = progress or Silent()
     run_dir = RunDir(Path(run))
     run_dir.check()
+    members = [run_dir, *(RunDir(Path(path)) for path in also)]
+    check_distinct(members)
     config = read_config(run_dir.config)
     if choose:
-        check_choosable(run_dir, config.inference, split=split, num_runs=1, block_removed=block_removed)
+        check_choosable(
+            run_dir, config.inference, split=split, num_runs=len(members), block_removed=block_removed
+        )
         cleaning = config.inference
     else:
-        cleaning, reason = cleaning_of(run_dir, config.inference)
+        cleaning, reason = cleaning_of(run_dir, config.inference, num_runs=len(members))
         if reason:
             progress.say(reason)
-    cases = _cases(run_dir, config, split)
-    predictor = Predictor.from_run(run_dir.path, block_removed=block_removed)
-    part = _part(split, block_removed=block_removed)
+    check_alike([member.path for member in members])
+    dataset, cases = _cases(run_dir, config, split)
+    if also:
+        check_unseen(members, dataset, cases, split=split)
+    predictor = Predictor.from_run(*(member.path for member in members), block_removed=block_removed)
+    part = _part(members, split, block_removed=block_removed)
     pairs = []
     with progress.track(f"segmenting the {split} cases", len(cases)) as advance:
         for number, case in enumerate(cases, start=1):
@@ -74,23 +86,29 @@ def evaluate_run(
         tolerance_mm=tolerance_mm or config.inference.tolerance_mm,
         progress=progress,
     )
-    write_table(table, table_file(run_dir, split, block_removed=block_removed))
+    write_table(table, table_file(run_dir, split, also=also, block_removed=block_removed))
     return table
 
 
-def table_file(run_dir: RunDir, split: Split, *, block_removed: bool = False) -> Path:
+def table_file(
+    run_dir: RunDir, split: Split, *, also: Sequence[Path | str] = (), block_removed: bool = False
+) -> Path:
     """Where `evaluate_run` writes its table."""
-    part = _part(split, block_removed=block_removed)
+    members = [run_dir, *(RunDir(Path(path)) for path in also)]
+    part = _part(members, split, block_removed=block_removed)
     return run_dir.evaluation if part == "test" else run_dir.path / f"evaluation-{part}.csv"
 
 
-def _part(split: Split, *, block_removed: bool) -> str:
-    return f"{split}-block-removed" if block_removed else split
+def _part(members: Sequence[RunDir], split: Split, *, block_removed: bool) -> str:
+    """Name of what is measured, for files: `test`, `validation-block-removed`, `test-with-fold1`."""
+    others = name_ensemble(members[0], members[1:])
+    return "-".join(filter(None, (split, "block-removed" if block_removed else "", others)))
 
 
-def _cases(run_dir: RunDir, config: Config, split: Split) -> list[Case]:
+def _cases(run_dir: RunDir, config: Config, split: Split) -> tuple[Dataset, list[Case]]:
+    """The run's dataset, and its cases of a split."""
     assert config.data.path is not None, "fit wrote it"
     dataset = open_configured(config.data)
     chosen = select(read_splits(run_dir.splits), dataset.patients, fold=config.data.fold)
     names = set(chosen.test if split == "test" else chosen.validation)
-    return [case for case in dataset.cases if case.case_id in names]
+    return dataset, [case for case in dataset.cases if case.case_id in names]
