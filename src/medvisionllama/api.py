@@ -96,7 +96,7 @@ def train(
     Raises:
         MedVisionLlamaError: anything the user can fix, in one line.
     """
-    from medvisionllama.evaluation.evaluate import evaluate_run
+    from medvisionllama.evaluation.evaluate_run import evaluate_run
     from medvisionllama.reports.html import write_report
     from medvisionllama.training.fit import fit, with_absolute_paths
 
@@ -219,8 +219,10 @@ def predict(
         mask_format: `nifti`, `nrrd`, `mha` or `dicom` (DICOM-SEG, of DICOM scans); `auto` is each scan's own kind.
         probabilities: write those of every class to the folder probabilities/, as 4-D NIfTI, background first.
         uncertainty: write their entropy, from 0 to 1, to the folder uncertainty/.
-        largest: keep the largest component of each class alone; by default as the run's settings say.
-        min_ml: remove components smaller than so many millilitres; by default as the run's settings say.
+        largest: keep the largest component of each class alone. Without `largest` and `min_ml`, the run's settings
+            decide if they remove anything, else what `evaluate` chose on its validation cases
+            (postprocessing.json); with `also`, those of the first run.
+        min_ml: remove components smaller than so many millilitres.
         overwrite: replace masks that are already there; scans are never replaced.
         resume: leave out scans whose mask is already there.
         keep_going: a scan that fails becomes a record with `error` instead of an exception.
@@ -233,6 +235,7 @@ def predict(
             headers tell.
     """
     from medvisionllama.inference.batch import Outputs, predict_scans
+    from medvisionllama.inference.cleaning import cleaning_of
     from medvisionllama.inference.inputs import collect_scans
     from medvisionllama.inference.predictor import Predictor, check_alike
     from medvisionllama.progress import Silent
@@ -247,16 +250,21 @@ def predict(
     scans = collect_scans([Path(path) for path in inputs], channels=plan.channels)
     scans = outputs.missing(scans, overwrite=overwrite, resume=resume)
     predictor = Predictor.from_run(run, *also, device=device)  # type: ignore[arg-type] # checked above
-    wanted = {"largest_component": largest, "min_component_ml": min_ml}
-    chosen = {key: value for key, value in wanted.items() if value is not None}
+    settings = predictor.members[0].config.inference
+    cleaning, reason = cleaning_of(
+        RunDir(Path(run)), settings, largest=largest, min_ml=min_ml, num_runs=len(predictor.members)
+    )
+    progress = progress or Silent()
+    if reason:
+        progress.say(reason)
     return predict_scans(
         predictor,
         scans,
         outputs,
-        cleaning=predictor.members[0].config.inference.model_copy(update=chosen),
+        cleaning=cleaning,
         overwrite=overwrite,
         keep_going=keep_going,
-        progress=progress or Silent(),
+        progress=progress,
     )
 
 
@@ -265,7 +273,9 @@ def evaluate(
     labels: Path | str | None = None,
     *,
     split: str = "test",
+    also: Sequence[Path | str] = (),
     block_removed: bool = False,
+    choose_cleaning: bool = False,
     merged: bool = False,
     tolerance_mm: float | None = None,
     out: Path | str | None = None,
@@ -276,23 +286,37 @@ def evaluate(
     Args:
         predictions: a folder of masks; or, without `labels`, a run folder.
         split: `test` or `validation`, of a run.
+        also: further runs of the task; the mean of all probabilities is measured on the first run's split. None may
+            have seen its patients. The table is evaluation-SPLIT-with-NAMES.csv.
         block_removed: leave the frozen block out of a trained run: what does it lose?
+        choose_cleaning: compare ways to remove components on the validation cases of a run, and keep the one that
+            gains most in postprocessing.json, or none; `predict` and `evaluate` use it from then on.
         merged: the masks know one foreground only; the labels' classes are merged before comparing.
         tolerance_mm: of NSD; by default 1, or a run's own setting.
         out: where to write the table; a run's goes to its folder too.
 
     Returns:
         One row per case and class.
+
+    Raises:
+        MedVisionLlamaError: anything the user can fix, in one line.
     """
-    from medvisionllama.evaluation.evaluate import Split, evaluate_folders, evaluate_run, write_table
+    from medvisionllama.evaluation.evaluate import Split, evaluate_folders, write_table
+    from medvisionllama.evaluation.evaluate_run import evaluate_run
     from medvisionllama.reports.html import write_report
 
+    _check_choice("split", split, ("test", "validation"))
+    for name, given in {"also": also, "choose_cleaning": choose_cleaning}.items():
+        if labels is not None and given:
+            raise ConfigError(f"{name} needs a run folder, not masks and labels; leave out the labels")
     if labels is None:
         part: Split = "validation" if split == "validation" else "test"
         table = evaluate_run(
             Path(predictions),
             split=part,
+            also=also,
             block_removed=block_removed,
+            choose=choose_cleaning,
             tolerance_mm=tolerance_mm,
             progress=progress,
         )

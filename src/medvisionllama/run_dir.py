@@ -9,6 +9,10 @@ best.safetensors   trainable weights with the best validation Dice
 last/              state to resume from
 evaluation.csv     one row per test case and class
 report.html        everything a person looks at
+
+Made on request:
+postprocessing.json    which components masks lose, chosen on validation
+calibration.json       how far probabilities can be believed
 """
 
 import json
@@ -52,6 +56,7 @@ class RunDir:
         self.state = self.path / "last" / "state.safetensors"
         self.evaluation = self.path / "evaluation.csv"
         self.report = self.path / "report.html"
+        self.postprocessing = self.path / "postprocessing.json"
 
     def check_unused(self) -> None:
         """Refuse a folder that would be overwritten; files make their folders themselves.

@@ -7,6 +7,21 @@ from rich.console import Console
 from rich.table import Table
 
 from medvisionllama.evaluation.evaluate import mean_class_dice, read_table, summarise
+from medvisionllama.inference.cleaning import Choice
+
+
+def print_choice(choice: Choice, where: Path) -> None:
+    """Print what each way to clean masks scored, and which was taken."""
+    shown = Table(title=f"mean class Dice over {choice.num_cases} validation cases", title_justify="left")
+    shown.add_column("cleaning")
+    for name in ("all", *choice.candidates[0].dice_per_class):
+        shown.add_column(name, justify="right")
+    for candidate in choice.candidates:
+        scores = (candidate.dice, *candidate.dice_per_class.values())
+        shown.add_row(candidate.words, *(f"{score:.4f}" for score in scores))
+    console = Console()
+    console.print(shown)
+    console.print(f"chosen: {choice.words} ({where})", soft_wrap=True, markup=False, highlight=False)
 
 
 def print_summary(source: Path | pd.DataFrame) -> None:

@@ -39,7 +39,11 @@ def predict(
         bool | None,
         typer.Option(
             "--largest/--all-components",
-            help="Keep the largest component of each class alone.",
+            help=(
+                "Keep the largest component of each class alone. Without this and --min-ml, the run's settings "
+                "inference.* decide if they remove anything, else what `evaluate --choose-cleaning` chose "
+                "(postprocessing.json), else nothing is removed; with --also, those of the first run."
+            ),
             show_default=False,
         ),
     ] = None,

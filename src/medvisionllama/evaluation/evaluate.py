@@ -1,7 +1,7 @@
-"""Tables of measures: predicted files against label files, or a run on its own split."""
+"""Tables of measures: predicted files against label files."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,22 +10,17 @@ import numpy as np
 import pandas as pd
 
 from medvisionllama._files import write_text
-from medvisionllama.config import read_config
 from medvisionllama.data.formats.dicom_labels import read_classes
 from medvisionllama.data.formats.itk import segment_names
-from medvisionllama.data.index import open_configured, patient_of
+from medvisionllama.data.index import patient_of
 from medvisionllama.data.labels import may_be_cropped, on_one_grid, whole_label
 from medvisionllama.data.msd import read_dataset_json
 from medvisionllama.data.readers import is_scan, read_label, stem_of
-from medvisionllama.data.splits import read_splits, select
 from medvisionllama.data.volume import Volume, same_place, to_ras
 from medvisionllama.errors import DataError
 from medvisionllama.evaluation.metrics import measure
-from medvisionllama.inference.postprocess import clean
-from medvisionllama.inference.predictor import Predictor
-from medvisionllama.inference.writers import read_label_table, write_mask
+from medvisionllama.inference.writers import read_label_table
 from medvisionllama.progress import Progress, Silent
-from medvisionllama.run_dir import RunDir
 
 Split = Literal["test", "validation"]
 FOREGROUND = "foreground"
@@ -61,16 +56,7 @@ def evaluate_files(
     rows: list[dict[str, Any]] = []
     with (progress or Silent()).track("measuring", len(pairs)) as advance:
         for number, pair in enumerate(pairs, start=1):
-            # A label may be stored with other axes than its image, and the mask has the image's.
-            predicted, truth = (to_ras(read_mask(path, classes)) for path in (pair.prediction, pair.label))
-            # The mask lies on its scan's grid; either may be stored as the part that holds segments.
-            truth = whole_label(pair.label, truth, predicted.shape, predicted.affine)
-            predicted = whole_label(pair.prediction, predicted, truth.shape, truth.affine)
-            if may_be_cropped(pair.prediction) and may_be_cropped(pair.label):
-                predicted, truth = on_one_grid(predicted, truth)
-            _same_grid(pair, predicted, truth)
-            if merged:
-                truth = Volume((truth.array > 0).astype(np.uint8), truth.affine)
+            predicted, truth = read_pair(pair, classes, merged=merged)
             names = {"case_id": pair.case_id, "patient_id": pair.patient_id}
             rows += [
                 {**names, **row}
@@ -78,6 +64,28 @@ def evaluate_files(
             ]
             advance(number)
     return pd.DataFrame(rows)
+
+
+def read_pair(pair: Pair, classes: dict[int, str], *, merged: bool = False) -> tuple[Volume, Volume]:
+    """Read a predicted mask and the true one, in RAS and on one grid.
+
+    Raises:
+        DataError: a prediction on another grid than its label.
+    """
+    # A label may be stored with other axes than its image, and the mask has the image's.
+    predicted, truth = (to_ras(read_mask(path, classes)) for path in (pair.prediction, pair.label))
+    # The mask lies on its scan's grid; either may be stored as the part that holds segments.
+    truth = whole_label(pair.label, truth, predicted.shape, predicted.affine)
+    predicted = whole_label(pair.prediction, predicted, truth.shape, truth.affine)
+    if may_be_cropped(pair.prediction) and may_be_cropped(pair.label):
+        predicted, truth = on_one_grid(predicted, truth)
+    _same_grid(pair, predicted, truth)
+    return predicted, merged_foreground(truth) if merged else truth
+
+
+def merged_foreground(label: Volume) -> Volume:
+    """All classes of a label as one."""
+    return Volume((label.array > 0).astype(np.uint8), label.affine)
 
 
 def measure_classes(
@@ -123,67 +131,6 @@ def evaluate_folders(
         progress.say(f"{left_out} labels in {labels} have no prediction and are left out")
     classes = {1: FOREGROUND} if merged else _classes_of(labels, pairs)
     return evaluate_files(pairs, classes, merged=merged, tolerance_mm=tolerance_mm, progress=progress)
-
-
-def evaluate_run(
-    run: Path,
-    *,
-    split: Split = "test",
-    block_removed: bool = False,
-    tolerance_mm: float | None = None,
-    progress: Progress | None = None,
-) -> pd.DataFrame:
-    """Segment a split with the run's best weights, measure it on the scans' own grids, and write the table.
-
-    The masks are kept in the run's `predictions/` folder; the test split's table is evaluation.csv.
-
-    Args:
-        block_removed: leave the frozen block out of the trained network; masks and table get names of their own.
-        tolerance_mm: of NSD; by default the run's own setting.
-
-    Raises:
-        CheckpointError: not a finished run.
-        DataError: the dataset has moved, or has patients that the run's splits do not know.
-    """
-    progress = progress or Silent()
-    run_dir = RunDir(Path(run))
-    run_dir.check()
-    config = read_config(run_dir.config)
-    assert config.data.path is not None, "fit wrote it"
-    dataset = open_configured(config.data)
-    chosen = select(read_splits(run_dir.splits), dataset.patients, fold=config.data.fold)
-    names = set(chosen.test if split == "test" else chosen.validation)
-    predictor = Predictor.from_run(run_dir.path, block_removed=block_removed)
-    part = _part(split, block_removed=block_removed)
-    cases = [case for case in dataset.cases if case.case_id in names]
-    pairs = []
-    with progress.track(f"segmenting the {split} cases", len(cases)) as advance:
-        for number, case in enumerate(cases, start=1):
-            assert case.label is not None, "datasets list labelled cases"
-            path = run_dir.path / "predictions" / part / f"{case.case_id}.nii.gz"
-            mask = clean(predictor.predict(case.images).mask, config.inference)
-            write_mask(path, mask.array, mask.affine, like=case.images[0])
-            pairs.append(Pair(case.case_id, case.patient_id, path, case.label))
-            advance(number)
-    table = evaluate_files(
-        pairs,
-        predictor.plan.mask_classes,
-        merged=predictor.plan.merged,
-        tolerance_mm=tolerance_mm or config.inference.tolerance_mm,
-        progress=progress,
-    )
-    write_table(table, table_file(run_dir, split, block_removed=block_removed))
-    return table
-
-
-def table_file(run_dir: RunDir, split: Split, *, block_removed: bool = False) -> Path:
-    """Where `evaluate_run` writes its table."""
-    part = _part(split, block_removed=block_removed)
-    return run_dir.evaluation if part == "test" else run_dir.path / f"evaluation-{part}.csv"
-
-
-def _part(split: Split, *, block_removed: bool) -> str:
-    return f"{split}-block-removed" if block_removed else split
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -314,14 +261,15 @@ def _classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
     return {value: f"class {value}" for value in values}
 
 
-def to_json(table: pd.DataFrame) -> str:
-    """A table and its summary for machines."""
+def to_json(table: pd.DataFrame, more: Mapping[str, Any]) -> str:
+    """A table, its summary and more facts for machines."""
     return json.dumps(
         {
             "mean_class_dice": float(mean_class_dice(table).mean()),
             # pandas writes what is not a number as null, which JSON has, and not as NaN, which it has not.
             "classes": json.loads(summarise(table).to_json(orient="records")),
             "cases": json.loads(table.to_json(orient="records")),
+            **more,
         },
         indent=2,
     )

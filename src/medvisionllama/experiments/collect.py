@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from medvisionllama.errors import CheckpointError
-from medvisionllama.evaluation.evaluate import read_table, table_file
+from medvisionllama.evaluation.evaluate import read_table
+from medvisionllama.evaluation.evaluate_run import table_file
 from medvisionllama.evaluation.metrics import Measures
 from medvisionllama.experiments.matrix import PlannedRun, Variant, variant_name
 from medvisionllama.experiments.store import Experiment, State

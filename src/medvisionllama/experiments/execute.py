@@ -9,7 +9,8 @@ from medvisionllama._files import write_json
 from medvisionllama.config import Config, read_config
 from medvisionllama.data.index import open_configured
 from medvisionllama.devices import choose_device
-from medvisionllama.evaluation.evaluate import evaluate_run, mean_class_dice
+from medvisionllama.evaluation.evaluate import mean_class_dice
+from medvisionllama.evaluation.evaluate_run import evaluate_run
 from medvisionllama.experiments.fair import matched_settings, sizes_of_run
 from medvisionllama.experiments.matrix import WITHOUT_EFFECT, PlannedRun, variant_name
 from medvisionllama.experiments.store import Experiment, RunFiles

@@ -36,7 +36,8 @@ def remove_islands(
     """
     if not largest_only and min_ml <= 0:
         return mask
-    smallest = min_ml * 1000 / float(np.prod(spacing_mm))
+    # A little less, so that rounding does not remove a component of just this volume.
+    smallest = min_ml * 1000 / float(np.prod(spacing_mm)) * (1 - 1e-6)
     result = mask.copy()
     for value, box in _boxes(mask):
         components, number = ndimage.label(mask[box] == value, structure=_TOUCHING)
@@ -47,6 +48,17 @@ def remove_islands(
         # Component 0 is everything else, which must not change.
         result[box][~np.concatenate([[True], keep])[components]] = 0
     return result
+
+
+def component_volumes_ml(mask: LabelArray, spacing_mm: SpacingMm) -> dict[int, list[float]]:
+    """Volumes of the components of each class that a mask `[x, y, z]` has, in millilitres, largest first."""
+    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    volumes = {}
+    for value, box in _boxes(mask):
+        components, number = ndimage.label(mask[box] == value, structure=_TOUCHING)
+        sizes = np.bincount(components.ravel(), minlength=number + 1)[1:]
+        volumes[value] = sorted((sizes * voxel_ml).tolist(), reverse=True)
+    return volumes
 
 
 def _boxes(mask: LabelArray) -> Sequence[tuple[int, tuple[slice, ...]]]:

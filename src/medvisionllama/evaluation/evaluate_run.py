@@ -1,0 +1,114 @@
+"""A run, or the mean of several, measured on one of the first run's own splits."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from medvisionllama.config import Config, read_config
+from medvisionllama.data.index import Case, Dataset, open_configured
+from medvisionllama.data.splits import read_splits, select
+from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
+from medvisionllama.evaluation.evaluate import Pair, Split, evaluate_files, write_table
+from medvisionllama.evaluation.members import check_distinct, check_unseen, name_ensemble
+from medvisionllama.inference.cleaning import cleaning_of, write_choice
+from medvisionllama.inference.postprocess import clean
+from medvisionllama.inference.predictor import Predictor, check_alike
+from medvisionllama.inference.writers import write_mask
+from medvisionllama.progress import Progress, Silent
+from medvisionllama.run_dir import RunDir
+
+
+def evaluate_run(
+    run: Path,
+    *,
+    split: Split = "test",
+    also: Sequence[Path | str] = (),
+    block_removed: bool = False,
+    choose: bool = False,
+    tolerance_mm: float | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Segment a split with the run's best weights, measure it on the scans' own grids, and write the table.
+
+    The masks are kept in the run's `predictions/` folder; the test split's table is evaluation.csv.
+
+    Args:
+        also: further runs whose probabilities are averaged with this one's; masks and table get names of their own.
+        block_removed: leave the frozen block out of the trained network; masks and table get names of their own.
+        choose: find out which components to remove, and write postprocessing.json; on validation only.
+        tolerance_mm: of NSD; by default the run's own setting.
+
+    Raises:
+        CheckpointError: not a finished run, or runs of other classes.
+        ConfigError: a choice that would be unfair or of no effect, or a run twice.
+        DataError: the dataset has moved, has patients that the run's splits do not know, or patients that one of
+            several runs was trained or chosen by.
+    """
+    progress = progress or Silent()
+    run_dir = RunDir(Path(run))
+    run_dir.check()
+    members = [run_dir, *(RunDir(Path(path)) for path in also)]
+    check_distinct(members)
+    config = read_config(run_dir.config)
+    if choose:
+        check_choosable(
+            run_dir, config.inference, split=split, num_runs=len(members), block_removed=block_removed
+        )
+        cleaning = config.inference
+    else:
+        cleaning, reason = cleaning_of(run_dir, config.inference, num_runs=len(members))
+        if reason:
+            progress.say(reason)
+    check_alike([member.path for member in members])
+    dataset, cases = _cases(run_dir, config, split)
+    if also:
+        check_unseen(members, dataset, cases, split=split)
+    predictor = Predictor.from_run(*(member.path for member in members), block_removed=block_removed)
+    part = _part(members, split, block_removed=block_removed)
+    pairs = []
+    with progress.track(f"segmenting the {split} cases", len(cases)) as advance:
+        for number, case in enumerate(cases, start=1):
+            assert case.label is not None, "datasets list labelled cases"
+            path = run_dir.path / "predictions" / part / f"{case.case_id}.nii.gz"
+            mask = clean(predictor.predict(case.images).mask, cleaning)
+            write_mask(path, mask.array, mask.affine, like=case.images[0])
+            pairs.append(Pair(case.case_id, case.patient_id, path, case.label))
+            advance(number)
+    if choose:
+        choice = choose_cleaning(run_dir, pairs, predictor.plan, progress)
+        clean_files(pairs, choice)
+        write_choice(run_dir, choice)
+    table = evaluate_files(
+        pairs,
+        predictor.plan.mask_classes,
+        merged=predictor.plan.merged,
+        tolerance_mm=tolerance_mm or config.inference.tolerance_mm,
+        progress=progress,
+    )
+    write_table(table, table_file(run_dir, split, also=also, block_removed=block_removed))
+    return table
+
+
+def table_file(
+    run_dir: RunDir, split: Split, *, also: Sequence[Path | str] = (), block_removed: bool = False
+) -> Path:
+    """Where `evaluate_run` writes its table."""
+    members = [run_dir, *(RunDir(Path(path)) for path in also)]
+    part = _part(members, split, block_removed=block_removed)
+    return run_dir.evaluation if part == "test" else run_dir.path / f"evaluation-{part}.csv"
+
+
+def _part(members: Sequence[RunDir], split: Split, *, block_removed: bool) -> str:
+    """Name of what is measured, for files: `test`, `validation-block-removed`, `test-with-fold1`."""
+    others = name_ensemble(members[0], members[1:])
+    return "-".join(filter(None, (split, "block-removed" if block_removed else "", others)))
+
+
+def _cases(run_dir: RunDir, config: Config, split: Split) -> tuple[Dataset, list[Case]]:
+    """The run's dataset, and its cases of a split."""
+    assert config.data.path is not None, "fit wrote it"
+    dataset = open_configured(config.data)
+    chosen = select(read_splits(run_dir.splits), dataset.patients, fold=config.data.fold)
+    names = set(chosen.test if split == "test" else chosen.validation)
+    return dataset, [case for case in dataset.cases if case.case_id in names]

@@ -1,0 +1,198 @@
+"""Which components masks lose: candidates, the rule that picks one, and the choice that a run's folder keeps.
+
+What decides, first to last: what the user asks for in a command; a run's own settings `inference.*`, if they remove
+anything; postprocessing.json, chosen on the run's validation cases; nothing.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from medvisionllama._files import file_sha256, write_json
+from medvisionllama.config import InferenceConfig
+from medvisionllama.errors import CheckpointError
+from medvisionllama.run_dir import RunDir
+
+MARGIN = 0.002
+"""Mean class Dice that removing something must gain; less is not worth a rule that may delete a true finding."""
+_ROUNDING = 1e-9
+
+
+class Cleaning(BaseModel):
+    """One way to clean masks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    largest_component: bool = False
+    min_component_ml: float = 0.0
+
+    @property
+    def words(self) -> str:
+        """What is done, for people."""
+        if self.largest_component:
+            return "the largest component of each class alone is kept"
+        if self.min_component_ml:
+            return f"components smaller than {self.min_component_ml:g} ml are removed"
+        return "no component is removed"
+
+    def on(self, settings: InferenceConfig) -> InferenceConfig:
+        """Settings that clean this way."""
+        return settings.model_copy(
+            update={"largest_component": self.largest_component, "min_component_ml": self.min_component_ml}
+        )
+
+
+class Candidate(Cleaning):
+    """A way that was tried, and what it scored."""
+
+    dice: float
+    """Mean over validation cases of the mean over classes."""
+    dice_per_class: dict[str, float]
+
+
+class Choice(Cleaning):
+    """What postprocessing.json holds."""
+
+    chosen_on: str = "validation"
+    num_cases: int
+    margin: float = MARGIN
+    weights_sha256: str
+    """Of the best weights whose masks were compared; of others, nothing is known."""
+    candidates: tuple[Candidate, ...]
+
+
+def make_candidates(volumes_ml: Sequence[Mapping[int, Sequence[float]]]) -> list[Cleaning]:
+    """List what is worth trying, the mildest first: nothing, a few volumes, the largest component alone.
+
+    The volumes are a half and the whole of the smallest labelled component, and a tenth and a half of the smallest
+    main component (the largest of its class in a case): a labelled speck would make the first two useless.
+
+    Args:
+        volumes_ml: of each case, the volumes of each class's labelled components.
+    """
+    found = [sizes for case in volumes_ml for sizes in case.values() if len(sizes)]
+    limits: set[float] = set()
+    if found:
+        smallest, main = min(map(min, found)), min(map(max, found))
+        limits = {_floor(volume) for volume in (smallest / 2, smallest, main / 10, main / 2)}
+    return [
+        Cleaning(),
+        *(Cleaning(min_component_ml=limit) for limit in sorted(limits)),
+        Cleaning(largest_component=True),
+    ]
+
+
+def pick(dice: np.ndarray, *, margin: float = MARGIN) -> int:
+    """Number of the candidate to take: the best in the mean, if it is better than the first by more than `margin`.
+
+    Candidates that lower the mean of any class are out; of equals the first is taken.
+
+    Args:
+        dice: `[candidate, case, class]`; the first candidate removes nothing.
+    """
+    per_class = dice.mean(axis=1)
+    means = per_class.mean(axis=1)
+    best = 0
+    for number in range(1, len(dice)):
+        harmless = bool((per_class[number] >= per_class[0] - _ROUNDING).all())
+        if harmless and means[number] > max(means[0] + margin, means[best]) + _ROUNDING:
+            best = number
+    return best
+
+
+def make_choice(
+    candidates: Sequence[Cleaning], dice: np.ndarray, classes: Sequence[str], *, weights_sha256: str
+) -> Choice:
+    """Pick a candidate and record what all of them scored; `dice` as for `pick`."""
+    per_class = dice.mean(axis=1)
+    scored = [
+        Candidate(
+            **candidate.model_dump(),
+            dice=float(row.mean()),
+            dice_per_class=dict(zip(classes, row.tolist(), strict=True)),
+        )
+        for candidate, row in zip(candidates, per_class, strict=True)
+    ]
+    return Choice(
+        **candidates[pick(dice)].model_dump(),
+        num_cases=dice.shape[1],
+        weights_sha256=weights_sha256,
+        candidates=tuple(scored),
+    )
+
+
+def write_choice(run_dir: RunDir, choice: Choice) -> None:
+    write_json(run_dir.postprocessing, choice.model_dump(mode="json"))
+
+
+def read_choice(run_dir: RunDir) -> Choice | None:
+    """Read a run's choice, if one was made.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        return Choice.model_validate(json.loads(run_dir.postprocessing.read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, ValidationError) as error:
+        raise CheckpointError(
+            f"{run_dir.postprocessing} is damaged ({' '.join(str(error).split())[:80]}); remove it, or choose again with: {_command(run_dir)}"
+        ) from None
+
+
+def cleaning_of(
+    run_dir: RunDir,
+    settings: InferenceConfig,
+    *,
+    largest: bool | None = None,
+    min_ml: float | None = None,
+    num_runs: int = 1,
+) -> tuple[InferenceConfig, str]:
+    """Settings that clean a run's masks, and a line that says where they come from if nobody asked for them.
+
+    Args:
+        settings: the run's own.
+        largest: what the user asks for; either of the two puts postprocessing.json aside.
+        num_runs: members of the ensemble of which this run is the first; its choice holds for all.
+
+    Raises:
+        CheckpointError: postprocessing.json is damaged.
+    """
+    asked = {"largest_component": largest, "min_component_ml": min_ml}
+    given = {key: value for key, value in asked.items() if value is not None}
+    if given:
+        return settings.model_copy(update=given), ""
+    if removes(settings):
+        return settings, ""
+    choice = read_choice(run_dir)
+    if choice is None:
+        return settings, ""
+    if choice.weights_sha256 != file_sha256(run_dir.best):
+        return (
+            settings,
+            f"{run_dir.postprocessing} was chosen with other weights and is not used; choose again with: {_command(run_dir)}",
+        )
+    first = "; the first run's choice holds for all" if num_runs > 1 else ""
+    return (
+        choice.on(settings),
+        f"{choice.words}, as chosen on {choice.num_cases} validation cases ({run_dir.postprocessing}{first})",
+    )
+
+
+def removes(settings: InferenceConfig) -> bool:
+    """Whether a run's settings clean masks by themselves."""
+    return settings.largest_component or settings.min_component_ml > 0
+
+
+def _command(run_dir: RunDir) -> str:
+    return f"medvisionllama evaluate {run_dir.path} --split validation --choose-cleaning"
+
+
+def _floor(volume: float) -> float:
+    """Three digits, rounded down, so that a component of just this volume stays."""
+    step = 10.0 ** (math.floor(math.log10(volume)) - 2)
+    return float(f"{math.floor(volume / step + _ROUNDING) * step:.6g}")

@@ -1,0 +1,203 @@
+"""Two folds of one task: cleaning chosen on validation, ensembles measured, calibration."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from medvisionllama import api
+from medvisionllama._files import file_sha256
+from medvisionllama.errors import CheckpointError, ConfigError, DataError
+from medvisionllama.evaluation.evaluate import evaluate_folders, mean_class_dice, read_table
+from medvisionllama.inference.cleaning import Cleaning, read_choice
+from medvisionllama.run_dir import RunDir
+
+from .conftest import TINY
+
+FAST = {
+    **TINY,
+    "network.insert": "none",
+    "train.num_validations": 1,
+    "train.ema_decay": 0,
+    "train.warmup_steps": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(phantoms, tmp_path_factory):
+    """Folds 0 and 1, and fold 0 again with another seed."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, fold, seed in (("fold0", 0, 0), ("fold1", 1, 1), ("again", 0, 2)):
+        overrides = {**FAST, "train.seed": seed}
+        api.train(phantoms, out=root / name, fold=fold, epochs=6, overrides=overrides, test=False)
+    return root
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "runs")
+
+
+def choose_by_hand(run, **cleaning):
+    """A choice that tells its effect from afar."""
+    content = {
+        "largest_component": False,
+        "min_component_ml": 0.0,
+        **cleaning,
+        "num_cases": 1,
+        "weights_sha256": file_sha256(RunDir(run).best),
+        "candidates": [],
+    }
+    RunDir(run).postprocessing.write_text(json.dumps(content))
+
+
+def volumes(outcome):
+    [record] = json.loads(outcome.out)
+    return sum(record["volumes_ml"].values())
+
+
+def test_the_choice_is_written_and_shown_and_its_masks_are_measured(runs, cli):
+    run = RunDir(runs / "fold0")
+    outcome = cli("evaluate", run.path, "--split", "validation", "--choose-cleaning", "--json")
+    assert outcome.code == 0, outcome.err
+    printed, written = json.loads(outcome.out), json.loads(run.postprocessing.read_text())
+    assert printed["cleaning"] == written
+    validation = json.loads(run.manifest.read_text())["cases"]["validation"]
+    assert written["num_cases"] == len(validation)
+    choice = read_choice(run)
+    [taken] = {
+        one.dice
+        for one in choice.candidates
+        if (one.largest_component, one.min_component_ml)
+        == (choice.largest_component, choice.min_component_ml)
+    }
+    assert printed["mean_class_dice"] == pytest.approx(taken)
+    assert {row["case_id"] for row in printed["cases"]} == set(validation)
+    shown = cli("evaluate", run.path, "--split", "validation", "--choose-cleaning")
+    assert f"chosen: {choice.words} ({run.postprocessing})" in shown.out
+
+
+def test_the_masks_that_are_kept_and_measured_are_cleaned(runs, monkeypatch):
+    everything = Cleaning(min_component_ml=1e6)
+    monkeypatch.setattr(
+        "medvisionllama.evaluation.cleaning.make_candidates", lambda volumes: [Cleaning(), everything]
+    )
+    monkeypatch.setattr("medvisionllama.inference.cleaning.pick", lambda dice: 1)
+    before = api.evaluate(runs / "fold0", split="validation")
+    assert before["predicted_ml"].max() > 0
+    after = api.evaluate(runs / "fold0", split="validation", choose_cleaning=True)
+    assert after["predicted_ml"].max() == 0
+    dice = [one.dice for one in read_choice(RunDir(runs / "fold0")).candidates]
+    assert dice == pytest.approx([mean_class_dice(before).mean(), mean_class_dice(after).mean()])
+
+
+@pytest.mark.parametrize("also", [False, True])
+def test_predict_uses_the_choice_and_says_so(runs, phantoms, tmp_path, cli, also):
+    choose_by_hand(runs / "fold0", min_component_ml=1e6)
+    more = ["--also", runs / "fold1"] if also else []
+    scan = phantoms / "imagesTr" / "phantom_000.nii.gz"
+    chosen = cli("predict", runs / "fold0", scan, "--out", tmp_path / "m", "--json", *more)
+    assert chosen.code == 0, chosen.err
+    assert volumes(chosen) == 0
+    [line] = [line for line in chosen.err.splitlines() if "as chosen on 1 validation cases" in line]
+    assert str(runs / "fold0" / "postprocessing.json") in line
+    assert ("the first run's choice holds for all" in line) is also
+    for number, flags in enumerate((["--all-components"], ["--largest"], ["--min-ml", 0])):
+        asked = cli(
+            "predict", runs / "fold0", scan, "--out", tmp_path / f"m{number}", "--json", *more, *flags
+        )
+        assert volumes(asked) > 0
+        assert "as chosen" not in asked.err
+
+
+def test_the_choice_of_another_member_does_not_count(runs, phantoms, tmp_path, cli):
+    choose_by_hand(runs / "fold1", min_component_ml=1e6)
+    scan = phantoms / "imagesTr" / "phantom_000.nii.gz"
+    outcome = cli(
+        "predict", runs / "fold0", scan, "--also", runs / "fold1", "--out", tmp_path / "m", "--json"
+    )
+    assert volumes(outcome) > 0
+
+
+def test_test_cases_are_cleaned_by_the_choice_and_do_not_make_it(runs, cli):
+    choose_by_hand(runs / "fold0", min_component_ml=1e6)
+    before = RunDir(runs / "fold0").postprocessing.read_bytes()
+    outcome = cli("evaluate", runs / "fold0", "--json")
+    assert {row["predicted_ml"] for row in json.loads(outcome.out)["cases"]} == {0.0}
+    assert "as chosen on 1 validation cases" in outcome.err
+    refused = cli("evaluate", runs / "fold0", "--choose-cleaning")
+    assert refused.code == 2
+    assert (
+        refused.err.strip()
+        .splitlines()[-1]
+        .startswith("medvisionllama: --choose-cleaning chooses on validation")
+    )
+    assert RunDir(runs / "fold0").postprocessing.read_bytes() == before
+
+
+def test_masks_against_labels_choose_nothing(runs, phantoms):
+    with pytest.raises(ConfigError, match="leave out the labels"):
+        api.evaluate(runs / "fold0", phantoms / "labelsTr", split="validation", choose_cleaning=True)
+    with pytest.raises(ConfigError, match="allowed: test, validation"):
+        api.evaluate(runs / "fold0", split="train")
+
+
+def edit_manifest(run, **changes):
+    path = RunDir(run).manifest
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_an_ensemble_is_measured_as_predict_segments_it(runs, phantoms, tmp_path, cli):
+    run = RunDir(runs / "fold0")
+    alone = api.evaluate(run.path)
+    before = run.evaluation.read_bytes()
+    outcome = cli("evaluate", run.path, "--also", runs / "fold1")
+    assert outcome.code == 0, outcome.err
+    table = run.path / "evaluation-test-with-fold1.csv"
+    assert outcome.out.splitlines()[-1] == str(table)
+    assert run.evaluation.read_bytes() == before
+    test = json.loads(run.manifest.read_text())["cases"]["test"]
+    scans = [phantoms / "imagesTr" / f"{case}.nii.gz" for case in test]
+    api.predict(run.path, scans, also=[runs / "fold1"], out=tmp_path / "masks")
+    expected = evaluate_folders(tmp_path / "masks", phantoms / "labelsTr")
+    found = read_table(table)
+    assert set(found["case_id"]) == set(test)
+    np.testing.assert_allclose(found["dice"], expected["dice"], atol=1e-6)
+    assert not np.allclose(found["dice"], alone["dice"], atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_a_member_that_has_seen_a_test_patient_is_refused(runs, cli, part):
+    cases = json.loads(RunDir(runs / "fold1").manifest.read_text())["cases"]
+    leak = cases["test"][0]
+    edit_manifest(runs / "fold1", cases={**cases, part: [*cases[part], leak]})
+    outcome = cli("evaluate", runs / "fold0", "--also", runs / "fold1")
+    assert outcome.code == 2
+    [line] = [line for line in outcome.err.splitlines() if line.startswith("medvisionllama: ")]
+    assert f"{runs / 'fold1'} has 1 of the 1 test patients among its {part} patients" in line
+    assert repr(leak) in line
+    assert not list((runs / "fold0").glob("evaluation*"))
+
+
+def test_validation_patients_are_scored_by_runs_of_the_same_fold_only(runs):
+    with pytest.raises(DataError, match="same splits and fold"):
+        api.evaluate(runs / "fold0", split="validation", also=[runs / "fold1"])
+    api.evaluate(runs / "fold0", split="validation", also=[runs / "again"])
+    assert (runs / "fold0" / "evaluation-validation-with-again.csv").is_file()
+
+
+def test_a_member_that_does_not_say_whom_it_has_seen_is_refused(runs):
+    edit_manifest(runs / "fold1", cases=None)
+    with pytest.raises(CheckpointError, match="a leak cannot be excluded"):
+        api.evaluate(runs / "fold0", also=[runs / "fold1"])
+
+
+def test_a_run_counts_once(runs):
+    with pytest.raises(ConfigError, match="given twice"):
+        api.evaluate(runs / "fold0", also=[runs / "fold1", runs / "fold0"])
+
+
+def test_an_ensemble_chooses_no_cleaning(runs):
+    with pytest.raises(ConfigError, match="leave out --also"):
+        api.evaluate(runs / "fold0", split="validation", also=[runs / "again"], choose_cleaning=True)

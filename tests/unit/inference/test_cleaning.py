@@ -1,0 +1,152 @@
+import json
+
+import numpy as np
+import pytest
+
+from medvisionllama._files import file_sha256
+from medvisionllama.config import InferenceConfig
+from medvisionllama.errors import CheckpointError
+from medvisionllama.inference.cleaning import (
+    MARGIN,
+    Cleaning,
+    cleaning_of,
+    make_candidates,
+    make_choice,
+    pick,
+    read_choice,
+    write_choice,
+)
+from medvisionllama.inference.postprocess import component_volumes_ml
+from medvisionllama.run_dir import RunDir
+
+
+def one_case(*rows):
+    """Scores of candidates that were tried on one case: a row of classes each."""
+    return np.array(rows)[:, None, :]
+
+
+def test_the_best_candidate_is_taken():
+    assert pick(one_case([0.80, 0.80], [0.81, 0.80], [0.85, 0.81])) == 2
+
+
+def test_a_gain_within_the_margin_removes_nothing():
+    assert pick(one_case([0.80, 0.80], [0.803, 0.80]), margin=0.002) == 0  # gains 0.0015
+    assert pick(one_case([0.80, 0.80], [0.805, 0.80]), margin=0.002) == 1  # gains 0.0025
+    assert MARGIN == 0.002
+
+
+def test_a_candidate_that_harms_a_class_is_out_however_much_it_gains():
+    assert pick(one_case([0.80, 0.80], [0.95, 0.79], [0.82, 0.80])) == 2
+    assert pick(one_case([0.80, 0.80], [0.95, 0.79])) == 0
+
+
+def test_harm_in_one_case_is_outweighed_by_gain_in_another():
+    dice = np.array([[[0.8], [0.6]], [[0.7], [0.9]]])  # means 0.7 and 0.8
+    assert pick(dice) == 1
+
+
+def test_of_equals_the_mildest_is_taken():
+    assert pick(one_case([0.5], [0.7], [0.7])) == 1
+
+
+def test_candidates_come_from_the_labelled_components_the_mildest_first():
+    # The smallest component is 0.02 ml, the smallest main one 1.5 ml (class 2 of the second case).
+    volumes = [{1: [3.0, 0.02]}, {1: [2.0], 2: [1.5, 0.4]}, {}]
+    limits = [0.01, 0.02, 0.15, 0.75]
+    assert make_candidates(volumes) == [
+        Cleaning(),
+        *(Cleaning(min_component_ml=limit) for limit in limits),
+        Cleaning(largest_component=True),
+    ]
+
+
+def test_limits_are_rounded_down_so_that_the_smallest_component_stays():
+    limits = [one.min_component_ml for one in make_candidates([{1: [1.23999]}])]
+    assert limits == [0.0, 0.123, 0.619, 1.23, 0.0]
+
+
+def test_without_any_label_only_the_largest_component_is_tried():
+    assert make_candidates([{}, {}]) == [Cleaning(), Cleaning(largest_component=True)]
+
+
+def test_components_of_a_label_are_measured_in_millilitres():
+    mask = np.zeros((8, 8, 8), np.uint8)
+    mask[0:2, 0:2, 0:2] = 1
+    mask[5, 5, 5:7] = 1
+    mask[6, 6, 7] = 1  # joined to the two before by a corner
+    mask[0, 7, 7] = 3
+    assert component_volumes_ml(mask, (1.0, 2.0, 5.0)) == {
+        1: pytest.approx([0.08, 0.03]),
+        3: pytest.approx([0.01]),
+    }
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    run = RunDir(tmp_path)
+    run.best.write_bytes(b"weights")
+    return run
+
+
+@pytest.fixture
+def choice(run_dir):
+    dice = np.array([[[0.5, 0.7], [0.7, 0.9]], [[0.6, 0.7], [0.8, 0.9]]])
+    candidates = [Cleaning(), Cleaning(min_component_ml=0.25)]
+    made = make_choice(candidates, dice, ["a", "b"], weights_sha256=file_sha256(run_dir.best))
+    write_choice(run_dir, made)
+    return made
+
+
+def test_the_file_says_what_was_chosen_and_what_every_candidate_scored(run_dir, choice):
+    written = json.loads(run_dir.postprocessing.read_text())
+    assert written["min_component_ml"] == 0.25
+    assert written["largest_component"] is False
+    assert written["chosen_on"] == "validation"
+    assert written["num_cases"] == 2
+    assert [one["dice"] for one in written["candidates"]] == pytest.approx([0.7, 0.75])
+    assert written["candidates"][1]["dice_per_class"] == pytest.approx({"a": 0.7, "b": 0.8})
+    assert read_choice(run_dir) == choice
+
+
+def test_a_choice_is_used_and_said(run_dir, choice):
+    settings, line = cleaning_of(run_dir, InferenceConfig())
+    assert settings == InferenceConfig(min_component_ml=0.25)
+    assert "components smaller than 0.25 ml are removed" in line
+    assert "2 validation cases" in line
+    assert str(run_dir.postprocessing) in line
+    assert "first run's choice" in cleaning_of(run_dir, InferenceConfig(), num_runs=2)[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "expected"),
+    [
+        ({}, {"largest": False}, {}),
+        ({}, {"largest": True}, {"largest_component": True}),
+        ({}, {"min_ml": 0.0}, {}),
+        ({"min_component_ml": 2.0}, {"largest": True}, {"min_component_ml": 2.0, "largest_component": True}),
+        ({"largest_component": True}, {}, {"largest_component": True}),
+        ({"min_component_ml": 2.0}, {}, {"min_component_ml": 2.0}),
+    ],
+)
+def test_the_user_and_the_run_s_settings_come_before_the_choice(run_dir, choice, settings, asked, expected):
+    found = cleaning_of(run_dir, InferenceConfig(**settings), **asked)
+    assert found == (InferenceConfig(**expected), "")
+
+
+def test_without_a_choice_nothing_changes(run_dir):
+    assert cleaning_of(run_dir, InferenceConfig()) == (InferenceConfig(), "")
+
+
+def test_a_choice_made_with_other_weights_is_not_used(run_dir, choice):
+    run_dir.best.write_bytes(b"trained further")
+    settings, line = cleaning_of(run_dir, InferenceConfig())
+    assert settings == InferenceConfig()
+    assert "other weights" in line
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"largest_component": true}'])
+def test_a_damaged_choice_is_named(run_dir, content):
+    run_dir.postprocessing.write_text(content)
+    with pytest.raises(CheckpointError, match=r"postprocessing\.json is damaged") as error:
+        cleaning_of(run_dir, InferenceConfig())
+    assert "\n" not in str(error.value)
