@@ -92,7 +92,9 @@ def write_raw(data: Path, number: int, root: Path, cases: Collection[str] | None
         raise ValueError(f"{data} has {len(content['modality'])} channels; only one is laid out for nnU-Net")
     entries = {Path(entry["image"]).name.removesuffix(".nii.gz"): entry for entry in content["training"]}
     if unknown := sorted(set(cases or ()) - entries.keys()):
-        raise ValueError(f"{data} has no case {unknown[0]!r} with a .nii.gz image; name cases of its dataset.json")
+        raise ValueError(
+            f"{data} has no case {unknown[0]!r} with a .nii.gz image; name cases of its dataset.json"
+        )
     chosen = [case for case in entries if cases is None or case in cases]
     name = f"Dataset{number:03d}_{content['name'].replace(' ', '')}"
     raw = root / "raw" / name

@@ -3,11 +3,12 @@
 python benchmarks/nnunet_train.py DATA --cases 14 --minutes 20 --seed 0 --out runs/nnunet
 
 It plans from the training and validation cases alone. Its minutes run from the start of planning to the end of
-training, as ours do; the imports of its packages and prediction are left out. See nnunet_trainer.py for what differs from
-a stock run.
+training, as ours do; the imports of its packages and prediction are left out. See nnunet_trainer.py for what
+differs from a stock run.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -119,11 +120,17 @@ def make_request(
     if len({*train, *validation, *test}) != len(train) + len(validation) + len(test):
         raise ValueError("a case is named twice; train, validation and test cases must differ")
     if minutes <= 0 or threads < 1:
-        raise ValueError(f"{minutes:g} minutes on {threads} threads is no run; give more than 0 and at least 1")
+        raise ValueError(
+            f"{minutes:g} minutes on {threads} threads is no run; give more than 0 and at least 1"
+        )
     content = json.loads((data / "dataset.json").read_text())
-    images = {Path(entry["image"]).name.removesuffix(".nii.gz"): entry["image"] for entry in content["training"]}
+    images = {
+        Path(entry["image"]).name.removesuffix(".nii.gz"): entry["image"] for entry in content["training"]
+    }
     if unknown := sorted({*train, *validation, *test} - images.keys()):
-        raise ValueError(f"{data} has no case {unknown[0]!r} with a .nii.gz image; name cases of its dataset.json")
+        raise ValueError(
+            f"{data} has no case {unknown[0]!r} with a .nii.gz image; name cases of its dataset.json"
+        )
     return {
         "version": nnunet.VERSION,
         "name": f"Dataset001_{content['name'].replace(' ', '')}",
@@ -182,14 +189,14 @@ def _run(python: Path, verb: str, work: Path, request: dict[str, Any], *, limit:
         except subprocess.TimeoutExpired:
             raise NnunetError(f"nnU-Net's part {verb!r} did not end in {limit:.0f} s; see {log}") from None
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
     if code or not (work / f"{verb}.json").is_file():
         lines = log.read_text(errors="replace").strip().splitlines()
-        raise NnunetError(f"nnU-Net's part {verb!r} failed: {lines[-1] if lines else f'exit {code}'}; see {log}")
+        raise NnunetError(
+            f"nnU-Net's part {verb!r} failed: {lines[-1] if lines else f'exit {code}'}; see {log}"
+        )
 
 
 def main() -> None:
@@ -199,7 +206,11 @@ def main() -> None:
     from medvisionllama.training.prepare import divide
 
     arguments = parse()
-    chosen = {"data.path": str(arguments.data), "data.num_cases": arguments.cases, "data.split_seed": arguments.seed}
+    chosen = {
+        "data.path": str(arguments.data),
+        "data.num_cases": arguments.cases,
+        "data.split_seed": arguments.seed,
+    }
     _, _, selection = divide(load_config(overrides=chosen), drawn=None)
     try:
         result = train_and_predict(
@@ -226,7 +237,9 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path, help="an MSD folder of one channel")
-    parser.add_argument("--cases", type=int, help="training cases, by whole patients; by default the whole fold")
+    parser.add_argument(
+        "--cases", type=int, help="training cases, by whole patients; by default the whole fold"
+    )
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the training")
     parser.add_argument("--out", type=Path, required=True)

@@ -5,8 +5,8 @@ Plans, preprocessing, augmentation, network, loss, optimiser and prediction are 
 - the pseudo Dice is taken on one batch after each tenth of the time, since only a checkpoint that prediction does
   not use depends on it; that checkpoint and the plots are not written;
 - processes are forked, since spawned ones import everything again, which would count as planning;
-- batches are drawn and augmented between the iterations: on two threads that is 2 % of the time, and a process of
-  their own, which nnU-Net forks after the network's threads have begun, leaves the backward pass waiting for ever.
+- batches are drawn and augmented between the iterations, which is 2 % of the time on two threads; with a process
+  for it, which nnU-Net forks beside running threads, the first backward pass did not end here.
 """
 
 import json
@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunet_clock import Clock, polynomial_rate
 from nnunetv2.experiment_planning.plan_and_preprocess_api import (
     extract_fingerprints,
     plan_experiments,
@@ -29,6 +28,8 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import (
 )
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_clock import Clock, polynomial_rate
 
 CONFIGURATION = "3d_fullres"
 NUM_PARTS = 10
@@ -109,7 +110,7 @@ def train(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     preprocess([number], configurations=[CONFIGURATION], num_processes=[threads], show_progress_bar=False)
     planned = clock.elapsed
     # Read when the loaders are made; planning reads it too, and cannot do with 0.
-    os.environ["nnUNet_n_proc_DA"] = "0"
+    os.environ.update(nnUNet_n_proc_DA="0")
     torch.set_num_threads(threads)
     base = folder / "preprocessed" / name
     plans = json.loads((base / "nnUNetPlans.json").read_text())
