@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 VERSION = "2.8.1"
@@ -77,23 +78,46 @@ def environment(root: Path) -> dict[str, str]:
     return {**os.environ, **places, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
 
-def write_raw(data: Path, number: int, root: Path) -> str:
-    """Lay an MSD folder of one channel out as nnU-Net's raw dataset by links; return its name."""
+def write_raw(data: Path, number: int, root: Path, cases: Collection[str] | None = None) -> str:
+    """Lay an MSD folder of one channel out as nnU-Net's raw dataset by links; return its name.
+
+    Args:
+        cases: those that nnU-Net may see; by default all.
+
+    Raises:
+        ValueError: more than one channel, or a case that the folder does not list.
+    """
     content = json.loads((data / "dataset.json").read_text())
+    if len(content["modality"]) != 1:
+        raise ValueError(f"{data} has {len(content['modality'])} channels; only one is laid out for nnU-Net")
+    entries = {Path(entry["image"]).name.removesuffix(".nii.gz"): entry for entry in content["training"]}
+    if unknown := sorted(set(cases or ()) - entries.keys()):
+        raise ValueError(
+            f"{data} has no case {unknown[0]!r} with a .nii.gz image; name cases of its dataset.json"
+        )
+    chosen = [case for case in entries if cases is None or case in cases]
     name = f"Dataset{number:03d}_{content['name'].replace(' ', '')}"
     raw = root / "raw" / name
     for folder in (raw / "imagesTr", raw / "labelsTr", root / "preprocessed", root / "results"):
         folder.mkdir(parents=True, exist_ok=True)
-    for entry in content["training"]:
-        case = Path(entry["image"]).name.removesuffix(".nii.gz")
-        (raw / "imagesTr" / f"{case}_0000.nii.gz").symlink_to((data / entry["image"]).resolve())
-        (raw / "labelsTr" / f"{case}.nii.gz").symlink_to((data / entry["label"]).resolve())
+    for case in chosen:
+        image, label = (data / entries[case][part] for part in ("image", "label"))
+        (raw / "imagesTr" / f"{case}_0000.nii.gz").symlink_to(image.resolve())
+        (raw / "labelsTr" / f"{case}.nii.gz").symlink_to(label.resolve())
     labels = {"background": 0} | {text: int(value) for value, text in content["labels"].items() if int(value)}
     about = {
         "channel_names": content["modality"],
         "labels": labels,
-        "numTraining": len(content["training"]),
+        "numTraining": len(chosen),
         "file_ending": ".nii.gz",
     }
     (raw / "dataset.json").write_text(json.dumps(about))
     return name
+
+
+def write_splits(name: str, root: Path, train: Sequence[str], validation: Sequence[str]) -> Path:
+    """Write the one fold that nnU-Net trains on instead of drawing its own five; return the file."""
+    path = root / "preprocessed" / name / "splits_final.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([{"train": sorted(train), "val": sorted(validation)}], indent=1))
+    return path
