@@ -1,0 +1,288 @@
+"""Few labels, equal minutes: `small`, its controls and its rivals on the same cases, machine and clock.
+
+python benchmarks/few_shot.py --rows hippocampus-14 --arms no-tokens,unet-16,nnunet --seeds 0
+
+Without --rows, --arms and --seeds it makes the whole table (about 60 hours). Each cell (row, arm, seed) runs in a
+process of its own on two cores, writes its per-case table to results/few_shot/, and is skipped from then on; so the
+table may grow over many sessions and machines. --minutes makes a shorter table, kept apart from the full one.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+RESULTS = Path(__file__).parent / "results" / "few_shot"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A dataset, and how much of it trains for how long."""
+
+    data: str
+    cases: int | None
+    """Training cases, by whole patients; None for all of the fold."""
+    minutes: float
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A preset, and what is set over it."""
+
+    preset: str = "small"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+ROWS = {
+    "hippocampus-14": Row("Task04_Hippocampus", 14, 20),
+    "hippocampus-all": Row("Task04_Hippocampus", None, 30),
+    # Two frames a patient.
+    "acdc-4": Row("Task101_ACDC", 8, 20),
+    "sunnybrook-5": Row("Task104_SunnybrookLV", 10, 20),
+}
+ARMS = {
+    "block": Arm(),
+    "random-block": Arm(overrides={"network.block.weights": "random"}),
+    "no-block": Arm(overrides={"network.insert": "none", "network.gate": "none"}),
+    "no-tokens": Arm(overrides={"network.tokens": False}),
+    **{
+        f"{name}-{width}": Arm(name, {"network.base_channels": width})
+        for name, widths in {
+            "unet": (16, 32),
+            "unet++": (8, 32),
+            "dynunet": (16, 32),
+            "segresnet": (8, 16),
+            "unetr": (4, 16),
+            "swin_unetr": (12, 24),
+        }.items()
+        for width in widths
+    },
+}
+NNUNET = "nnunet"
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.cell:
+        run_cell(arguments)
+        return
+    rows, arms = names(arguments.rows, ROWS), names(arguments.arms, {**ARMS, NNUNET: None})
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    # Seed by seed, so that stopping early leaves whole repetitions.
+    for seed in seeds:
+        for row in rows:
+            for arm in arms:
+                if not (folder(arguments, row) / f"{arm}-s{seed}.json").is_file():
+                    print(f"{row}, {arm}, seed {seed}", flush=True)
+                    command = [sys.executable, __file__, *sys.argv[1:], "--cell", row, arm, str(seed)]
+                    # A rival that fails is missing from the table, and the others go on.
+                    if subprocess.run(command, check=False).returncode:
+                        print(f"{row}, {arm}, seed {seed} failed", flush=True)
+    for row in rows:
+        where = folder(arguments, row)
+        if table := [json.loads(path.read_text()) for path in sorted(where.glob("*-s*.json"))]:
+            summary = summarise(table, where)
+            summary.to_csv(where / "summary.csv", index=False)
+            print(f"\n{row}, {minutes_of(arguments, row):g} minutes on {arguments.threads} cores")
+            print(summary.to_string(index=False))
+
+
+def run_cell(arguments: argparse.Namespace) -> None:
+    """Train and test one arm, and write its table and facts."""
+    # Before torch is imported, which counts the cores then.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    from medvisionllama.evaluation.evaluate import mean_class_dice, write_table
+    from medvisionllama.run_dir import machine_facts
+
+    row, arm, seed = arguments.cell[0], arguments.cell[1], int(arguments.cell[2])
+    started, used = time.monotonic(), os.times()
+    train = train_nnunet if arm == NNUNET else train_ours
+    table, facts = train(arguments, row, arm, seed)
+    now = os.times()
+    cores = sum(now[:4]) - sum(used[:4])
+    where = folder(arguments, row)
+    where.mkdir(parents=True, exist_ok=True)
+    write_table(table, where / f"{arm}-s{seed}.csv")
+    machine = machine_facts()
+    facts = {
+        "row": row,
+        "arm": arm,
+        "seed": seed,
+        "minutes": minutes_of(arguments, row),
+        "test_dice": round(float(mean_class_dice(table).mean()), 4),
+        **facts,
+        # Other work on the machine shows here: a quiet run of two threads uses nearly two.
+        "mean_cores_used": round(cores / (time.monotonic() - started), 2),
+        "hardware": machine["hardware"],
+        "git_revision": machine.get("git_revision"),
+    }
+    (where / f"{arm}-s{seed}.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def train_ours(
+    arguments: argparse.Namespace, row: str, arm: str, seed: int
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Train a preset by our own loop."""
+    from medvisionllama import api
+    from medvisionllama.cli._progress import TerminalProgress
+    from medvisionllama.run_dir import RunDir
+
+    spec = ARMS[arm]
+    run = RunDir(run_folder(arguments, row, arm, seed))
+    chosen = {**spec.overrides, "data.split_seed": seed, "train.seed": seed}
+    api.train(
+        arguments.data / ROWS[row].data,
+        out=run.path,
+        preset=spec.preset,
+        cases=ROWS[row].cases,
+        max_minutes=minutes_of(arguments, row),
+        overrides=chosen,
+        resume=run.config.is_file(),
+        test=False,
+        progress=TerminalProgress(),
+    )
+    table = api.evaluate(run.path, progress=TerminalProgress())
+    history, manifest = run.read_history(), run.read_manifest()
+    return table, {
+        "validation_dice": round(max(record["dice"] for record in history), 4),
+        "steps": history[-1]["step"],
+        "seconds": history[-1]["seconds"],
+        "gate_rms": history[-1].get("gate_rms"),
+        "trainable": manifest["network"]["trainable_parameters"],
+        "frozen": manifest["network"]["frozen_parameters"],
+        "precision": manifest["precision"],
+        "splits_sha256": manifest["splits_sha256"],
+        "train_cases": manifest["cases"]["train"],
+    }
+
+
+def train_nnunet(
+    arguments: argparse.Namespace, row: str, arm: str, seed: int
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Train nnU-Net itself on the same cases."""
+    import nnunet_train
+    from medvisionllama.cli._progress import TerminalProgress
+    from medvisionllama.config import load_config
+    from medvisionllama.evaluation.evaluate import evaluate_folders
+    from medvisionllama.training.prepare import divide
+
+    data = arguments.data / ROWS[row].data
+    chosen = {"data.path": str(data), "data.num_cases": ROWS[row].cases, "data.split_seed": seed}
+    _, _, selection = divide(load_config(overrides=chosen), drawn=None)
+    result = nnunet_train.train_and_predict(
+        data,
+        train=selection.train,
+        validation=selection.validation,
+        test=selection.test,
+        minutes=minutes_of(arguments, row),
+        work=run_folder(arguments, row, arm, seed),
+        environment=arguments.nnunet,
+        threads=arguments.threads,
+        seed=seed,
+    )
+    table = evaluate_folders(result.masks, data / "labelsTr", progress=TerminalProgress())
+    return table, {
+        "steps": result.iterations,
+        "seconds": result.planning_seconds + result.training_seconds,
+        "trainable": result.num_parameters,
+        "precision": "fp32",
+        "train_cases": sorted(selection.train),
+        "version": result.version,
+        "patch_size": result.patch_size,
+    }
+
+
+def summarise(cells: list[dict[str, Any]], where: Path) -> pd.DataFrame:
+    """A line for each arm: mean over seeds, spread, and the paired difference from the arm without tokens."""
+    from medvisionllama.evaluation.evaluate import mean_class_dice, read_table
+    from medvisionllama.evaluation.statistics import bootstrap_interval
+
+    dice = {
+        (cell["arm"], cell["seed"]): mean_class_dice(read_table(where / f"{cell['arm']}-s{cell['seed']}.csv"))
+        for cell in cells
+    }
+    lines = []
+    for arm in dict.fromkeys(cell["arm"] for cell in cells):
+        own = [cell for cell in cells if cell["arm"] == arm]
+        scores = pd.Series([cell["test_dice"] for cell in own])
+        line = {
+            "arm": arm,
+            "seeds": len(own),
+            "dice": round(scores.mean(), 4),
+            "seed_sd": round(scores.std(), 4),
+            "steps": round(sum(cell["steps"] for cell in own) / len(own)),
+            "trainable": own[0]["trainable"],
+            "cores_used": min(cell["mean_cores_used"] for cell in own),
+        }
+        pairs = [
+            dice[arm, cell["seed"]] - dice["no-tokens", cell["seed"]]
+            for cell in own
+            if ("no-tokens", cell["seed"]) in dice and arm != "no-tokens"
+        ]
+        if pairs:
+            difference = pd.concat(pairs)
+            low, high = bootstrap_interval(difference.tolist(), difference.index.tolist())
+            line |= {
+                "minus_no_tokens": round(difference.mean(), 4),
+                "low": round(low, 4),
+                "high": round(high, 4),
+            }
+        lines.append(line)
+    return pd.DataFrame(lines).sort_values("dice", ascending=False)
+
+
+def minutes_of(arguments: argparse.Namespace, row: str) -> float:
+    """The row's own, or what was asked for."""
+    return float(arguments.minutes or ROWS[row].minutes)
+
+
+def folder(arguments: argparse.Namespace, row: str) -> Path:
+    """Where a row's results lie: those of other minutes apart."""
+    return arguments.results / f"{row}-{minutes_of(arguments, row):g}min"
+
+
+def run_folder(arguments: argparse.Namespace, row: str, arm: str, seed: int) -> Path:
+    """Run folder of a cell; it stays, so that a cell that was cut off goes on."""
+    name = f"few-shot-{row}-{minutes_of(arguments, row):g}min-{arm}-s{seed}"
+    return Path(arguments.runs.resolve() / name)
+
+
+def names(asked: str | None, known: dict[str, Any]) -> list[str]:
+    """Those asked for, or all."""
+    chosen = asked.split(",") if asked else list(known)
+    if unknown := [name for name in chosen if name not in known]:
+        raise SystemExit(f"{unknown[0]!r} is unknown; known: {', '.join(known)}")
+    return chosen
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Path(os.environ.get("MEDVISIONLLAMA_DATA", "../shared/data"))
+    parser.add_argument("--data", type=Path, default=default, help="folder that holds the datasets")
+    parser.add_argument("--rows", help=f"some of {', '.join(ROWS)}; by default all")
+    parser.add_argument("--arms", help=f"some of {', '.join(ARMS)}, {NNUNET}; by default all")
+    parser.add_argument("--seeds", default="0,1,2", help="of the split and of the training")
+    parser.add_argument("--minutes", type=float, help="instead of each row's own")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--nnunet", type=Path, default=Path("runs/nnunet-env"), help="nnU-Net's environment, made if missing"
+    )
+    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
