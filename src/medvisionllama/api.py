@@ -276,6 +276,7 @@ def evaluate(
     also: Sequence[Path | str] = (),
     block_removed: bool = False,
     choose_cleaning: bool = False,
+    calibration: bool = False,
     merged: bool = False,
     tolerance_mm: float | None = None,
     out: Path | str | None = None,
@@ -291,6 +292,8 @@ def evaluate(
         block_removed: leave the frozen block out of a trained run: what does it lose?
         choose_cleaning: compare ways to remove components on the validation cases of a run, and keep the one that
             gains most in postprocessing.json, or none; `predict` and `evaluate` use it from then on.
+        calibration: write how far the probabilities can be believed (expected calibration error, Brier score and
+            the bins behind them) to calibration.json for the validation split, else calibration-SPLIT.json.
         merged: the masks know one foreground only; the labels' classes are merged before comparing.
         tolerance_mm: of NSD; by default 1, or a run's own setting.
         out: where to write the table; a run's goes to its folder too.
@@ -306,7 +309,7 @@ def evaluate(
     from medvisionllama.reports.html import write_report
 
     _check_choice("split", split, ("test", "validation"))
-    for name, given in {"also": also, "choose_cleaning": choose_cleaning}.items():
+    for name, given in {"also": also, "choose_cleaning": choose_cleaning, "calibration": calibration}.items():
         if labels is not None and given:
             raise ConfigError(f"{name} needs a run folder, not masks and labels; leave out the labels")
     if labels is None:
@@ -317,6 +320,7 @@ def evaluate(
             also=also,
             block_removed=block_removed,
             choose=choose_cleaning,
+            calibration=calibration,
             tolerance_mm=tolerance_mm,
             progress=progress,
         )

@@ -56,6 +56,7 @@ class RunDir:
         self.state = self.path / "last" / "state.safetensors"
         self.evaluation = self.path / "evaluation.csv"
         self.report = self.path / "report.html"
+        self.calibration = self.path / "calibration.json"
         self.postprocessing = self.path / "postprocessing.json"
 
     def check_unused(self) -> None:

@@ -3,10 +3,11 @@
 import json
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
 
-from medvisionllama import api
+from medvisionllama import Predictor, api
 from medvisionllama._files import file_sha256
 from medvisionllama.errors import CheckpointError, ConfigError, DataError
 from medvisionllama.evaluation.evaluate import evaluate_folders, mean_class_dice, read_table
@@ -201,3 +202,90 @@ def test_a_run_counts_once(runs):
 def test_an_ensemble_chooses_no_cleaning(runs):
     with pytest.raises(ConfigError, match="leave out --also"):
         api.evaluate(runs / "fold0", split="validation", also=[runs / "again"], choose_cleaning=True)
+
+
+def by_hand(members, phantoms, cases):
+    """Probabilities in 255 steps, as predict writes them, and true classes, of all counted voxels of all cases."""
+    shares, truths = [], []
+    for case in cases:
+        scan = phantoms / "imagesTr" / f"{case}.nii.gz"
+        found = Predictor.from_run(*members).predict(scan, probabilities=True).probabilities / 255
+        truth = np.asarray(nib.load(phantoms / "labelsTr" / f"{case}.nii.gz").dataobj)
+        counted = (truth > 0) | (found.argmax(axis=0) > 0)
+        shares.append(found[:, counted])
+        truths.append(truth[counted])
+    return np.concatenate(shares, axis=1), np.concatenate(truths).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("also", "split", "file"),
+    [
+        ([], "validation", "calibration.json"),
+        ([], "test", "calibration-test.json"),
+        (["again"], "validation", "calibration-validation-with-again.json"),
+        (["fold1"], "test", "calibration-test-with-fold1.json"),
+    ],
+)
+def test_calibration_is_that_of_the_probabilities_on_the_scan_s_grid(runs, phantoms, cli, also, split, file):
+    members = [runs / name for name in ("fold0", *also)]
+    more = [part for member in members[1:] for part in ("--also", member)]
+    outcome = cli("evaluate", members[0], "--split", split, "--calibration", *more)
+    assert outcome.code == 0, outcome.err
+    facts = json.loads((members[0] / file).read_text())
+    assert facts["runs"] == ["fold0", *also]
+    cases = json.loads(RunDir(members[0]).manifest.read_text())["cases"][split]
+    assert [scan["case_id"] for scan in facts["scans"]] == cases
+    probabilities, truth = by_hand(members, phantoms, cases)
+    assert facts["num_voxels"] == sum(one["count"] for one in facts["bins"])
+    # Rounding to 255 steps turns a few undecided voxels over.
+    assert facts["num_voxels"] == pytest.approx(len(truth), rel=0.02)
+    brier = ((probabilities - np.eye(len(probabilities))[truth].T) ** 2).sum(axis=0).mean()
+    assert facts["brier"] == pytest.approx(brier, abs=0.01)
+    gap = abs(probabilities.max(axis=0).mean() - (probabilities.argmax(axis=0) == truth).mean())
+    assert facts["ece"] >= gap - 0.01  # bins can only add to the gap of all voxels together
+    lines = outcome.out.splitlines()[-2:]
+    assert lines[0].startswith(f"ECE {facts['ece']:.4f} (15 bins, {facts['num_voxels']} voxels")
+    assert lines[1].startswith(f"Brier score {facts['brier']:.4f} (0 to 2; {members[0] / file})")
+
+
+def test_components_that_are_removed_do_not_change_the_calibration(runs, cli):
+    arguments = ("evaluate", runs / "fold0", "--split", "validation", "--calibration", "--json")
+    before = json.loads(cli(*arguments).out)["calibration"]
+    choose_by_hand(runs / "fold0", min_component_ml=1e6)
+    assert json.loads(cli(*arguments).out)["calibration"] == before
+
+
+def test_labels_of_other_axes_than_their_scan_s_lie_in_the_right_place(runs, phantoms, tmp_path):
+    before = calibrate(runs / "fold0")
+    moved = shutil.copytree(phantoms, tmp_path / "data")
+    for path in (moved / "labelsTr").iterdir():
+        label = nib.load(path)
+        nib.save(label.as_reoriented(nib.orientations.axcodes2ornt(("I", "P", "L"))), path)
+    config = RunDir(runs / "fold0").config
+    config.write_text(config.read_text().replace(str(phantoms), str(moved)))
+    assert calibrate(runs / "fold0") == before
+
+
+def test_scans_in_many_slabs_are_calibrated_as_in_one(runs, monkeypatch):
+    before = calibrate(runs / "fold0")
+    monkeypatch.setattr("medvisionllama.inference.slabs._SLAB_BYTES", 30_000)
+    after = calibrate(runs / "fold0")
+    assert after["num_voxels"] == before["num_voxels"]
+    assert after["brier"] == pytest.approx(before["brier"], rel=1e-5)
+    assert after["ece"] == pytest.approx(before["ece"], rel=1e-5)
+
+
+def test_merged_classes_are_calibrated_as_one(phantoms, tmp_path):
+    overrides = {**FAST, "data.labels": "foreground"}
+    api.train(phantoms, out=tmp_path / "merged", epochs=1, overrides=overrides, test=False)
+    facts = calibrate(tmp_path / "merged")
+    cases = [scan["case_id"] for scan in facts["scans"]]
+    probabilities, truth = by_hand([tmp_path / "merged"], phantoms, cases)
+    assert len(probabilities) == 2
+    brier = ((probabilities - np.eye(2)[np.minimum(truth, 1)].T) ** 2).sum(axis=0).mean()
+    assert facts["brier"] == pytest.approx(brier, abs=0.01)
+
+
+def calibrate(run):
+    api.evaluate(run, split="validation", calibration=True)
+    return json.loads(RunDir(run).calibration.read_text())

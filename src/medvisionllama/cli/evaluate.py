@@ -1,7 +1,8 @@
 """`medvisionllama evaluate`."""
 
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -39,6 +40,16 @@ def evaluate(
             ),
         ),
     ] = False,
+    calibration: Annotated[
+        bool,
+        typer.Option(
+            "--calibration",
+            help=(
+                "Write how far the probabilities of a run can be believed, before cleaning: calibration.json for "
+                "--split validation, else calibration-SPLIT.json."
+            ),
+        ),
+    ] = False,
     merged: Annotated[
         bool,
         typer.Option("--merged", help="The masks know one foreground only (presets paper and reference)."),
@@ -66,7 +77,7 @@ def evaluate(
     from medvisionllama.cli._progress import TerminalProgress
     from medvisionllama.cli._tables import print_choice, print_summary
     from medvisionllama.evaluation.evaluate import to_json
-    from medvisionllama.evaluation.evaluate_run import table_file
+    from medvisionllama.evaluation.evaluate_run import calibration_file, table_file
     from medvisionllama.inference.cleaning import read_choice
     from medvisionllama.run_dir import RunDir
 
@@ -77,6 +88,7 @@ def evaluate(
         also=also or [],
         block_removed=block_removed,
         choose_cleaning=choose_cleaning,
+        calibration=calibration,
         merged=merged,
         tolerance_mm=tolerance_mm,
         out=out,
@@ -84,8 +96,11 @@ def evaluate(
     )
     run_dir = RunDir(predictions)
     choice = read_choice(run_dir) if choose_cleaning else None
+    calibrated = calibration_file(run_dir, split, also=also or [], block_removed=block_removed)
     if as_json:
         more = {} if choice is None else {"cleaning": choice.model_dump(mode="json")}
+        if calibration:
+            more["calibration"] = json.loads(calibrated.read_text())
         typer.echo(to_json(table, more))
         return
     print_summary(table)
@@ -93,3 +108,15 @@ def evaluate(
         typer.echo(str(table_file(run_dir, split, also=also, block_removed=block_removed)))
     if choice is not None:
         print_choice(choice, run_dir.postprocessing)
+    if calibration:
+        _show_calibration(json.loads(calibrated.read_text()), calibrated)
+
+
+def _show_calibration(facts: dict[str, Any], where: Path) -> None:
+    if facts["ece"] is None:
+        typer.echo(f"ECE and Brier score: no voxel of foreground, true or predicted ({where})")
+        return
+    typer.echo(
+        f"ECE {facts['ece']:.4f} ({facts['num_bins']} bins, {facts['num_voxels']} voxels: {facts['voxels']})"
+    )
+    typer.echo(f"Brier score {facts['brier']:.4f} (0 to 2; {where})")

@@ -8,6 +8,7 @@ import pandas as pd
 from medvisionllama.config import Config, read_config
 from medvisionllama.data.index import Case, Dataset, open_configured
 from medvisionllama.data.splits import read_splits, select
+from medvisionllama.evaluation.calibrate import CalibrationTally
 from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
 from medvisionllama.evaluation.evaluate import Pair, Split, evaluate_files, write_table
 from medvisionllama.evaluation.members import check_distinct, check_unseen, name_ensemble
@@ -26,6 +27,7 @@ def evaluate_run(
     also: Sequence[Path | str] = (),
     block_removed: bool = False,
     choose: bool = False,
+    calibration: bool = False,
     tolerance_mm: float | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -37,6 +39,7 @@ def evaluate_run(
         also: further runs whose probabilities are averaged with this one's; masks and table get names of their own.
         block_removed: leave the frozen block out of the trained network; masks and table get names of their own.
         choose: find out which components to remove, and write postprocessing.json; on validation only.
+        calibration: write how far the probabilities can be believed; see `calibration_file`.
         tolerance_mm: of NSD; by default the run's own setting.
 
     Raises:
@@ -66,15 +69,21 @@ def evaluate_run(
         check_unseen(members, dataset, cases, split=split)
     predictor = Predictor.from_run(*(member.path for member in members), block_removed=block_removed)
     part = _part(members, split, block_removed=block_removed)
+    tally = CalibrationTally(predictor.plan) if calibration else None
     pairs = []
     with progress.track(f"segmenting the {split} cases", len(cases)) as advance:
         for number, case in enumerate(cases, start=1):
             assert case.label is not None, "datasets list labelled cases"
             path = run_dir.path / "predictions" / part / f"{case.case_id}.nii.gz"
-            mask = clean(predictor.predict(case.images).mask, cleaning)
+            scan = predictor.prepare(case.images)
+            on_slab = None if tally is None else tally.watch(case, scan)
+            mask = clean(predictor.segment(scan, on_slab=on_slab).mask, cleaning)
             write_mask(path, mask.array, mask.affine, like=case.images[0])
             pairs.append(Pair(case.case_id, case.patient_id, path, case.label))
             advance(number)
+    if tally is not None:
+        file = calibration_file(run_dir, split, also=also, block_removed=block_removed)
+        tally.write(file, members, split)
     if choose:
         choice = choose_cleaning(run_dir, pairs, predictor.plan, progress)
         clean_files(pairs, choice)
@@ -97,6 +106,15 @@ def table_file(
     members = [run_dir, *(RunDir(Path(path)) for path in also)]
     part = _part(members, split, block_removed=block_removed)
     return run_dir.evaluation if part == "test" else run_dir.path / f"evaluation-{part}.csv"
+
+
+def calibration_file(
+    run_dir: RunDir, split: Split, *, also: Sequence[Path | str] = (), block_removed: bool = False
+) -> Path:
+    """Where `evaluate_run` writes how well it is calibrated; calibration.json is of the validation cases."""
+    members = [run_dir, *(RunDir(Path(path)) for path in also)]
+    part = _part(members, split, block_removed=block_removed)
+    return run_dir.calibration if part == "validation" else run_dir.path / f"calibration-{part}.json"
 
 
 def _part(members: Sequence[RunDir], split: Split, *, block_removed: bool) -> str:

@@ -118,6 +118,7 @@ class PreparedScan:
     affine: AffineMatrix
     """Of the file, in the file's own orientation."""
     ras_shape: Triple
+    ras_affine: AffineMatrix
     spacing_mm: SpacingMm
     """Edge lengths of the scan's voxels in RAS order."""
     grids: dict[tuple[float, ...], ImageArray]
@@ -202,6 +203,7 @@ class Predictor:
         return PreparedScan(
             image.affine,
             ras.shape,
+            ras.affine,
             ras.spacing_mm,
             {_grid_key(member.plan): to_grid(ras, member.plan) for member in self.members},
             image_moments(ras.array) if self._wants_moments else [(0.0, 1.0)] * len(ras.array),
@@ -215,11 +217,13 @@ class Predictor:
         probabilities: bool = False,
         uncertainty: bool = False,
         on_share: Callable[[float], None] = lambda share: None,
+        on_slab: Callable[[Tensor, tuple[slice, ...]], None] | None = None,
     ) -> Prediction:
         """Run the networks over a prepared scan, and bring classes back to its own grid slab by slab.
 
         Args:
             on_share: told after each slab which share of the scan is done.
+            on_slab: told each slab's probabilities `[k, x, y, z]`, and its place in the scan in RAS.
         """
         axis = slab_axis(scan.ras_shape, [member.plan for member in self.members])
         values = label_values(self.plan)
@@ -228,14 +232,16 @@ class Predictor:
         doubt = np.empty(scan.ras_shape, np.uint8) if uncertainty else None
         start = 0
         for slab in self._slabs(scan, axis, slab_thickness(scan.ras_shape, len(values), axis)):
-            place = [slice(None)] * 3
-            place[axis] = slice(start, start + slab.shape[axis + 1])
-            mask[tuple(place)] = values[likeliest(slab)]
+            end = start + slab.shape[axis + 1]
+            place = tuple(slice(start, end) if other == axis else slice(None) for other in range(3))
+            mask[place] = values[likeliest(slab)]
             if kept is not None:
                 kept[(slice(None), *place)] = to_bytes(slab)
             if doubt is not None:
-                doubt[tuple(place)] = to_bytes(entropy(slab))
-            start += slab.shape[axis + 1]
+                doubt[place] = to_bytes(entropy(slab))
+            if on_slab is not None:
+                on_slab(slab, place)
+            start = end
             on_share(start / scan.ras_shape[axis])
         turned = [None if array is None else from_ras(array, scan.affine) for array in (kept, doubt)]
         return Prediction(Volume(from_ras(mask, scan.affine), scan.affine), *turned)
