@@ -1,0 +1,141 @@
+"""Seconds of a training step, and the share of its parts: ours beside MONAI's networks, on the same batches.
+
+python benchmarks/step.py --data ../shared/data/Task04_Hippocampus --cases 14
+
+Steps of all arms are taken in turns, so that other work on the machine meets all alike; compare ratios.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from few_shot import ARMS
+from medvisionllama.config import load_config
+from medvisionllama.data.sampling import BatchSampler
+from medvisionllama.devices import autocast, choose_device, fast_layout
+from medvisionllama.networks.factory import build_network
+from medvisionllama.progress import Silent
+from medvisionllama.run_dir import machine_facts
+from medvisionllama.training.losses import SupervisedSegmenter
+from medvisionllama.training.optim import make_optimizer
+from medvisionllama.training.prepare import PreparedData, prepare_data
+
+PARTS = ("batch", "forward", "backward", "optimiser")
+RESULTS = Path(__file__).parent / "results"
+
+
+class Trained:
+    """One arm, and what each of its steps took."""
+
+    def __init__(self, arm: str, data: PreparedData, arguments: argparse.Namespace) -> None:
+        spec = ARMS[arm]
+        self.config = load_config(spec.preset, {**spec.overrides, "data.path": str(arguments.data)})
+        self.device = choose_device(self.config.train.device)
+        self.sampler = BatchSampler(
+            data.train,
+            data.plan,
+            self.config.data,
+            self.config.augment,
+            batch_size=self.config.train.batch_size,
+            seed=0,
+        )
+        network = fast_layout(build_network(self.config.network, **data.plan.network_sizes)).to(self.device)
+        self.model = SupervisedSegmenter(
+            network,
+            num_outputs=data.plan.num_outputs,
+            auxiliary_weight=self.config.train.auxiliary_weight,
+        ).train()
+        self.optimizer = make_optimizer(network, self.config.train)
+        self.seconds: list[dict[str, float]] = []
+
+    def step(self, number: int) -> None:
+        """Take a step and note its parts."""
+        times = [time.perf_counter()]
+        images, labels = self.sampler.batch(number)
+        images = images.to(self.device, memory_format=torch.channels_last_3d)
+        labels = labels.to(self.device)
+        times.append(self._now())
+        with autocast(self.config.train.precision, self.device):
+            loss = self.model(images, labels)
+        times.append(self._now())
+        loss.backward()
+        times.append(self._now())
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        times.append(self._now())
+        lengths = [after - before for before, after in pairwise(times)]
+        self.seconds.append(dict(zip(PARTS, lengths, strict=True)))
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    config = load_config(overrides={"data.path": str(arguments.data), "data.num_cases": arguments.cases})
+    data = prepare_data(config, drawn=None, progress=Silent())
+    arms = {arm: Trained(arm, data, arguments) for arm in arguments.arms.split(",")}
+    for number in range(arguments.warmup + arguments.steps):
+        for arm in arms.values():
+            arm.step(number)
+    lines = [line(name, arm, arguments.warmup) for name, arm in arms.items()]
+    table = pd.DataFrame(lines)
+    table["times_first"] = (table["seconds"] / table["seconds"][0]).round(2)
+    print(table.to_string(index=False))
+    facts = {
+        "data": arguments.data.name,
+        "crop": data.plan.crop_size,
+        "batch_size": config.train.batch_size,
+        "threads": arguments.threads,
+        "hardware": machine_facts()["hardware"],
+        "arms": table.to_dict("records"),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"step_{arguments.data.name}.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def line(name: str, arm: Trained, warmup: int) -> dict[str, object]:
+    """Median of a step, its spread, and the share of each part."""
+    kept = arm.seconds[warmup:]
+    totals = sorted(sum(parts.values()) for parts in kept)
+    shares = {part: sum(parts[part] for parts in kept) / sum(totals) for part in PARTS}
+    return {
+        "arm": name,
+        "seconds": round(statistics.median(totals), 4),
+        "least": round(totals[0], 4),
+        "most": round(totals[-1], 4),
+        **{part: round(share, 3) for part, share in shares.items()},
+    }
+
+
+def parse() -> argparse.Namespace:
+    default = Path(os.environ.get("MEDVISIONLLAMA_DATA", "../shared/data")) / "Task04_Hippocampus"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=default)
+    parser.add_argument("--cases", type=int, default=14)
+    parser.add_argument(
+        "--arms",
+        default="no-tokens,no-block,block,unet-16,dynunet-16,segresnet-8,unetr-4",
+        help=f"some of {', '.join(ARMS)}; slow ones take long",
+    )
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
