@@ -334,8 +334,8 @@ class InferenceConfig(Section):
     flip: bool = True
     """Average the prediction with that of the mirrored scan, along the axes that training mirrors."""
     largest_component: bool = False
-    """Of each class, keep the largest connected component alone. Choose it on validation: evaluate RUN --split
-    validation."""
+    """Of each class, keep the largest connected component alone. Left false, with min_component_ml at 0, it can be
+    chosen afterwards: evaluate RUN --split validation --choose-cleaning."""
     min_component_ml: Annotated[float, Field(ge=0)] = 0.0
     """Remove connected components of a class that are smaller, in millilitres."""
     tolerance_mm: Annotated[float, Field(gt=0)] = 1.0
