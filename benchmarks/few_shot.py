@@ -138,7 +138,13 @@ def train_ours(
 
     spec = ARMS[arm]
     run = RunDir(run_folder(arguments, row, arm, seed))
-    chosen = {**spec.overrides, "data.split_seed": seed, "train.seed": seed}
+    # Few validations: those of a slow network would eat a good part of its minutes.
+    chosen = {
+        "train.num_validations": 4,
+        **spec.overrides,
+        "data.split_seed": seed,
+        "train.seed": seed,
+    }
     api.train(
         arguments.data / ROWS[row].data,
         out=run.path,
