@@ -133,6 +133,9 @@ class AugmentConfig(Section):
     translation: Share = 0.1
     """Largest shift as a share of the crop."""
     spatial_probability: Share = 0.8
+    elastic: Share = 0.0
+    """Largest standard deviation of an elastic displacement, as a share of the crop; above 0.05 scans may fold."""
+    elastic_probability: Share = 0.5
     flip: Literal["auto", "none"] = "auto"
     """`auto` mirrors left and right unless the class names tell left from right."""
     intensity_probability: Share = 0.3
