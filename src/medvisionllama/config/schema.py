@@ -234,6 +234,9 @@ class NetworkConfig(Section):
     head: Literal["linear", "upsample", "skip"] = "skip"
     stem_channels: tuple[Positive, Positive, Positive] = (8, 32, 64)
     """Channels of the skip head's stem at stride 1, 2 and 4."""
+    context_channels: tuple[Positive, Positive] | None = None
+    """Channels of the skip head's convolutions at the tokens' stride and at twice that, to which tokens add; by
+    default none."""
     patch_size: Positive = 8
     """Edge of a token's patch for the heads without a stem."""
     width: Positive = 192
