@@ -156,6 +156,8 @@ def train_ours(
         test=False,
         progress=TerminalProgress(),
     )
+    # As nnU-Net does: components are removed where that pays on the validation cases.
+    api.evaluate(run.path, split="validation", choose_cleaning=True, progress=TerminalProgress())
     table = api.evaluate(run.path, progress=TerminalProgress())
     history, manifest = run.read_history(), run.read_manifest()
     return table, {

@@ -39,6 +39,8 @@ class NnunetResult:
     planning_seconds: float
     training_seconds: float
     predicting_seconds: float
+    num_removals: int
+    """Rules by which components are removed, chosen on the validation cases; 0 if none pays."""
     patch_size: tuple[int, ...]
     batch_size: int
     spacing_mm: tuple[float, ...]
@@ -85,15 +87,16 @@ def train_and_predict(
     python = nnunet.install(environment)
     settle(work, request)
     if not (work / "train.json").is_file():
-        for name in ("raw", "preprocessed", "results", "masks"):
+        for name in ("raw", "preprocessed", "results"):
             shutil.rmtree(work / name, ignore_errors=True)
         name = nnunet.write_raw(data, 1, work, [*train, *validation])
         assert name == request["name"], "both are made of the dataset's name"
         nnunet.write_splits(name, work, train, validation)
         _run(python, "train", work, request, limit=120 * minutes + 1800)
     if not (work / "predict.json").is_file():
-        shutil.rmtree(work / "masks", ignore_errors=True)
-        (work / "masks").mkdir()
+        for name in ("validation_masks", "test_masks", "masks"):
+            shutil.rmtree(work / name, ignore_errors=True)
+            (work / name).mkdir()
         _run(python, "predict", work, request, limit=None)
     return read_result(work)
 

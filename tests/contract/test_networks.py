@@ -27,7 +27,7 @@ ARMS = {
     "llm-linear-lora_inside": {"insert": "llm", "lora_rank": 2},
 }
 every_network = pytest.mark.parametrize(
-    ("head", "arm"), [(head, arm) for head in ("linear", "upsample", "skip") for arm in ARMS]
+    ("head", "arm"), [(head, arm) for head in ("linear", "upsample", "skip", "context") for arm in ARMS]
 )
 
 
@@ -42,6 +42,8 @@ def _config(llama, head, *, insert, lora_rank=0, **changes):
     block = BlockConfig(source=str(llama), lora_rank=lora_rank)
     sizes = {"width": 24, "depth": 2, "insert_after": 1, "num_heads": 2, "patch_size": 4}
     settings = sizes | {"stem_channels": (4, 6, 8)} | changes
+    if head == "context":
+        head, settings = "skip", {"context_channels": (10, 12)} | settings
     return NetworkConfig(head=head, insert=insert, block=block, **settings)
 
 

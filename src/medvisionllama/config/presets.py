@@ -13,7 +13,8 @@ Settings = dict[str, Any]
 def small() -> Settings:
     """Native resolution, a thin convolutional stem and skip head around the tokens; minutes on two CPU cores."""
     return {
-        "network": {"gate": "zero"},
+        "augment": {"elastic": 0.05},
+        "network": {"gate": "zero", "context_channels": [96, 192]},
         "train": {"max_minutes": 20.0, "gate_learning_rate_scale": 5.0},
     }
 

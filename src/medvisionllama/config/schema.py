@@ -133,6 +133,9 @@ class AugmentConfig(Section):
     translation: Share = 0.1
     """Largest shift as a share of the crop."""
     spatial_probability: Share = 0.8
+    elastic: Share = 0.0
+    """Largest standard deviation of an elastic displacement, as a share of the crop; above 0.05 scans may fold."""
+    elastic_probability: Share = 0.5
     flip: Literal["auto", "none"] = "auto"
     """`auto` mirrors left and right unless the class names tell left from right."""
     intensity_probability: Share = 0.3
@@ -231,6 +234,9 @@ class NetworkConfig(Section):
     head: Literal["linear", "upsample", "skip"] = "skip"
     stem_channels: tuple[Positive, Positive, Positive] = (8, 32, 64)
     """Channels of the skip head's stem at stride 1, 2 and 4."""
+    context_channels: tuple[Positive, Positive] | None = None
+    """Channels of the skip head's convolutions at the tokens' stride and at twice that, to which tokens add; by
+    default none."""
     patch_size: Positive = 8
     """Edge of a token's patch for the heads without a stem."""
     width: Positive = 192

@@ -1,9 +1,10 @@
-"""Augmentation of a whole batch in torch: one affine resampling for image and label, then intensities.
+"""Augmentation of a whole batch in torch: one resampling for image and label, affine and elastic, then intensities.
 
 Parameters are drawn first, from a generator that the caller seeds; applying them is deterministic.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from medvisionllama.config import AugmentConfig
 from medvisionllama.types import ImageBatch, LabelBatch, SpacingMm, Triple
 
 _IN_PLANE_RATIO = 3.0
+_CONTROL_POINTS = 6
+"""Of an elastic displacement along each axis: a cubic spline over thirds of the crop."""
 _EFFECTS = ("brightness", "contrast", "gamma", "noise", "blur", "low_resolution")
 
 
@@ -28,6 +31,8 @@ class Parameters:
     effects: dict[str, float]
     """Strength of each intensity effect that was drawn."""
     noise_seed: int
+    elastic: np.ndarray | None = None
+    """Displacements `[3, 6, 6, 6]` in voxels at a spline's control points."""
 
 
 class Augmentation:
@@ -59,7 +64,7 @@ class Augmentation:
         """Do what was drawn, case by case."""
         if not self.config.enabled:
             return _middle(images, self.crop_size), _middle(labels, self.crop_size)
-        images, labels = apply_affine(images, labels, parameters, self.crop_size)
+        images, labels = apply_spatial(images, labels, parameters, self.crop_size)
         changed = [apply_intensity(image, drawn) for image, drawn in zip(images, parameters, strict=True)]
         return torch.stack(changed), labels
 
@@ -85,7 +90,16 @@ class Augmentation:
             for name in _EFFECTS
             if rng.random() < config.intensity_probability
         }
-        return Parameters(matrix, shift, effects, int(rng.integers(2**31)))
+        return Parameters(matrix, shift, effects, int(rng.integers(2**31)), self._draw_elastic(rng))
+
+    def _draw_elastic(self, rng: np.random.Generator) -> np.ndarray | None:
+        config = self.config
+        # Nothing is drawn without need: runs from before there was this setting repeat themselves.
+        if config.elastic == 0 or rng.random() >= config.elastic_probability:
+            return None
+        deviation = rng.uniform(0.3, 1.0) * config.elastic * np.asarray(self.crop_size)
+        deviation[self.flat_axes] = 0.0
+        return rng.standard_normal((3, *[_CONTROL_POINTS] * 3)) * deviation[:, None, None, None]
 
     def _axis_freedom(self) -> np.ndarray:
         """Share of the full angle allowed about each axis: turning thick slices into the plane makes stairs."""
@@ -95,14 +109,44 @@ class Augmentation:
         return np.where(flat, 0.0, freedom)
 
 
-def apply_affine(
+def apply_spatial(
     images: ImageBatch, labels: LabelBatch, parameters: list[Parameters], crop: Triple
 ) -> tuple[ImageBatch, LabelBatch]:
     """Resample regions to crops: images linearly, labels class by class, both on the same grid of points."""
     theta = torch.from_numpy(np.stack([_theta(p, crop, images.shape[2:]) for p in parameters])).to(images)
     grid = F.affine_grid(theta, [len(images), 1, *crop], align_corners=False)
+    to_unit = torch.tensor([2 / size for size in images.shape[2:]])
+    for points, drawn in zip(grid, parameters, strict=True):
+        if drawn.elastic is not None:
+            field = elastic_field(drawn.elastic, crop).movedim(0, -1) * to_unit
+            points += field.flip(-1).to(points)
     moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return moved, _sample_labels(labels, grid)
+
+
+def elastic_field(control_points: np.ndarray, crop: Triple) -> Tensor:
+    """Displacement `[3, x, y, z]` by free-form deformation (Rueckert et al. 1999), as large as its control points.
+
+    A spline flattens what is drawn at its points; that is made up for, so that deviations of the points are those
+    of the displacement.
+    """
+    field = torch.from_numpy(control_points).float()
+    for size in crop:
+        # The axis in front goes to the end: after three turns x, y and z stand as before.
+        field = torch.tensordot(field, _spline(size), dims=([1], [1]))
+    return field
+
+
+@lru_cache(maxsize=16)
+def _spline(size: int) -> Tensor:
+    """Weights `[size, 6]` of the control points at each voxel of an axis."""
+    from scipy.interpolate import BSpline
+
+    spans = _CONTROL_POINTS - 3
+    # Knots go on past the ends, or the displacement would be largest there.
+    knots = np.arange(-3, spans + 4) / spans
+    weights = BSpline.design_matrix((np.arange(size) + 0.5) / size, knots, 3).toarray()
+    return torch.from_numpy(weights / np.sqrt((weights**2).sum(axis=1).mean())).float()
 
 
 def apply_intensity(image: Tensor, drawn: Parameters) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from medvisionllama.networks.context import Context
 from medvisionllama.networks.layers import ConvBlock
 from medvisionllama.types import ImageBatch, Triple
 
@@ -22,13 +23,21 @@ class PatchEmbed(nn.Module):
 
 
 class StemEmbed(nn.Module):
-    """A thin convolutional stem at three strides, then tokens.
+    """A thin convolutional stem at three strides, context at the tokens' stride if it is asked for, then tokens.
 
     Full resolution gets one convolution with few channels; the work is done at the coarser strides.
     """
 
     def __init__(
-        self, num_channels: int, width: int, *, channels: Triple, strides: Sequence[Triple], tokens: bool
+        self,
+        num_channels: int,
+        width: int,
+        *,
+        channels: Triple,
+        strides: Sequence[Triple],
+        tokens: bool,
+        context: tuple[int, int] | None,
+        grid: Triple,
     ) -> None:
         super().__init__()
         fine, middle, coarse = channels
@@ -41,18 +50,27 @@ class StemEmbed(nn.Module):
             ConvBlock(middle, coarse, stride=strides[1], kernel=kernel_for(strides[1])),
             ConvBlock(coarse, coarse, kernel=kernel_for(strides[2])),
         )
-        kernel = kernel_for(strides[2])
-        x, y, z = (size // 2 for size in kernel)
-        self.project = (
-            nn.Conv3d(coarse, width, kernel, stride=strides[2], padding=(x, y, z)) if tokens else None
-        )
+        self.context = Context(coarse, context, stride=strides[2], grid=grid) if context else None
+        self.project = _projection(coarse, width, strides[2], context) if tokens else None
 
     def forward(self, image: ImageBatch) -> tuple[Tensor | None, Features]:
         full = self.fine(image)
         half = self.middle(full)
-        quarter = self.coarse(half)
-        grid = None if self.project is None else self.project(quarter)
-        return grid, [full, half, quarter]
+        deepest = self.coarse(half)
+        features = [full, half, deepest]
+        if self.context is not None:
+            deepest = self.context(deepest)
+            features.append(deepest)
+        return None if self.project is None else self.project(deepest), features
+
+
+def _projection(coarse: int, width: int, stride: Triple, context: tuple[int, int] | None) -> nn.Conv3d:
+    """To tokens, from the stem's last stage or from the context, which lies at their stride."""
+    if context:
+        return nn.Conv3d(context[0], width, 1)
+    kernel = kernel_for(stride)
+    x, y, z = (size // 2 for size in kernel)
+    return nn.Conv3d(coarse, width, kernel, stride=stride, padding=(x, y, z))
 
 
 def kernel_for(stride: Triple) -> Triple:

@@ -1,5 +1,6 @@
 """From settings to a network: the only place in `networks/` that knows the configuration."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypedDict, Unpack
 
@@ -10,6 +11,7 @@ from medvisionllama.config import BlockConfig, NetworkConfig
 from medvisionllama.errors import ConfigError
 from medvisionllama.llm import FrozenBlock, embed_prompt
 from medvisionllama.llm.prompt import empty_prompt
+from medvisionllama.networks.context import has_context
 from medvisionllama.networks.embeds import PatchEmbed, StemEmbed
 from medvisionllama.networks.heads import LinearHead, SkipHead, UpsampleHead
 from medvisionllama.networks.inserts import LLMInsert, MLPInsert
@@ -28,6 +30,15 @@ class Shapes(TypedDict):
     num_outputs: int
     crop_size: Triple
     strides: Sequence[Triple]
+
+
+class _Skips(TypedDict):
+    """What stem and skip head must agree on."""
+
+    channels: Triple
+    strides: Sequence[Triple]
+    tokens: bool
+    context: tuple[int, int] | None
 
 
 def build_network(
@@ -57,28 +68,26 @@ def build_network(
             strides=strides,
             base_channels=config.base_channels,
         )
-    embed: nn.Module
-    head: nn.Module
-    if config.head == "skip":
-        embed = StemEmbed(
-            num_channels, config.width, channels=config.stem_channels, strides=strides, tokens=config.tokens
-        )
-        head = SkipHead(
-            config.width, num_outputs, channels=config.stem_channels, strides=strides, tokens=config.tokens
-        )
-        stride: Sequence[int] = [a * b * c for a, b, c in zip(*strides, strict=True)]
-    else:
-        embed = PatchEmbed(num_channels, config.width, patch_size=config.patch_size)
-        kind = LinearHead if config.head == "linear" else UpsampleHead
-        head = kind(config.width, num_outputs, patch_size=config.patch_size)
-        stride = [config.patch_size] * 3
+    skips = config.head == "skip"
+    stride = [math.prod(steps) for steps in zip(*strides, strict=True)] if skips else [config.patch_size] * 3
     if any(size % step for size, step in zip(crop_size, stride, strict=True)):
         raise ConfigError(
             f"the crop {tuple(crop_size)} is not a multiple of the token stride {tuple(stride)}"
         )
+    grid = grid_after(crop_size, stride)
+    embed: nn.Module
+    head: nn.Module
+    if skips:
+        context = config.context_channels if has_context(grid) else None
+        shared = _Skips(channels=config.stem_channels, strides=strides, tokens=config.tokens, context=context)
+        embed = StemEmbed(num_channels, config.width, grid=grid, **shared)
+        head = SkipHead(config.width, num_outputs, **shared)
+    else:
+        embed = PatchEmbed(num_channels, config.width, patch_size=config.patch_size)
+        kind = LinearHead if config.head == "linear" else UpsampleHead
+        head = kind(config.width, num_outputs, patch_size=config.patch_size)
     if not config.tokens:
         return TokenSegmenter(embed, nn.Identity(), nn.Identity(), nn.Identity(), head)
-    grid = grid_after(crop_size, stride)
     first = config.positions == "before_encoder"
     encoder = _transformer(config, config.insert_after, grid if first else None)
     decoder = _transformer(config, config.depth - config.insert_after, None if first else grid)

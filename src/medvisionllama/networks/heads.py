@@ -47,30 +47,46 @@ class SkipHead(nn.Module):
     """Tokens on their way up, joined at each stride by the stem's features.
 
     While training, logits are also read off at stride 2 and off the tokens themselves, so that each level has a
-    reason of its own to be right.
+    reason of its own to be right. Beside context, tokens add to it through a map that starts at zero: training
+    starts at the network without them.
     """
 
     def __init__(
-        self, width: int, num_outputs: int, *, channels: Triple, strides: Sequence[Triple], tokens: bool
+        self,
+        width: int,
+        num_outputs: int,
+        *,
+        channels: Triple,
+        strides: Sequence[Triple],
+        tokens: bool,
+        context: tuple[int, int] | None,
     ) -> None:
         super().__init__()
         fine, middle, coarse = channels
+        deepest = context[0] if context else width
+        has_deepest = tokens or context is not None
+        self.add_tokens = nn.Conv3d(width, deepest, 1, bias=False) if tokens and context else None
+        if self.add_tokens is not None:
+            nn.init.zeros_(self.add_tokens.weight)
         self.from_tokens = (
-            nn.ConvTranspose3d(width, coarse, strides[2], stride=strides[2]) if tokens else None
+            nn.ConvTranspose3d(deepest, coarse, strides[2], stride=strides[2]) if has_deepest else None
         )
-        self.join_quarter = ConvBlock(2 * coarse if tokens else coarse, coarse, kernel=kernel_for(strides[2]))
+        self.join_quarter = ConvBlock(
+            2 * coarse if has_deepest else coarse, coarse, kernel=kernel_for(strides[2])
+        )
         self.to_half = nn.ConvTranspose3d(coarse, middle, strides[1], stride=strides[1])
         self.join_half = ConvBlock(2 * middle, middle, kernel=kernel_for(strides[1]))
         self.to_full = nn.ConvTranspose3d(middle, fine, strides[0], stride=strides[0])
         self.join_full = ConvBlock(2 * fine, fine, kernel=kernel_for(strides[0]))
         self.out = nn.Conv3d(fine, num_outputs, 1)
         self.out_half = nn.Conv3d(middle, num_outputs, 1)
-        self.out_tokens = nn.Conv3d(width, num_outputs, 1) if tokens else None
+        self.out_tokens = nn.Conv3d(deepest, num_outputs, 1) if has_deepest else None
 
     def forward(self, grid: Tensor | None, features: Features) -> tuple[LogitBatch, list[LogitBatch]]:
-        full, half, quarter = features
+        full, half, quarter, *context = features
+        deepest = self._deepest(grid, context)
         if self.from_tokens is not None:
-            quarter = torch.cat([self.from_tokens(grid), quarter], dim=1)
+            quarter = torch.cat([self.from_tokens(deepest), quarter], dim=1)
         half = self.join_half(torch.cat([self.to_half(self.join_quarter(quarter)), half], dim=1))
         full = self.join_full(torch.cat([self.to_full(half), full], dim=1))
         logits = self.out(full)
@@ -78,5 +94,11 @@ class SkipHead(nn.Module):
             return logits, []
         auxiliary = [self.out_half(half)]
         if self.out_tokens is not None:
-            auxiliary.append(self.out_tokens(grid))
+            auxiliary.append(self.out_tokens(deepest))
         return logits, auxiliary
+
+    def _deepest(self, grid: Tensor | None, context: Features) -> Tensor | None:
+        """What lies at the tokens' stride: tokens, context, or both."""
+        if not context:
+            return grid
+        return context[0] if self.add_tokens is None else context[0] + self.add_tokens(grid)

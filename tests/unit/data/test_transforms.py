@@ -4,7 +4,13 @@ import torch
 from scipy.ndimage import map_coordinates
 
 from medvisionllama.config import AugmentConfig
-from medvisionllama.data.transforms import Augmentation, Parameters, apply_affine, apply_intensity
+from medvisionllama.data.transforms import (
+    Augmentation,
+    Parameters,
+    apply_intensity,
+    apply_spatial,
+    elastic_field,
+)
 
 CROP = (12, 10, 8)
 REGION = (16, 14, 10)
@@ -54,7 +60,13 @@ def largest_angles(spacing, degrees: float = 20.0) -> np.ndarray:
 def test_image_and_label_move_together(seed):
     images, labels = random_batch(2)
     made = augmentation(
-        (1.0, 1.0, 2.0), (0,), rotation_degrees=45.0, spatial_probability=1.0, intensity_probability=0.0
+        (1.0, 1.0, 2.0),
+        (0,),
+        rotation_degrees=45.0,
+        spatial_probability=1.0,
+        elastic=0.05,
+        elastic_probability=1.0,
+        intensity_probability=0.0,
     )
     moved, classes = made(images, labels, np.random.default_rng(seed))
     assert torch.equal(moved.argmax(dim=1), classes)
@@ -70,26 +82,26 @@ def test_images_are_sampled_where_the_parameters_say(seed):
     points = drawn.matrix @ offsets + drawn.shift[:, None] + (np.array(REGION)[:, None] - 1) / 2
     expected = map_coordinates(image, points, order=1, mode="grid-constant").reshape(CROP)
     batch = torch.from_numpy(image)[None, None]
-    moved, _ = apply_affine(batch, torch.zeros(1, *REGION, dtype=torch.int64), [drawn], CROP)
+    moved, _ = apply_spatial(batch, torch.zeros(1, *REGION, dtype=torch.int64), [drawn], CROP)
     np.testing.assert_allclose(moved[0, 0].numpy(), expected, atol=1e-4)
 
 
 def test_identity_parameters_give_the_middle_crop():
     images, labels = random_batch()
-    moved, classes = apply_affine(images, labels, [still()], CROP)
+    moved, classes = apply_spatial(images, labels, [still()], CROP)
     torch.testing.assert_close(moved, middle(images), atol=1e-5, rtol=0)
     assert torch.equal(classes, middle(labels))
 
 
 def test_a_whole_voxel_shift_moves_the_crop_by_that_much():
     images, labels = random_batch()
-    _, classes = apply_affine(images, labels, [still(shift=np.array([2.0, -1.0, 1.0]))], CROP)
+    _, classes = apply_spatial(images, labels, [still(shift=np.array([2.0, -1.0, 1.0]))], CROP)
     assert torch.equal(classes, labels[:, 4:16, 1:11, 2:10])
 
 
 def test_outside_the_region_is_zero_and_background():
     images, labels = random_batch()
-    moved, classes = apply_affine(images, labels + 1, [still(shift=np.array([100.0, 0, 0]))], CROP)
+    moved, classes = apply_spatial(images, labels + 1, [still(shift=np.array([100.0, 0, 0]))], CROP)
     assert moved.eq(0).all()
     assert classes.eq(0).all()
 
@@ -97,7 +109,7 @@ def test_outside_the_region_is_zero_and_background():
 def test_each_case_has_its_own_parameters():
     images, labels = random_batch(2)
     parameters = [still(), still(shift=np.array([1.0, 0.0, 0.0]))]
-    moved, classes = apply_affine(images, labels, parameters, CROP)
+    moved, classes = apply_spatial(images, labels, parameters, CROP)
     torch.testing.assert_close(moved[0], middle(images)[0], atol=1e-5, rtol=0)
     assert torch.equal(classes[1], labels[1, 3:15, 2:12, 1:9])
 
@@ -190,7 +202,7 @@ def test_zoom_and_shift_stay_in_their_ranges():
 def test_a_zoom_above_one_enlarges():
     image = torch.zeros(1, 1, *REGION)
     image[:, :, 6:10, 5:9, 3:7] = 1
-    moved, _ = apply_affine(image, image[:, 0].long(), [still(matrix=np.eye(3) / 1.5)], CROP)
+    moved, _ = apply_spatial(image, image[:, 0].long(), [still(matrix=np.eye(3) / 1.5)], CROP)
     assert moved.sum() == pytest.approx(64 * 1.5**3, rel=0.1)
 
 
@@ -259,3 +271,51 @@ def test_a_slice_is_not_faded_by_the_padding_beside_it():
         moved, classes = made(images, labels, np.random.default_rng(seed))
         torch.testing.assert_close(moved[0, 0, 4:8, 4:8, 0], torch.ones(4, 4))
         assert (classes[0, 4:8, 4:8, 0] == 1).all()
+
+
+def test_without_elastic_the_draws_are_those_of_before():
+    before, after = augmentation(elastic=0.0), augmentation(elastic=0.2, elastic_probability=0.0)
+    drawn = [made.draw(np.random.default_rng(3)) for made in (before, after)]
+    assert drawn[0].elastic is None
+    assert drawn[1].elastic is None
+    assert drawn[0].noise_seed == drawn[1].noise_seed
+
+
+def test_elastic_displacement_is_a_share_of_the_crop():
+    made = augmentation(elastic=0.1, elastic_probability=1.0)
+    rng = np.random.default_rng(0)
+    fields = torch.stack([elastic_field(made.draw(rng).elastic, CROP) for _ in range(400)])
+    # The strength is even between 0.3 and 1, whose mean square is 0.463.
+    expected = 0.1 * np.asarray(CROP) * 0.463**0.5
+    assert fields.shape[1:] == (3, *CROP)
+    np.testing.assert_allclose(fields.square().mean(dim=(0, 2, 3, 4)).sqrt(), expected, rtol=0.05)
+
+
+def test_equal_control_points_shift_the_crop():
+    shift = np.array([2.0, -1.0, 1.0])
+    points = np.broadcast_to(shift[:, None, None, None], (3, 6, 6, 6))
+    # The field is as much larger as makes up for what the spline flattens.
+    points = points / float(elastic_field(np.ones((3, 6, 6, 6)), CROP).mean())
+    images, labels = random_batch()
+    by_field, by_field_classes = apply_spatial(images, labels, [still(elastic=points)], CROP)
+    shifted, shifted_classes = apply_spatial(images, labels, [still(shift=shift)], CROP)
+    torch.testing.assert_close(by_field, shifted, atol=1e-4, rtol=0)
+    assert torch.equal(by_field_classes, shifted_classes)
+
+
+def test_elastic_displacement_does_not_fold_the_scan():
+    made = Augmentation(
+        AugmentConfig(elastic=0.05, elastic_probability=1.0), (1.0, 1.0, 1.0), (40, 56, 32), ()
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        field = elastic_field(made.draw(rng).elastic, (40, 56, 32))
+        slopes = torch.stack([torch.stack(torch.gradient(part)) for part in field])
+        assert torch.linalg.det(slopes.permute(2, 3, 4, 0, 1) + torch.eye(3)).min() > 0
+
+
+def test_an_axis_of_one_voxel_is_not_bent():
+    made = Augmentation(AugmentConfig(elastic=0.1, elastic_probability=1.0), (1.0, 1.0, 1.0), (12, 10, 1), ())
+    field = elastic_field(made.draw(np.random.default_rng(0)).elastic, (12, 10, 1))
+    assert field[2].abs().max() == 0
+    assert field[:2].abs().max() > 0
