@@ -52,6 +52,7 @@ ARMS = {
     "random-block": Arm(overrides={"network.block.weights": "random"}),
     "no-block": Arm(overrides={"network.insert": "none", "network.gate": "none"}),
     "no-tokens": Arm(overrides={"network.tokens": False}),
+    "no-context": Arm(overrides={"network.tokens": False, "network.context_channels": None}),
     **{
         f"{name}-{width}": Arm(name, {"network.base_channels": width})
         for name, widths in {
