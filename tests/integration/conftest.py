@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from medvisionllama import api
 from medvisionllama.data.phantom import write_phantoms
 
 TINY = {
@@ -19,6 +20,14 @@ TINY = {
     "train.num_validations": 3,
     "train.device": "cpu",
 }
+FAST = {
+    **TINY,
+    "network.insert": "none",
+    "train.num_validations": 1,
+    "train.ema_decay": 0,
+    "train.warmup_steps": 0,
+}
+"""Without a block, and learning enough in a few epochs to tell runs apart."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,21 @@ class Outcome:
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_phantoms(tmp_path_factory.mktemp("data") / "phantoms", num_cases=8, shape=(20, 24, 16))
+
+
+def train_fast(data: Path, out: Path, *, fold: int, seed: int) -> Path:
+    """Train a run of `FAST` settings, without its test cases, and return its folder."""
+    api.train(data, out=out, fold=fold, epochs=6, overrides={**FAST, "train.seed": seed}, test=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained_folds(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs of the folds 0 and 1, `fold0` and `fold1`; a test that writes to them copies it first."""
+    root = tmp_path_factory.mktemp("runs")
+    for fold in (0, 1):
+        train_fast(phantoms, root / f"fold{fold}", fold=fold, seed=fold)
+    return root
 
 
 @pytest.fixture

@@ -14,30 +14,20 @@ from medvisionllama.evaluation.evaluate import evaluate_folders, mean_class_dice
 from medvisionllama.inference.cleaning import Cleaning, read_choice
 from medvisionllama.run_dir import RunDir
 
-from .conftest import TINY
-
-FAST = {
-    **TINY,
-    "network.insert": "none",
-    "train.num_validations": 1,
-    "train.ema_decay": 0,
-    "train.warmup_steps": 0,
-}
+from .conftest import FAST, train_fast
 
 
 @pytest.fixture(scope="module")
-def trained(phantoms, tmp_path_factory):
-    """Folds 0 and 1, and fold 0 again with another seed."""
-    root = tmp_path_factory.mktemp("runs")
-    for name, fold, seed in (("fold0", 0, 0), ("fold1", 1, 1), ("again", 0, 2)):
-        overrides = {**FAST, "train.seed": seed}
-        api.train(phantoms, out=root / name, fold=fold, epochs=6, overrides=overrides, test=False)
-    return root
+def trained_again(phantoms, tmp_path_factory):
+    """Fold 0 once more, with another seed."""
+    return train_fast(phantoms, tmp_path_factory.mktemp("again") / "again", fold=0, seed=2)
 
 
 @pytest.fixture
-def runs(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "runs")
+def runs(trained_folds, trained_again, tmp_path):
+    root = shutil.copytree(trained_folds, tmp_path / "runs")
+    shutil.copytree(trained_again, root / "again")
+    return root
 
 
 def choose_by_hand(run, **cleaning):

@@ -17,24 +17,12 @@ from medvisionllama import Predictor, api
 from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.inference.writers import label_table, write_mask
 
-from .conftest import TINY
-
-FAST = {
-    **TINY,
-    "network.insert": "none",
-    "train.num_validations": 1,
-    "train.ema_decay": 0,
-    "train.warmup_steps": 0,
-}
+from .conftest import FAST
 
 
 @pytest.fixture(scope="module")
-def runs(phantoms, tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    for fold in (0, 1):
-        overrides = {**FAST, "train.seed": fold}
-        api.train(phantoms, out=root / f"fold{fold}", fold=fold, epochs=6, overrides=overrides, test=False)
-    return [root / "fold0", root / "fold1"]
+def runs(trained_folds):
+    return [trained_folds / "fold0", trained_folds / "fold1"]
 
 
 @pytest.fixture

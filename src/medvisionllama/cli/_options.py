@@ -10,6 +10,12 @@ DATA_HELP = (
     "an image may be a folder of DICOM slices)."
 )
 Data = Annotated[Path, typer.Argument(help=DATA_HELP)]
+Preset = Annotated[
+    str,
+    typer.Option(
+        help="small (default), paper, reference, or a rival: unet, unet++, dynunet, segresnet, unetr, swin_unetr."
+    ),
+]
 PatientPattern = Annotated[
     str | None, typer.Option(help="Regular expression whose first group is the patient in a case's name.")
 ]

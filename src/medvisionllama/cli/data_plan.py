@@ -4,17 +4,12 @@ from typing import Annotated
 
 import typer
 
-from medvisionllama.cli._options import Data, Json
+from medvisionllama.cli._options import Data, Json, Preset
 
 
 def plan(
     data: Data,
-    preset: Annotated[
-        str,
-        typer.Option(
-            help="small (default), paper, reference, or a rival: unet, unet++, dynunet, segresnet, unetr, swin_unetr."
-        ),
-    ] = "small",
+    preset: Preset = "small",
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any setting of `train`; repeat as needed."),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from medvisionllama.cli._options import DATA_HELP, Json
+from medvisionllama.cli._options import DATA_HELP, Json, Preset
 
 
 def train(
@@ -16,12 +16,7 @@ def train(
         typer.Argument(help=DATA_HELP),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make.")] = None,
-    preset: Annotated[
-        str,
-        typer.Option(
-            help="small (default), paper, reference, or a rival: unet, unet++, dynunet, segresnet, unetr, swin_unetr."
-        ),
-    ] = "small",
+    preset: Preset = "small",
     fold: Annotated[int | None, typer.Option(min=0, help="Which fold validates, 0 to 4.")] = None,
     fraction: Annotated[
         float | None, typer.Option(help="Share of the training patients to use, e.g. 0.1.")

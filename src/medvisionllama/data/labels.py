@@ -6,7 +6,8 @@ import numpy as np
 
 from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.formats.itk import is_segmentation
-from medvisionllama.data.volume import Volume, spacing_of
+from medvisionllama.data.volume import Volume, same_place, spacing_of, to_ras
+from medvisionllama.errors import DataError
 from medvisionllama.types import AffineMatrix, Triple
 
 _TOLERANCE_VOXELS = 0.1
@@ -33,6 +34,20 @@ def whole_label(path: ScanSource, label: Volume, shape: Triple, affine: AffineMa
     if start is None:
         return label
     return _placed(label, shape, affine, start)
+
+
+def label_on_grid(path: ScanSource, label: Volume, shape: Triple, affine: AffineMatrix) -> Volume:
+    """Turn a label `[x, y, z]` as its file has it to RAS, onto its image's grid in RAS.
+
+    Raises:
+        DataError: it is on another grid.
+    """
+    found = whole_label(path, to_ras(label), shape, affine)
+    if found.shape != tuple(shape) or not same_place(affine, found.affine, shape):
+        raise DataError(
+            f"{path} is not on the grid of its image (shape {found.shape} and {tuple(shape)}, in RAS); correct it, or give the mask of this image"
+        )
+    return found
 
 
 def _placed(label: Volume, shape: Triple, affine: AffineMatrix, start: Triple) -> Volume:

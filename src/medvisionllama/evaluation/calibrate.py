@@ -10,10 +10,8 @@ from torch import Tensor
 
 from medvisionllama._files import write_json
 from medvisionllama.data.index import Case
-from medvisionllama.data.labels import whole_label
+from medvisionllama.data.labels import label_on_grid
 from medvisionllama.data.planning import Plan
-from medvisionllama.data.volume import same_place, to_ras
-from medvisionllama.errors import DataError
 from medvisionllama.evaluation.calibration import (
     NUM_BINS,
     Reliability,
@@ -22,7 +20,7 @@ from medvisionllama.evaluation.calibration import (
     reliability_table,
     tally,
 )
-from medvisionllama.evaluation.evaluate import read_mask
+from medvisionllama.evaluation.evaluate import merged_foreground, read_mask
 from medvisionllama.inference.predictor import PreparedScan
 from medvisionllama.inference.slabs import label_values
 from medvisionllama.run_dir import RunDir
@@ -69,14 +67,10 @@ class CalibrationTally:
     def _truth(self, case: Case, scan: PreparedScan) -> np.ndarray:
         """Index of the true class of each voxel, on the scan's grid in RAS; values of no class are background."""
         assert case.label is not None, "datasets list labelled cases"
-        label = to_ras(read_mask(case.label, self.plan.mask_classes))
-        label = whole_label(case.label, label, scan.ras_shape, scan.ras_affine)
-        if label.shape != scan.ras_shape or not same_place(scan.ras_affine, label.affine, label.shape):
-            raise DataError(
-                f"{case.label} is not on the grid of its scan (shape {label.shape} and {scan.ras_shape}, in RAS); correct the label"
-            )
+        label = read_mask(case.label, self.plan.mask_classes)
+        label = label_on_grid(case.label, label, scan.ras_shape, scan.ras_affine)
         if self.plan.merged:
-            return (label.array > 0).astype(np.uint8)
+            return merged_foreground(label).array
         values = label_values(self.plan)
         index = np.zeros(max(int(label.array.max(initial=0)), int(values.max())) + 1, values.dtype)
         index[values] = np.arange(len(values))

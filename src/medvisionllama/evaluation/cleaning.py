@@ -69,7 +69,10 @@ def choose_cleaning(run_dir: RunDir, pairs: Sequence[Pair], plan: Plan, progress
 
 
 def clean_files(pairs: Sequence[Pair], cleaning: Cleaning) -> None:
-    """Clean masks where they lie."""
+    """Clean masks where they lie; the files stay as they are if nothing is to be removed."""
+    settings = cleaning.on(InferenceConfig())
+    if not removes(settings):
+        return
     for pair in pairs:
-        mask = clean(read_label(pair.prediction), cleaning.on(InferenceConfig()))
+        mask = clean(read_label(pair.prediction), settings)
         write_mask(pair.prediction, mask.array, mask.affine, like=pair.prediction)

@@ -68,7 +68,7 @@ def evaluate_run(
     if also:
         check_unseen(members, dataset, cases, split=split)
     predictor = Predictor.from_run(*(member.path for member in members), block_removed=block_removed)
-    part = _part(members, split, block_removed=block_removed)
+    part = _part(run_dir, split, also=also, block_removed=block_removed)
     tally = CalibrationTally(predictor.plan) if calibration else None
     pairs = []
     with progress.track(f"segmenting the {split} cases", len(cases)) as advance:
@@ -103,8 +103,7 @@ def table_file(
     run_dir: RunDir, split: Split, *, also: Sequence[Path | str] = (), block_removed: bool = False
 ) -> Path:
     """Where `evaluate_run` writes its table."""
-    members = [run_dir, *(RunDir(Path(path)) for path in also)]
-    part = _part(members, split, block_removed=block_removed)
+    part = _part(run_dir, split, also=also, block_removed=block_removed)
     return run_dir.evaluation if part == "test" else run_dir.path / f"evaluation-{part}.csv"
 
 
@@ -112,14 +111,13 @@ def calibration_file(
     run_dir: RunDir, split: Split, *, also: Sequence[Path | str] = (), block_removed: bool = False
 ) -> Path:
     """Where `evaluate_run` writes how well it is calibrated; calibration.json is of the validation cases."""
-    members = [run_dir, *(RunDir(Path(path)) for path in also)]
-    part = _part(members, split, block_removed=block_removed)
+    part = _part(run_dir, split, also=also, block_removed=block_removed)
     return run_dir.calibration if part == "validation" else run_dir.path / f"calibration-{part}.json"
 
 
-def _part(members: Sequence[RunDir], split: Split, *, block_removed: bool) -> str:
+def _part(run_dir: RunDir, split: Split, *, also: Sequence[Path | str], block_removed: bool) -> str:
     """Name of what is measured, for files: `test`, `validation-block-removed`, `test-with-fold1`."""
-    others = name_ensemble(members[0], members[1:])
+    others = name_ensemble(run_dir, [RunDir(Path(path)) for path in also])
     return "-".join(filter(None, (split, "block-removed" if block_removed else "", others)))
 
 

@@ -4,12 +4,11 @@ What decides, first to last: what the user asks for in a command; a run's own se
 anything; postprocessing.json, chosen on the run's validation cases; nothing.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from medvisionllama._files import file_sha256, write_json
 from medvisionllama.config import InferenceConfig
@@ -135,10 +134,10 @@ def read_choice(run_dir: RunDir) -> Choice | None:
         CheckpointError: the file is damaged.
     """
     try:
-        return Choice.model_validate(json.loads(run_dir.postprocessing.read_text()))
+        return Choice.model_validate_json(run_dir.postprocessing.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{run_dir.postprocessing} is damaged ({' '.join(str(error).split())[:80]}); remove it, or choose again with: {_command(run_dir)}"
         ) from None

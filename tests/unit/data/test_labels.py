@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medvisionllama.data.labels import offset_in, on_one_grid, whole_label
+from medvisionllama.data.labels import label_on_grid, offset_in, on_one_grid, whole_label
 from medvisionllama.data.volume import Volume
+from medvisionllama.errors import DataError
 
 WHOLE = (10, 12, 14)
 AFFINE = np.array([[1.5, 0.2, 0, 5], [-0.2, 1.5, 0, -7], [0, 0, 3, 11], [0, 0, 0, 1.0]])
@@ -46,6 +47,30 @@ def test_what_is_no_part_stays_as_it_is(shift, zoom):
 def test_a_cropped_nifti_label_is_a_mistake_and_stays_one():
     part = cut(np.ones(WHOLE, np.uint8), (0, 0, 0), (9, 12, 14))
     assert whole_label(Path("a.nii.gz"), part, WHOLE, AFFINE) is part
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.seg.nrrd"])
+def test_a_label_of_other_axes_is_turned_onto_the_grid_of_its_image(name):
+    label = np.random.default_rng(0).integers(0, 3, WHOLE).astype(np.uint8)
+    # Stored as inferior, posterior, right: axis 0 of the file is -z, axis 1 is -y, axis 2 is x.
+    turn = np.array([[0, 0, 1, 0], [0, -1, 0, 11], [-1, 0, 0, 13], [0, 0, 0, 1.0]])
+    stored = np.ascontiguousarray(label.transpose(2, 1, 0)[::-1, ::-1])
+    found = label_on_grid(Path(name), Volume(stored, AFFINE @ turn), WHOLE, AFFINE)
+    np.testing.assert_array_equal(found.array, label)
+    np.testing.assert_allclose(found.affine, AFFINE)
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        cut(np.ones(WHOLE, np.uint8), (0, 0, 0), (9, 12, 14)),
+        Volume(np.ones(WHOLE, np.uint8), AFFINE + np.eye(4, k=3)),
+    ],
+    ids=["cropped", "moved by a millimetre"],
+)
+def test_a_label_of_another_grid_is_refused(label):
+    with pytest.raises(DataError, match=r"a\.nii\.gz is not on the grid of its image"):
+        label_on_grid(Path("a.nii.gz"), label, WHOLE, AFFINE)
 
 
 @pytest.mark.parametrize("second", [((4, 1, 3), (5, 6, 7)), ((2, 3, 4), (3, 4, 5)), ((0, 0, 0), WHOLE)])

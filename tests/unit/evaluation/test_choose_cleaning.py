@@ -8,6 +8,7 @@ from medvisionllama.data.planning import Plan
 from medvisionllama.errors import ConfigError
 from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
 from medvisionllama.evaluation.evaluate import Pair
+from medvisionllama.inference.cleaning import Cleaning
 from medvisionllama.progress import Silent
 from medvisionllama.run_dir import RunDir
 
@@ -93,6 +94,16 @@ def test_masks_are_cleaned_where_they_lie(run_dir, pairs):
         mask, truth = nib.load(pair.prediction), nib.load(pair.label)
         np.testing.assert_array_equal(np.asarray(mask.dataobj), np.asarray(truth.dataobj))
         np.testing.assert_array_equal(mask.affine, truth.affine)
+
+
+def test_masks_that_lose_nothing_are_not_written_again(pairs):
+    before = [pair.prediction.stat() for pair in pairs]
+    clean_files(pairs, Cleaning())
+    after = [pair.prediction.stat() for pair in pairs]
+    # A file that is written anew is another file of the same name.
+    assert [(stat.st_ino, stat.st_mtime_ns) for stat in after] == [
+        (stat.st_ino, stat.st_mtime_ns) for stat in before
+    ]
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from medvisionllama.config import Config
 from medvisionllama.data.index import Case, Dataset, open_configured, patient_of
-from medvisionllama.data.labels import whole_label
+from medvisionllama.data.labels import label_on_grid
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.readers import ScanSource, read_label
 from medvisionllama.data.splits import read_splits, select
-from medvisionllama.data.volume import Volume, same_place, to_ras
+from medvisionllama.data.volume import Volume
 from medvisionllama.errors import ConfigError, DataError
-from medvisionllama.evaluation.evaluate import Split, read_mask
+from medvisionllama.evaluation.evaluate import Split, merged_foreground, read_mask
 from medvisionllama.inference.inputs import collect_scans
 from medvisionllama.run_dir import RunDir
 from medvisionllama.types import LabelArray
@@ -100,12 +98,8 @@ def read_truth(scan: ScanToExplain, image: Volume, plan: Plan) -> LabelArray:
     """
     assert scan.label is not None, "the caller asked"
     found = read_mask(scan.label, plan.mask_classes) if scan.named else read_label(scan.label)
-    truth = whole_label(scan.label, to_ras(found), image.shape, image.affine)
-    if truth.shape != image.shape or not same_place(image.affine, truth.affine, image.shape):
-        raise DataError(
-            f"{scan.label} is not on the grid of its image (shape {truth.shape} and {image.shape}, in RAS); give the mask of this image"
-        )
-    return (truth.array > 0).astype(np.uint8) if plan.merged else truth.array
+    truth = label_on_grid(scan.label, found, image.shape, image.affine)
+    return (merged_foreground(truth) if plan.merged else truth).array
 
 
 def _of_dataset(case: Case, part: str) -> ScanToExplain:

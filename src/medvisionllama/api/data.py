@@ -1,0 +1,188 @@
+"""What the command line does with datasets, before a run: `medvisionllama data`."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from medvisionllama.config import load_config
+from medvisionllama.config.load import parse_overrides
+from medvisionllama.progress import Progress
+
+if TYPE_CHECKING:
+    from medvisionllama.data.check.report import CheckReport
+    from medvisionllama.data.planning import Plan
+    from medvisionllama.data.splits import Splits
+
+
+def check(
+    data: Path | str,
+    *,
+    fast: bool = False,
+    splits: Path | str | None = None,
+    patient_pattern: str | None = None,
+    exclude: Sequence[str] = (),
+    html: Path | str | None = None,
+    progress: Progress | None = None,
+) -> "CheckReport":
+    """Find what would break or mislead training on a dataset, or on scans without labels.
+
+    Args:
+        fast: read headers only.
+        splits: a splits file that must fit the dataset.
+        patient_pattern: regular expression whose first group is the patient in a case's name.
+        exclude: cases and patients to leave out, as `data.exclude` does in training.
+        html: where to write a page with pictures of every case.
+
+    Returns:
+        Findings and facts; `report.ok` is False when training must not start.
+
+    Raises:
+        DataError: there is nothing to check.
+    """
+    from medvisionllama.data.check.run import check_dataset
+
+    pictures = None
+    if html is not None:
+        from medvisionllama.reports.check_page import write_check_page
+        from medvisionllama.reports.thumbnails import Thumbnails
+
+        pictures = Thumbnails()
+    report = check_dataset(
+        Path(data),
+        fast=fast,
+        splits=None if splits is None else Path(splits),
+        patient_pattern=patient_pattern,
+        exclude=exclude,
+        look=pictures,
+        progress=progress,
+    )
+    if html is not None and pictures is not None:
+        write_check_page(report, Path(html), pictures)
+    return report
+
+
+def fingerprint(data: Path | str) -> dict[str, Any]:
+    """Describe a dataset by its headers: cases, channels, classes, shapes, spacings, and the plan that follows.
+
+    Raises:
+        DataError: headers that do not fit together.
+    """
+    from medvisionllama.config import DataConfig
+    from medvisionllama.data.fingerprint import fingerprint as read
+    from medvisionllama.data.index import open_dataset
+    from medvisionllama.data.planning import make_plan
+
+    dataset = open_dataset(Path(data))
+    found = read(dataset)
+    decided = make_plan(dataset, found, DataConfig(), flip=True, patch_size=None)
+    shapes = list(found.shapes.values())
+    spacings = Counter(found.spacings_mm.values()).most_common(5)
+    return {
+        "name": dataset.name,
+        "cases": len(dataset.cases),
+        "patients": len(set(dataset.patients.values())),
+        "channels": list(dataset.channels),
+        "classes": {str(value): name for value, name in dataset.classes.items()},
+        "shape_min": [min(shape[axis] for shape in shapes) for axis in range(3)],
+        "shape_max": [max(shape[axis] for shape in shapes) for axis in range(3)],
+        "spacings_mm": {" × ".join(f"{edge:g}" for edge in spacing): count for spacing, count in spacings},
+        "planned_spacing_mm": list(decided.spacing_mm),
+        "planned_crop": list(decided.crop_size),
+        "planned_strides": [list(stride) for stride in decided.strides],
+        "mirrored_axes": list(decided.flip_axes),
+        "reasons": decided.reasons,
+    }
+
+
+def split(
+    data: Path | str,
+    *,
+    out: Path | str,
+    seed: int = 0,
+    patient_pattern: str | None = None,
+    exclude: Sequence[str] = (),
+) -> "Splits":
+    """Divide the patients into test and five folds, and write them with a hash.
+
+    Args:
+        out: the splits file; `data.splits` takes it.
+        patient_pattern: regular expression whose first group is the patient in a case's name.
+        exclude: cases and patients to leave out.
+    """
+    from medvisionllama.data.index import open_dataset
+    from medvisionllama.data.splits import make_splits, write_splits
+
+    dataset = open_dataset(Path(data), patient_pattern=patient_pattern, exclude=exclude)
+    splits = make_splits(dataset.patients, seed=seed)
+    write_splits(splits, Path(out))
+    return splits
+
+
+def plan(
+    data: Path | str, *, preset: str = "small", overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> "Plan":
+    """Decide from headers what a training would decide; `plan.lines` says why.
+
+    Raises:
+        MedVisionLlamaError: a dataset or settings that cannot be used as they are.
+    """
+    from medvisionllama.training.prepare import plan_from_headers
+
+    return plan_from_headers(load_config(preset, {"data.path": Path(data), **parse_overrides(overrides)}))
+
+
+def download(
+    what: str,
+    *,
+    out: Path | str = Path(),
+    mirror: str | None = None,
+    sha256: str | None = None,
+    keep_archive: bool = False,
+    offline: bool | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Fetch a task of the Medical Segmentation Decathlon, or an archive of one's own, and unpack it.
+
+    Args:
+        what: `Task04`, `4` or `hippocampus`; or the https address of a .tar, .tar.gz or .zip.
+        out: folder that gets the dataset's folder.
+
+    Returns:
+        The dataset's folder.
+    """
+    from medvisionllama.data.download import download as fetch
+
+    return fetch(
+        what,
+        Path(out),
+        mirror=mirror,
+        sha256=sha256,
+        keep_archive=keep_archive,
+        offline=offline,
+        progress=progress,
+    )
+
+
+def convert(
+    source: Path | str,
+    out: Path | str,
+    *,
+    to: Literal["msd", "nnunet", "plain"],
+    transfer: Literal["link", "symlink", "copy"] = "link",
+    renumber: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a dataset in another layout, with the same cases, voxels, geometry and names.
+
+    Args:
+        out: a folder that does not exist yet; for nnU-Net named as `Dataset004_Hippocampus`.
+        transfer: how files that need no change come along.
+        renumber: let the label values be 1, 2, 3, ... for nnU-Net, which takes no others.
+
+    Returns:
+        The new folder.
+    """
+    from medvisionllama.data.convert import convert as write
+
+    return write(Path(source), Path(out), to=to, transfer=transfer, renumber=renumber, progress=progress)
