@@ -179,26 +179,16 @@ def train_nnunet(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Train nnU-Net itself on the same cases."""
     import nnunet_train
-    from medvisionllama.cli._progress import TerminalProgress
-    from medvisionllama.config import load_config
-    from medvisionllama.evaluation.evaluate import evaluate_folders
-    from medvisionllama.training.prepare import divide
 
-    data = arguments.data / ROWS[row].data
-    chosen = {"data.path": str(data), "data.num_cases": ROWS[row].cases, "data.split_seed": seed}
-    _, _, selection = divide(load_config(overrides=chosen), drawn=None)
-    result = nnunet_train.train_and_predict(
-        data,
-        train=selection.train,
-        validation=selection.validation,
-        test=selection.test,
+    table, result, selection = nnunet_train.train_and_score(
+        arguments.data / ROWS[row].data,
+        cases=ROWS[row].cases,
         minutes=minutes_of(arguments, row),
         work=run_folder(arguments, row, arm, seed),
         environment=arguments.nnunet,
         threads=arguments.threads,
         seed=seed,
     )
-    table = evaluate_folders(result.masks, data / "labelsTr", progress=TerminalProgress())
     return table, {
         "steps": result.iterations,
         "seconds": result.planning_seconds + result.training_seconds,
@@ -261,8 +251,7 @@ def folder(arguments: argparse.Namespace, row: str) -> Path:
 
 def run_folder(arguments: argparse.Namespace, row: str, arm: str, seed: int) -> Path:
     """Run folder of a cell; it stays, so that a cell that was cut off goes on."""
-    name = f"few-shot-{row}-{minutes_of(arguments, row):g}min-{arm}-s{seed}"
-    return Path(arguments.runs.resolve() / name)
+    return arguments.runs.resolve() / f"few-shot-{row}-{minutes_of(arguments, row):g}min-{arm}-s{seed}"
 
 
 def names(asked: str | None, known: dict[str, Any]) -> list[str]:

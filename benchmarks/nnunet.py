@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 VERSION = "2.8.1"
 # Without their dependencies, which would bring a second torch and torchvision.
@@ -78,6 +79,36 @@ def environment(root: Path) -> dict[str, str]:
     return {**os.environ, **places, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
 
+class Listing(NamedTuple):
+    """What an MSD folder lists, and what nnU-Net calls it."""
+
+    name: str
+    content: dict[str, Any]
+    """Its dataset.json."""
+    entries: dict[str, dict[str, str]]
+    """Image and label of each chosen case."""
+
+
+def read_listing(data: Path, number: int, cases: Collection[str] | None = None) -> Listing:
+    """Read what an MSD folder lists.
+
+    Args:
+        number: of the dataset in nnU-Net's name for it.
+        cases: the chosen ones; by default all.
+
+    Raises:
+        ValueError: a case that the folder does not list.
+    """
+    content = json.loads((data / "dataset.json").read_text())
+    entries = {Path(entry["image"]).name.removesuffix(".nii.gz"): entry for entry in content["training"]}
+    if unknown := sorted(set(cases or ()) - entries.keys()):
+        raise ValueError(
+            f"{data} has no case {unknown[0]!r} with a .nii.gz image; name cases of its dataset.json"
+        )
+    chosen = {case: entry for case, entry in entries.items() if cases is None or case in cases}
+    return Listing(f"Dataset{number:03d}_{content['name'].replace(' ', '')}", content, chosen)
+
+
 def write_raw(data: Path, number: int, root: Path, cases: Collection[str] | None = None) -> str:
     """Lay an MSD folder of one channel out as nnU-Net's raw dataset by links; return its name.
 
@@ -87,28 +118,21 @@ def write_raw(data: Path, number: int, root: Path, cases: Collection[str] | None
     Raises:
         ValueError: more than one channel, or a case that the folder does not list.
     """
-    content = json.loads((data / "dataset.json").read_text())
+    name, content, entries = read_listing(data, number, cases)
     if len(content["modality"]) != 1:
         raise ValueError(f"{data} has {len(content['modality'])} channels; only one is laid out for nnU-Net")
-    entries = {Path(entry["image"]).name.removesuffix(".nii.gz"): entry for entry in content["training"]}
-    if unknown := sorted(set(cases or ()) - entries.keys()):
-        raise ValueError(
-            f"{data} has no case {unknown[0]!r} with a .nii.gz image; name cases of its dataset.json"
-        )
-    chosen = [case for case in entries if cases is None or case in cases]
-    name = f"Dataset{number:03d}_{content['name'].replace(' ', '')}"
     raw = root / "raw" / name
     for folder in (raw / "imagesTr", raw / "labelsTr", root / "preprocessed", root / "results"):
         folder.mkdir(parents=True, exist_ok=True)
-    for case in chosen:
-        image, label = (data / entries[case][part] for part in ("image", "label"))
+    for case, entry in entries.items():
+        image, label = (data / entry[part] for part in ("image", "label"))
         (raw / "imagesTr" / f"{case}_0000.nii.gz").symlink_to(image.resolve())
         (raw / "labelsTr" / f"{case}.nii.gz").symlink_to(label.resolve())
     labels = {"background": 0} | {text: int(value) for value, text in content["labels"].items() if int(value)}
     about = {
         "channel_names": content["modality"],
         "labels": labels,
-        "numTraining": len(chosen),
+        "numTraining": len(entries),
         "file_ending": ".nii.gz",
     }
     (raw / "dataset.json").write_text(json.dumps(about))

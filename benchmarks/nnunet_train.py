@@ -18,11 +18,17 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nnunet
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from medvisionllama.data.splits import Selection
+
 TRAINER = Path(__file__).with_name("nnunet_trainer.py")
+_NUMBER = 1  # of the dataset; each run has a folder of its own
 
 
 class NnunetError(RuntimeError):
@@ -49,6 +55,50 @@ class NnunetResult:
     """Mean training loss of each tenth of the time; nnU-Net's lies below 0 where Dice outweighs cross-entropy."""
     pseudo_dices: tuple[float, ...]
     """Dice of one validation batch after each tenth."""
+
+
+def train_and_score(
+    data: Path,
+    *,
+    cases: int | None,
+    minutes: float,
+    work: Path,
+    environment: Path,
+    threads: int,
+    seed: int,
+    bf16: bool = False,
+) -> "tuple[pd.DataFrame, NnunetResult, Selection]":
+    """Divide the cases as our own training would, train nnU-Net on them and measure its masks of the test cases.
+
+    Args:
+        cases: training cases, by whole patients; by default the whole fold.
+        seed: of the split and of the training.
+
+    Raises:
+        NnunetError: another request's folder, or a part that failed.
+        ValueError: a dataset or settings that cannot be used as they are.
+    """
+    from medvisionllama.cli._progress import TerminalProgress
+    from medvisionllama.config import load_config
+    from medvisionllama.evaluation.evaluate import evaluate_folders
+    from medvisionllama.training.prepare import divide
+
+    chosen = {"data.path": str(data), "data.num_cases": cases, "data.split_seed": seed}
+    _, _, selection = divide(load_config(overrides=chosen), drawn=None)
+    result = train_and_predict(
+        data,
+        train=selection.train,
+        validation=selection.validation,
+        test=selection.test,
+        minutes=minutes,
+        work=work,
+        environment=environment,
+        threads=threads,
+        seed=seed,
+        bf16=bf16,
+    )
+    table = evaluate_folders(result.masks, data / "labelsTr", progress=TerminalProgress())
+    return table, result, selection
 
 
 def train_and_predict(
@@ -89,8 +139,7 @@ def train_and_predict(
     if not (work / "train.json").is_file():
         for name in ("raw", "preprocessed", "results"):
             shutil.rmtree(work / name, ignore_errors=True)
-        name = nnunet.write_raw(data, 1, work, [*train, *validation])
-        assert name == request["name"], "both are made of the dataset's name"
+        name = nnunet.write_raw(data, _NUMBER, work, [*train, *validation])
         nnunet.write_splits(name, work, train, validation)
         _run(python, "train", work, request, limit=120 * minutes + 1800)
     if not (work / "predict.json").is_file():
@@ -126,20 +175,13 @@ def make_request(
         raise ValueError(
             f"{minutes:g} minutes on {threads} threads is no run; give more than 0 and at least 1"
         )
-    content = json.loads((data / "dataset.json").read_text())
-    images = {
-        Path(entry["image"]).name.removesuffix(".nii.gz"): entry["image"] for entry in content["training"]
-    }
-    if unknown := sorted({*train, *validation, *test} - images.keys()):
-        raise ValueError(
-            f"{data} has no case {unknown[0]!r} with a .nii.gz image; name cases of its dataset.json"
-        )
+    listing = nnunet.read_listing(data, _NUMBER, {*train, *validation, *test})
     return {
         "version": nnunet.VERSION,
-        "name": f"Dataset001_{content['name'].replace(' ', '')}",
+        "name": listing.name,
         "train": sorted(train),
         "validation": sorted(validation),
-        "test": {case: str((data / images[case]).resolve()) for case in sorted(test)},
+        "test": {case: str((data / listing.entries[case]["image"]).resolve()) for case in sorted(test)},
         "minutes": minutes,
         "threads": threads,
         "seed": seed,
@@ -203,28 +245,22 @@ def _run(python: Path, verb: str, work: Path, request: dict[str, Any], *, limit:
 
 
 def main() -> None:
-    from medvisionllama.cli._progress import TerminalProgress
-    from medvisionllama.config import load_config
-    from medvisionllama.evaluation.evaluate import evaluate_folders, mean_class_dice, write_table
-    from medvisionllama.training.prepare import divide
+    from medvisionllama.evaluation.evaluate import mean_class_dice, write_table
 
     arguments = parse()
-    chosen = {
-        "data.path": str(arguments.data),
-        "data.num_cases": arguments.cases,
-        "data.split_seed": arguments.seed,
-    }
-    _, _, selection = divide(load_config(overrides=chosen), drawn=None)
     try:
-        result = train_and_predict(
+        table, result, selection = train_and_score(
             arguments.data,
-            train=selection.train, validation=selection.validation, test=selection.test,
-            minutes=arguments.minutes, work=arguments.out, environment=arguments.environment,
-            threads=arguments.threads, seed=arguments.seed, bf16=arguments.bf16,
-        )  # fmt: skip
+            cases=arguments.cases,
+            minutes=arguments.minutes,
+            work=arguments.out,
+            environment=arguments.environment,
+            threads=arguments.threads,
+            seed=arguments.seed,
+            bf16=arguments.bf16,
+        )
     except (NnunetError, ValueError) as error:
         raise SystemExit(str(error)) from None
-    table = evaluate_folders(result.masks, arguments.data / "labelsTr", progress=TerminalProgress())
     write_table(table, arguments.out / "evaluation.csv")
     facts = {key: value for key, value in asdict(result).items() if key != "masks"}
     print(json.dumps(facts, indent=1))

@@ -59,8 +59,7 @@ class Trained:
         """Take a step and note its parts."""
         times = [time.perf_counter()]
         images, labels = self.sampler.batch(number)
-        images = images.to(self.device, memory_format=torch.channels_last_3d)
-        labels = labels.to(self.device)
+        images, labels = images.to(self.device), labels.to(self.device)
         times.append(self._now())
         with autocast(self.config.train.precision, self.device):
             loss = self.model(images, labels)

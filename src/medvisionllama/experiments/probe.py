@@ -50,7 +50,7 @@ def time_steps(config: Config, shapes: NetworkSizes) -> Timing:
     size = (shapes["num_channels"], *shapes["crop_size"])
 
     def step(batch: int) -> None:
-        images = torch.randn(batch, *size, device=device).contiguous(memory_format=torch.channels_last_3d)
+        images = torch.randn(batch, *size, device=device)
         labels = torch.randint(max(2, shapes["num_outputs"]), (batch, *size[1:]), device=device)
         for _ in range(config.train.accumulate):
             with autocast(config.train.precision, device):

@@ -163,8 +163,7 @@ def _blend_row(
 
     def logits(windows: Tensor) -> LogitBatch:
         # The averaged thing must be linear in what is averaged, so blend logits and squash once.
-        result: Tensor = network(windows.contiguous(memory_format=torch.channels_last_3d))
-        return result.float()
+        return network(windows).float()
 
     # Windows visit the device one by one; the scan itself, which may be large, stays in main memory.
     blended = sliding_window_inference(

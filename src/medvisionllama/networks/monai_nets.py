@@ -51,20 +51,22 @@ class MonaiHead(nn.Module):
         super().__init__()
         self.network = network
         self.unit = unit
-        self.memory_format = torch.contiguous_format
 
     def forward(self, grid: None, features: Features) -> tuple[LogitBatch, list[LogitBatch]]:
         (image,) = features
         shape = image.shape[2:]
-        if self.memory_format == torch.contiguous_format:
-            # An image of one channel has both layouts, and convolutions would take the slower; a copy ends it.
-            image = image.clone(memory_format=torch.contiguous_format)
         x, y, z = (-size % step for size, step in zip(shape, self.unit, strict=True))
         made = self.network(F.pad(image, (0, z, 0, y, 0, x)) if x or y or z else image)
-        outputs = list(made.unbind(1)) if isinstance(made, Tensor) and made.ndim == 6 else _listed(made)
         x, y, z = shape
-        outputs = [output[..., :x, :y, :z] for output in outputs]
+        outputs = [output[..., :x, :y, :z] for output in _outputs(made)]
         return outputs[0], outputs[1:]
+
+
+def _outputs(made: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """The logits at full resolution and the coarser ones, which DynUNet stacks along a further axis."""
+    if isinstance(made, Tensor):
+        return list(made.unbind(1)) if made.ndim == 6 else [made]
+    return list(made)
 
 
 def build_rival(
@@ -86,15 +88,19 @@ def build_rival(
         ConfigError: a crop of which the deepest stage would see one voxel.
     """
     width = base_channels or PUBLISHED_CHANNELS[name]
-    head = _BUILDERS[name](num_channels, num_outputs, crop_size, strides, width)
-    if math.prod(math.ceil(size / step) for size, step in zip(crop_size, head.unit, strict=True)) < 2:
+    network, unit = _BUILDERS[name](num_channels, num_outputs, crop_size, strides, width)
+    if math.prod(math.ceil(size / step) for size, step in zip(crop_size, unit, strict=True)) < 2:
         raise ConfigError(
-            f"a crop of {'×'.join(map(str, crop_size))} voxels is one voxel at the deepest stage of {name} (stride {'×'.join(map(str, head.unit))}), which its norm cannot scale; set a larger data.crop_size"
+            f"a crop of {'×'.join(map(str, crop_size))} voxels is one voxel at the deepest stage of {name} (stride {'×'.join(map(str, unit))}), which its norm cannot scale; set a larger data.crop_size"
         )
-    segmenter = TokenSegmenter(ScanItself(), nn.Identity(), nn.Identity(), nn.Identity(), head)
-    head.memory_format = torch.channels_last_3d if name in _CHANNELS_LAST else torch.contiguous_format
-    segmenter.memory_format = head.memory_format
-    return segmenter
+    return TokenSegmenter(
+        ScanItself(),
+        nn.Identity(),
+        nn.Identity(),
+        nn.Identity(),
+        MonaiHead(network, unit=unit),
+        memory_format=torch.channels_last_3d if name in _CHANNELS_LAST else torch.contiguous_format,
+    )
 
 
 def dynunet_strides(crop_size: Triple, strides: Sequence[Triple]) -> list[Triple]:
@@ -119,7 +125,7 @@ def _halvable(length: int) -> bool:
 
 def _dynunet(
     num_channels: int, num_outputs: int, crop: Triple, planned: Sequence[Triple], width: int
-) -> MonaiHead:
+) -> tuple[nn.Module, Triple]:
     from monai.networks.nets import DynUNet
 
     strides = dynunet_strides(crop, planned)
@@ -136,24 +142,23 @@ def _dynunet(
         deep_supr_num=min(2, len(strides) - 1),
     )
     x, y, z = (math.prod(stride[axis] for stride in strides) for axis in range(3))
-    return MonaiHead(network, unit=(x, y, z))
+    return network, (x, y, z)
 
 
 def _segresnet(
     num_channels: int, num_outputs: int, crop: Triple, planned: Sequence[Triple], width: int
-) -> MonaiHead:
+) -> tuple[nn.Module, Triple]:
     from monai.networks.nets import SegResNet
 
     network = SegResNet(init_filters=width, in_channels=num_channels, out_channels=num_outputs)
-    return MonaiHead(network, unit=(8, 8, 8))
+    return network, (8, 8, 8)
 
 
 def _unetr(
     num_channels: int, num_outputs: int, crop: Triple, planned: Sequence[Triple], width: int
-) -> MonaiHead:
+) -> tuple[nn.Module, Triple]:
     from monai.networks.nets import UNETR
 
-    unit = (16, 16, 16)
     x, y, z = (length + -length % 16 for length in crop)
     hidden = 48 * width
     network = UNETR(
@@ -167,38 +172,38 @@ def _unetr(
     )
     for block in network.vit.blocks:
         _leave_out(block, "norm_cross_attn")
-    return MonaiHead(network, unit=unit)
+    return network, (16, 16, 16)
 
 
 def _swin_unetr(
     num_channels: int, num_outputs: int, crop: Triple, planned: Sequence[Triple], width: int
-) -> MonaiHead:
+) -> tuple[nn.Module, Triple]:
     from monai.networks.nets import SwinUNETR
 
     # It reads numbers off tensors while it is built, which the meta device has not.
     device = torch.empty(0).device
     with torch.device("cpu"):
         network = SwinUNETR(num_channels, num_outputs, feature_size=width)
-    return MonaiHead(network.to(device), unit=(32, 32, 32))
+    return network.to(device), (32, 32, 32)
 
 
 def _unet(
     num_channels: int, num_outputs: int, crop: Triple, planned: Sequence[Triple], width: int
-) -> MonaiHead:
+) -> tuple[nn.Module, Triple]:
     from monai.networks.nets import BasicUNet
 
     network = BasicUNet(3, num_channels, num_outputs, features=_basic_widths(width))
-    return MonaiHead(network, unit=(16, 16, 16))
+    return network, (16, 16, 16)
 
 
 def _unet_plus_plus(
     num_channels: int, num_outputs: int, crop: Triple, planned: Sequence[Triple], width: int
-) -> MonaiHead:
+) -> tuple[nn.Module, Triple]:
     from monai.networks.nets import BasicUNetPlusPlus
 
     network = BasicUNetPlusPlus(3, num_channels, num_outputs, features=_basic_widths(width))
     _leave_out(network, "final_conv_0_1", "final_conv_0_2", "final_conv_0_3")
-    return MonaiHead(network, unit=(16, 16, 16))
+    return network, (16, 16, 16)
 
 
 def _basic_widths(width: int) -> tuple[int, ...]:
@@ -212,11 +217,7 @@ def _leave_out(module: nn.Module, *names: str) -> None:
         setattr(module, name, nn.Identity())
 
 
-def _listed(made: Tensor | list[Tensor]) -> list[Tensor]:
-    return list(made) if isinstance(made, list | tuple) else [made]
-
-
-_BUILDERS: dict[RivalName, Callable[[int, int, Triple, Sequence[Triple], int], MonaiHead]] = {
+_BUILDERS: dict[RivalName, Callable[[int, int, Triple, Sequence[Triple], int], tuple[nn.Module, Triple]]] = {
     "unetr": _unetr,
     "swin_unetr": _swin_unetr,
     "dynunet": _dynunet,

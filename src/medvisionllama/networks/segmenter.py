@@ -14,13 +14,18 @@ class TokenSegmenter(nn.Module):
         embed: image to token grid and finer features.
         encoder, insert, decoder: tokens to tokens, of equal shape.
         head: token grid and features to logits.
+        memory_format: the layout in which its convolutions are fastest; images are brought into it.
     """
 
-    memory_format = torch.channels_last_3d
-    """Layout in which its convolutions are fastest."""
-
     def __init__(
-        self, embed: nn.Module, encoder: nn.Module, insert: nn.Module, decoder: nn.Module, head: nn.Module
+        self,
+        embed: nn.Module,
+        encoder: nn.Module,
+        insert: nn.Module,
+        decoder: nn.Module,
+        head: nn.Module,
+        *,
+        memory_format: torch.memory_format = torch.channels_last_3d,
     ) -> None:
         super().__init__()
         self.embed = embed
@@ -28,6 +33,7 @@ class TokenSegmenter(nn.Module):
         self.insert = insert
         self.decoder = decoder
         self.head = head
+        self.memory_format = memory_format
 
     def forward(self, image: ImageBatch) -> LogitBatch:
         """Return logits `[b, k, x, y, z]` of the image's shape."""
@@ -35,6 +41,9 @@ class TokenSegmenter(nn.Module):
 
     def forward_all(self, image: ImageBatch) -> tuple[LogitBatch, list[LogitBatch]]:
         """Return the logits and, in training mode, the coarser ones that are supervised too."""
+        # Not `contiguous`, which leaves an image of one channel as it is: such a one has both layouts at once, and
+        # convolutions go by what its strides suggest.
+        image = image.to(memory_format=self.memory_format)
         grid, features = self.embed(image)
         if grid is not None:
             shape = grid.shape[2:]

@@ -194,11 +194,10 @@ class TrainingLoop:
         for part in range(self.config.accumulate):
             images, labels = self.sampler.batch(self.state.step * self.config.accumulate + part)
             device = self.accelerator.device
-            images = images.to(device, memory_format=torch.channels_last_3d)
             last = part + 1 == self.config.accumulate
             # Gradients travel once a step, with the last batch.
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self.model(images, labels.to(device)) / self.config.accumulate
+                loss = self.model(images.to(device), labels.to(device)) / self.config.accumulate
                 self.accelerator.backward(loss)
             total += float(loss.detach())
         total = self.processes.mean(total)

@@ -2,10 +2,15 @@
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from medvisionllama.data.phantom import write_phantoms
+from medvisionllama.data.splits import make_splits, select
 
 FOLDER = Path(__file__).parents[3] / "benchmarks"
 
@@ -81,6 +86,11 @@ def test_nnunet_is_shown_the_named_cases_only_and_one_fold_of_them(module, data,
     assert splits == root / "preprocessed" / "Dataset001_TwoParts" / "splits_final.json"
 
 
+def test_a_case_that_the_folder_does_not_list_is_not_laid_out(module, data, tmp_path):
+    with pytest.raises(ValueError, match="no case 'e'"):
+        module("nnunet").write_raw(data, 1, tmp_path / "work", ["a", "e"])
+
+
 def test_without_names_nnunet_is_shown_every_case(module, data, tmp_path):
     name = module("nnunet").write_raw(data, 4, tmp_path / "work")
     assert len(list((tmp_path / "work" / "raw" / name / "imagesTr").iterdir())) == 4
@@ -129,3 +139,29 @@ def test_a_failed_part_gives_the_end_of_its_error_in_one_line(module, data, tmp_
     assert (
         str(caught.value) == f"nnU-Net's part 'train' failed: MemoryError: no room; see {work / 'train.log'}"
     )
+
+
+def test_nnunet_gets_the_cases_of_our_split_and_its_masks_are_measured(module, tmp_path, monkeypatch):
+    driver, masks, seen = module("nnunet_train"), tmp_path / "masks", {}
+    data = write_phantoms(tmp_path / "phantoms", num_cases=14, shape=(16, 20, 16))
+    masks.mkdir()
+
+    def perfect(data, *, test, **settings):
+        seen.update(settings, test=test)
+        for case in test:
+            shutil.copy(data / "labelsTr" / f"{case}.nii.gz", masks)
+        return SimpleNamespace(masks=masks)
+
+    monkeypatch.setattr(driver, "train_and_predict", perfect)
+    table, result, selection = driver.train_and_score(
+        data, cases=4, minutes=1.5, work=tmp_path / "work", environment=tmp_path, threads=2, seed=3
+    )
+    patients = {f"phantom_{number:03d}": f"phantom_{number:03d}" for number in range(14)}
+    assert selection == select(make_splits(patients, seed=3), patients, fold=0, num_cases=4)
+    assert [seen[part] for part in ("train", "validation", "test")] == [
+        selection.train, selection.validation, selection.test,
+    ]  # fmt: skip
+    assert (len(selection.train), seen["minutes"], seen["seed"], seen["bf16"]) == (4, 1.5, 3, False)
+    assert set(table["case_id"]) == set(selection.test)
+    assert set(table["dice"]) == {1.0}
+    assert result.masks == masks

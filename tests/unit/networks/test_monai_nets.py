@@ -16,11 +16,11 @@ SLIM = {"unetr": 2, "swin_unetr": 12, "dynunet": 4, "segresnet": 8, "unet++": 4,
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def make(name, crop=(32, 32, 16), strides=CUBIC, **more):
+def make(name, crop=(32, 32, 16), strides=CUBIC, num_channels=2, **more):
     torch.manual_seed(0)
     return build_rival(
         name,
-        num_channels=2,
+        num_channels=num_channels,
         num_outputs=3,
         crop_size=crop,
         strides=strides,
@@ -48,6 +48,30 @@ def test_shell_pads_and_crops_and_does_nothing_else(name):
         theirs = network.head.network(F.pad(image, (0, 0, 0, 0, 0, -21 % unit)))
     assert ours.shape == (1, 3, 21, 16, 16)
     torch.testing.assert_close(ours, theirs[:, :, :21], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize(
+    ("name", "channels", "strides"),
+    [
+        ("unet", 1, (16 * 16 * 32, 16 * 16 * 32, 16 * 32, 32, 1)),
+        ("unet", 2, (2 * 16 * 16 * 32, 16 * 16 * 32, 16 * 32, 32, 1)),
+        ("unet++", 1, (16 * 16 * 32, 1, 16 * 32, 32, 1)),
+        ("unet++", 2, (2 * 16 * 16 * 32, 1, 2 * 16 * 32, 2 * 32, 2)),
+    ],
+)
+def test_a_rival_is_given_the_scan_in_its_own_layout(name, channels, strides, given):
+    network = make(name, crop=(16, 16, 32), num_channels=channels)
+    seen = []
+    network.head.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].stride()))
+    # Unlike `contiguous`, a copy into an empty one also restrides an image of one channel.
+    image = torch.empty(1, channels, 16, 16, 32, memory_format=given).copy_(
+        torch.randn(1, channels, 16, 16, 32)
+    )
+    with torch.no_grad():
+        network.train()(image)
+        network.eval()(image)
+    assert seen == [strides, strides]
 
 
 def test_dynunet_is_supervised_at_coarser_strides_while_training_only():
