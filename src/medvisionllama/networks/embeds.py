@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from medvisionllama.networks.context import Context
-from medvisionllama.networks.layers import ConvBlock
+from medvisionllama.networks.layers import Conv3d, ConvBlock
 from medvisionllama.types import ImageBatch, Triple
 
 Features = list[Tensor]
@@ -70,7 +70,7 @@ def _projection(coarse: int, width: int, stride: Triple, context: tuple[int, int
         return nn.Conv3d(context[0], width, 1)
     kernel = kernel_for(stride)
     x, y, z = (size // 2 for size in kernel)
-    return nn.Conv3d(coarse, width, kernel, stride=stride, padding=(x, y, z))
+    return Conv3d(coarse, width, kernel, stride=stride, padding=(x, y, z))
 
 
 def kernel_for(stride: Triple) -> Triple:

@@ -1,5 +1,6 @@
 """Small parts that the networks share."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +21,28 @@ class MLP(nn.Module):
         return self.dropout(self.down(F.gelu(self.up(tokens))))
 
 
+class Conv3d(nn.Conv3d):
+    """A convolution that stays in float32 on a CPU where an axis is shorter than its kernel.
+
+    There PyTorch 2.13's bf16 weight gradients hold what happened to be in memory, huge or no numbers at all: at a
+    grid of 2×2×2, for example, or after a stride of 2 across a single slice. So few voxels cost no time.
+    """
+
+    def forward(self, grid: Tensor) -> Tensor:
+        is_narrow = any(size < length for size, length in zip(grid.shape[2:], self.kernel_size, strict=True))
+        if not is_narrow or grid.device.type != "cpu":
+            return super().forward(grid)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(grid.float())
+
+
+def make_convolutions_safe(network: nn.Module) -> None:
+    """Turn the convolutions of a foreign network into ours; weights and names stay."""
+    for module in network.modules():
+        if type(module) is nn.Conv3d:
+            module.__class__ = Conv3d
+
+
 class ConvBlock(nn.Module):
     """Convolution, instance norm, leaky ReLU."""
 
@@ -28,7 +51,7 @@ class ConvBlock(nn.Module):
     ) -> None:
         super().__init__()
         x, y, z = (size // 2 for size in kernel)
-        self.conv = nn.Conv3d(num_in, num_out, kernel, stride=stride, padding=(x, y, z), bias=False)
+        self.conv = Conv3d(num_in, num_out, kernel, stride=stride, padding=(x, y, z), bias=False)
         self.norm = nn.InstanceNorm3d(num_out, affine=True)
 
     def forward(self, grid: Tensor) -> Tensor:

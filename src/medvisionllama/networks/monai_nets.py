@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from medvisionllama.errors import ConfigError
 from medvisionllama.networks.embeds import Features, kernel_for
+from medvisionllama.networks.layers import make_convolutions_safe
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.types import ImageBatch, LogitBatch, Triple
 
@@ -93,6 +94,7 @@ def build_rival(
         raise ConfigError(
             f"a crop of {'×'.join(map(str, crop_size))} voxels is one voxel at the deepest stage of {name} (stride {'×'.join(map(str, unit))}), which its norm cannot scale; set a larger data.crop_size"
         )
+    make_convolutions_safe(network)
     return TokenSegmenter(
         ScanItself(),
         nn.Identity(),

@@ -201,10 +201,10 @@ class TrainingLoop:
                 self.accelerator.backward(loss)
             total += float(loss.detach())
         total = self.processes.mean(total)
-        self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)
-        if not math.isfinite(total):
+        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)
+        if not math.isfinite(total) or not math.isfinite(norm):
             raise CheckpointError(
-                f"the loss became {total} at step {self.state.step}; go on from the last save with --resume and a lower --set train.learning_rate, or --set train.precision=fp32"
+                f"the loss became {total} and its gradient {float(norm)} at step {self.state.step}; go on from the last save with --resume and a lower --set train.learning_rate, or --set train.precision=fp32"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
