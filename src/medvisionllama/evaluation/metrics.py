@@ -6,6 +6,7 @@ unknowing.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +74,8 @@ def _surface(
         return 0.0, float(np.linalg.norm(np.multiply(truth.shape, spacing_mm)))
     from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
+    # MONAI 1.6 warns of an argument that it passes itself.
+    warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
     box = _bounding_box(predicted | truth)
     # A rim of background, so that a mask that ends at the box still has its outer surface there.
     a, b = (torch.from_numpy(np.pad(mask[box], 1))[None, None] for mask in (predicted, truth))
