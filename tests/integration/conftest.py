@@ -12,6 +12,7 @@ from medvisionllama.data.phantom import write_phantoms
 
 TINY = {
     "network.stem_channels": [4, 6, 8],
+    "network.context_channels": [6, 8],
     "network.width": 24,
     "network.depth": 2,
     "network.insert_after": 1,

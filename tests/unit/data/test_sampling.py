@@ -69,7 +69,9 @@ def test_an_epoch_shows_every_case_once_in_a_new_order(sampler):
     assert made.steps_per_epoch == 3
 
 
-@pytest.mark.parametrize("augment", [OFF, AugmentConfig()])
+@pytest.mark.parametrize(
+    "augment", [OFF, AugmentConfig(), AugmentConfig(elastic=0.05, elastic_probability=1)]
+)
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_shares_of_a_batch_are_the_batch_of_one_process(sampler, augment, num_ranks):
     one = sampler(augment=augment, batch_size=4)
