@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from medvisionllama.config import load_config
-from medvisionllama.devices import channels_last, choose_device, use_bf16
+from medvisionllama.devices import choose_device, fast_layout, use_bf16
 from medvisionllama.networks.factory import build_network
 from medvisionllama.run_dir import machine_facts
 from medvisionllama.training.losses import SupervisedSegmenter
@@ -47,7 +47,7 @@ def main() -> None:
     )
     built = peak_gib()
     model = SupervisedSegmenter(
-        channels_last(network).to(device), num_outputs=1, auxiliary_weight=0.0
+        fast_layout(network).to(device), num_outputs=1, auxiliary_weight=0.0
     ).train()
     optimizer = make_optimizer(model, config.train)
     images = torch.randn(arguments.batch, 1, *config.data.crop_size, device=device)

@@ -1,0 +1,31 @@
+"""Benchmarks run rarely: what they take from the package must not go away unseen."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = sorted((Path(__file__).parents[3] / "benchmarks").glob("*.py"))
+
+
+def taken(source: str) -> list[tuple[str, str]]:
+    """Module and name of each `from medvisionllama... import ...`, wherever it stands."""
+    return [
+        (node.module, name.name)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("medvisionllama")
+        for name in node.names
+    ]
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_what_a_benchmark_takes_from_the_package_is_there(path):
+    for module, name in taken(path.read_text()):
+        found = hasattr(importlib.import_module(module), name)
+        assert found or importlib.util.find_spec(f"{module}.{name}"), f"{path.name}: {module}.{name}"
+
+
+def test_a_name_that_is_gone_is_seen():
+    ((module, name),) = taken("def main():\n    from medvisionllama.devices import channels_last\n")
+    assert not hasattr(importlib.import_module(module), name)
