@@ -205,10 +205,12 @@ def summarise(cells: list[dict[str, Any]], where: Path) -> pd.DataFrame:
     from medvisionllama.evaluation.evaluate import mean_class_dice, read_table
     from medvisionllama.evaluation.statistics import bootstrap_interval
 
-    dice = {
-        (cell["arm"], cell["seed"]): mean_class_dice(read_table(where / f"{cell['arm']}-s{cell['seed']}.csv"))
-        for cell in cells
+    tables = {
+        (cell["arm"], cell["seed"]): read_table(where / f"{cell['arm']}-s{cell['seed']}.csv") for cell in cells
     }
+    dice = {cell: mean_class_dice(table) for cell, table in tables.items()}
+    # The unit is the patient: two scans of one heart are no two witnesses.
+    patients = pd.concat(tables.values()).groupby("case_id")["patient_id"].first()
     lines = []
     for arm in dict.fromkeys(cell["arm"] for cell in cells):
         own = [cell for cell in cells if cell["arm"] == arm]
@@ -229,7 +231,7 @@ def summarise(cells: list[dict[str, Any]], where: Path) -> pd.DataFrame:
         ]
         if pairs:
             difference = pd.concat(pairs)
-            low, high = bootstrap_interval(difference.tolist(), difference.index.tolist())
+            low, high = bootstrap_interval(difference.tolist(), patients[difference.index].tolist())
             line |= {
                 "minus_no_tokens": round(difference.mean(), 4),
                 "low": round(low, 4),
