@@ -206,7 +206,8 @@ def summarise(cells: list[dict[str, Any]], where: Path) -> pd.DataFrame:
     from medvisionllama.evaluation.statistics import bootstrap_interval
 
     tables = {
-        (cell["arm"], cell["seed"]): read_table(where / f"{cell['arm']}-s{cell['seed']}.csv") for cell in cells
+        (cell["arm"], cell["seed"]): read_table(where / f"{cell['arm']}-s{cell['seed']}.csv")
+        for cell in cells
     }
     dice = {cell: mean_class_dice(table) for cell, table in tables.items()}
     # The unit is the patient: two scans of one heart are no two witnesses.

@@ -46,9 +46,7 @@ def main() -> None:
         strides=((8, 8, 8), (1, 1, 1), (1, 1, 1)),
     )
     built = peak_gib()
-    model = SupervisedSegmenter(
-        fast_layout(network).to(device), num_outputs=1, auxiliary_weight=0.0
-    ).train()
+    model = SupervisedSegmenter(fast_layout(network).to(device), num_outputs=1, auxiliary_weight=0.0).train()
     optimizer = make_optimizer(model, config.train)
     images = torch.randn(arguments.batch, 1, *config.data.crop_size, device=device)
     labels = (torch.rand(arguments.batch, *config.data.crop_size, device=device) > 0.9).long()
