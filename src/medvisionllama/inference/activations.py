@@ -146,15 +146,17 @@ def native_maps(
     Args:
         on_share: told after each slab which share of the scan is done.
     """
-    network, plan = member.network, member.plan
-    assert isinstance(network, TokenSegmenter), "the factory builds nothing else"
+    network, plan = _network_of(member), member.plan
     names: list[MapName] = []
 
     def stacked(windows: Tensor) -> Tensor:
         maps = token_maps(network, windows)
         names[:] = maps
         grid = torch.stack(list(maps.values()), dim=1)
-        return F.interpolate(grid, size=windows.shape[2:], mode="trilinear", align_corners=False)
+        whole = [cells * step for cells, step in zip(grid.shape[2:], network.token_stride, strict=True)]
+        x, y, z = windows.shape[2:]
+        # The last token of an axis may reach past the window.
+        return F.interpolate(grid, size=whole, mode="trilinear", align_corners=False)[..., :x, :y, :z]
 
     axis = slab_axis(scan.ras_shape, [plan])
     grid = scan.grid_of(plan)
@@ -189,8 +191,11 @@ def native_maps(
 
 def token_size(member: Member, scan: PreparedScan) -> tuple[float, float, float]:
     """Edges of a token in voxels of the scan's own grid in RAS."""
-    plan = member.plan
-    head = member.config.network
-    edges = np.prod(plan.strides, axis=0) if head.head == "skip" else np.full(3, head.patch_size)
-    x, y, z = (edges * scan.ras_shape / scan.grid_of(plan).shape[1:]).tolist()
+    edges = np.array(_network_of(member).token_stride)
+    x, y, z = (edges * scan.ras_shape / scan.grid_of(member.plan).shape[1:]).tolist()
     return (x, y, z)
+
+
+def _network_of(member: Member) -> TokenSegmenter:
+    assert isinstance(member.network, TokenSegmenter), "the factory builds nothing else"
+    return member.network

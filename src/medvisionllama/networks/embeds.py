@@ -1,10 +1,14 @@
-"""From voxels to tokens: an embedding returns the token grid, and the finer features for a skip head."""
+"""From voxels to tokens: an embedding returns the token grid, and the finer features for a skip head.
 
+Its `stride` tells how many voxels lie from token to token along x, y, z.
+"""
+
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from medvisionllama.networks.context import Context
+from medvisionllama.networks.context import ContextDown, halving
 from medvisionllama.networks.layers import Conv3d, ConvBlock
 from medvisionllama.types import ImageBatch, Triple
 
@@ -16,6 +20,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, num_channels: int, width: int, *, patch_size: int) -> None:
         super().__init__()
+        self.stride = (patch_size, patch_size, patch_size)
         self.project = nn.Conv3d(num_channels, width, patch_size, stride=patch_size)
 
     def forward(self, image: ImageBatch) -> tuple[Tensor, Features]:
@@ -23,7 +28,7 @@ class PatchEmbed(nn.Module):
 
 
 class StemEmbed(nn.Module):
-    """A thin convolutional stem at three strides, context at the tokens' stride if it is asked for, then tokens.
+    """A thin convolutional stem at three strides, two stages of context if they are asked for, then tokens.
 
     Full resolution gets one convolution with few channels; the work is done at the coarser strides.
     """
@@ -50,7 +55,10 @@ class StemEmbed(nn.Module):
             ConvBlock(middle, coarse, stride=strides[1], kernel=kernel_for(strides[1])),
             ConvBlock(coarse, coarse, kernel=kernel_for(strides[2])),
         )
-        self.context = Context(coarse, context, stride=strides[2], grid=grid) if context else None
+        self.context = ContextDown(coarse, context, stride=strides[2], grid=grid) if context else None
+        steps = [*strides, halving(grid)] if context else strides
+        x, y, z = (math.prod(along) for along in zip(*steps, strict=True))
+        self.stride = (x, y, z)
         self.project = _projection(coarse, width, strides[2], context) if tokens else None
 
     def forward(self, image: ImageBatch) -> tuple[Tensor | None, Features]:
@@ -59,15 +67,15 @@ class StemEmbed(nn.Module):
         deepest = self.coarse(half)
         features = [full, half, deepest]
         if self.context is not None:
-            deepest = self.context(deepest)
-            features.append(deepest)
+            upper, deepest = self.context(deepest)
+            features += [upper, deepest]
         return None if self.project is None else self.project(deepest), features
 
 
 def _projection(coarse: int, width: int, stride: Triple, context: tuple[int, int] | None) -> nn.Conv3d:
-    """To tokens, from the stem's last stage or from the context, which lies at their stride."""
+    """To tokens, from the stem's last stage or from the context's lower one, which lies at their stride."""
     if context:
-        return nn.Conv3d(context[0], width, 1)
+        return nn.Conv3d(context[1], width, 1)
     kernel = kernel_for(stride)
     x, y, z = (size // 2 for size in kernel)
     return Conv3d(coarse, width, kernel, stride=stride, padding=(x, y, z))

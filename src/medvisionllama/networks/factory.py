@@ -33,12 +33,13 @@ class Shapes(TypedDict):
 
 
 class _Skips(TypedDict):
-    """What stem and skip head must agree on."""
+    """What stem and skip head must agree on; `grid` is what the strides leave of the crop."""
 
     channels: Triple
     strides: Sequence[Triple]
     tokens: bool
     context: tuple[int, int] | None
+    grid: Triple
 
 
 def build_network(
@@ -74,13 +75,15 @@ def build_network(
         raise ConfigError(
             f"the crop {tuple(crop_size)} is not a multiple of the token stride {tuple(stride)}"
         )
-    grid = grid_after(crop_size, stride)
-    embed: nn.Module
+    embed: StemEmbed | PatchEmbed
     head: nn.Module
     if skips:
+        grid = grid_after(crop_size, stride)
         context = config.context_channels if has_context(grid) else None
-        shared = _Skips(channels=config.stem_channels, strides=strides, tokens=config.tokens, context=context)
-        embed = StemEmbed(num_channels, config.width, grid=grid, **shared)
+        shared = _Skips(
+            channels=config.stem_channels, strides=strides, tokens=config.tokens, context=context, grid=grid
+        )
+        embed = StemEmbed(num_channels, config.width, **shared)
         head = SkipHead(config.width, num_outputs, **shared)
     else:
         embed = PatchEmbed(num_channels, config.width, patch_size=config.patch_size)
@@ -88,6 +91,7 @@ def build_network(
         head = kind(config.width, num_outputs, patch_size=config.patch_size)
     if not config.tokens:
         return TokenSegmenter(embed, nn.Identity(), nn.Identity(), nn.Identity(), head)
+    grid = grid_after(crop_size, embed.stride)
     first = config.positions == "before_encoder"
     encoder = _transformer(config, config.insert_after, grid if first else None)
     decoder = _transformer(config, config.depth - config.insert_after, None if first else grid)

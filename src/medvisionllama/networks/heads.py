@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from medvisionllama.networks.context import ContextUp
 from medvisionllama.networks.embeds import Features, kernel_for
 from medvisionllama.networks.layers import ConvBlock
 from medvisionllama.types import LogitBatch, Triple
@@ -46,8 +47,8 @@ class UpsampleHead(nn.Module):
 class SkipHead(nn.Module):
     """Tokens on their way up, joined at each stride by the stem's features.
 
-    While training, logits are also read off at stride 2 and off the tokens themselves, so that each level has a
-    reason of its own to be right. Beside context, tokens add to it through a map that starts at zero: training
+    While training, logits are also read off at stride 2 and off what is deepest, so that each level has a reason of
+    its own to be right. With context, tokens add to its lower stage through a map that starts at zero: training
     starts at the network without them.
     """
 
@@ -60,14 +61,16 @@ class SkipHead(nn.Module):
         strides: Sequence[Triple],
         tokens: bool,
         context: tuple[int, int] | None,
+        grid: Triple,
     ) -> None:
         super().__init__()
         fine, middle, coarse = channels
         deepest = context[0] if context else width
         has_deepest = tokens or context is not None
-        self.add_tokens = nn.Conv3d(width, deepest, 1, bias=False) if tokens and context else None
+        self.add_tokens = nn.Conv3d(width, context[1], 1, bias=False) if tokens and context else None
         if self.add_tokens is not None:
             nn.init.zeros_(self.add_tokens.weight)
+        self.context = ContextUp(context, grid=grid) if context else None
         self.from_tokens = (
             nn.ConvTranspose3d(deepest, coarse, strides[2], stride=strides[2]) if has_deepest else None
         )
@@ -98,7 +101,8 @@ class SkipHead(nn.Module):
         return logits, auxiliary
 
     def _deepest(self, grid: Tensor | None, context: Features) -> Tensor | None:
-        """What lies at the tokens' stride: tokens, context, or both."""
-        if not context:
+        """The tokens, or the context with what they add to it."""
+        if self.context is None:
             return grid
-        return context[0] if self.add_tokens is None else context[0] + self.add_tokens(grid)
+        upper, lower = context
+        return self.context(upper, lower if self.add_tokens is None else lower + self.add_tokens(grid))

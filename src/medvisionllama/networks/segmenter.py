@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from medvisionllama.networks.layers import to_grid, to_tokens
-from medvisionllama.types import ImageBatch, LogitBatch
+from medvisionllama.types import ImageBatch, LogitBatch, Triple
 
 
 class TokenSegmenter(nn.Module):
@@ -34,6 +34,12 @@ class TokenSegmenter(nn.Module):
         self.decoder = decoder
         self.head = head
         self.memory_format = memory_format
+
+    @property
+    def token_stride(self) -> Triple:
+        """Voxels from token to token along x, y, z."""
+        stride: Triple = self.embed.stride  # type: ignore[assignment]
+        return stride
 
     def forward(self, image: ImageBatch) -> LogitBatch:
         """Return logits `[b, k, x, y, z]` of the image's shape."""

@@ -105,6 +105,6 @@ class VisionTransformer(nn.Sequential):
 
 
 def grid_after(size: Sequence[int], stride: Sequence[int]) -> Triple:
-    """Tokens along each axis."""
-    x, y, z = (length // step for length, step in zip(size, stride, strict=True))
+    """Cells along each axis after a stride; an axis that it does not divide keeps its last one."""
+    x, y, z = (-(-length // step) for length, step in zip(size, stride, strict=True))
     return (x, y, z)

@@ -33,6 +33,8 @@ SIZES = {"width": 8, "depth": 2, "insert_after": 1, "num_heads": 2}
 class _Brightness(nn.Module):
     """A token for each patch, as long as the patch is bright."""
 
+    stride = (PATCH, PATCH, PATCH)
+
     def forward(self, image):
         return nn.functional.avg_pool3d(image[:, :1], PATCH), []
 

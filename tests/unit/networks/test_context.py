@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from medvisionllama.config import NetworkConfig
-from medvisionllama.networks.context import Context, has_context
+from medvisionllama.networks.context import ContextDown, ContextUp, has_context
 from medvisionllama.networks.factory import build_network
 
 STRIDES = ((2, 2, 2), (2, 2, 2), (2, 2, 2))
@@ -59,9 +61,27 @@ def test_it_sees_further_than_the_stem():
 
 @pytest.mark.parametrize("grid", [(9, 4, 3), (14, 14, 5), (8, 1, 2), (2, 1, 1)])
 def test_any_grid_comes_back_as_long_as_it_was(grid):
-    context = Context(4, (6, 8), stride=(2, 2, 1), grid=grid)
     x, y, z = grid
-    assert context(torch.randn(2, 4, 2 * x, 2 * y, z)).shape == (2, 6, *grid)
+    upper, lower = ContextDown(4, (6, 8), stride=(2, 2, 1), grid=grid)(torch.randn(2, 4, 2 * x, 2 * y, z))
+    assert upper.shape == (2, 6, *grid)
+    assert lower.shape == (2, 8, *(-(-size // 2) if size >= 8 else size for size in grid))
+    assert ContextUp((6, 8), grid=grid)(upper, lower).shape == upper.shape
+
+
+@pytest.mark.parametrize(
+    ("crop", "grid", "stride"),
+    [((128, 72, 16), (8, 5, 2), (16, 16, 8)), ((32, 16, 16), (4, 2, 2), (8, 8, 8))],
+    ids=["halved", "too few to halve"],
+)
+def test_tokens_lie_at_the_bottom(crop, grid, stride):
+    network = build(crop)
+    seen = []
+    network.insert.register_forward_hook(lambda _module, _inputs, tokens: seen.append(tokens.shape[1]))
+    logits = network(torch.randn(1, 1, *crop))
+    assert logits.shape[2:] == crop
+    assert seen == [math.prod(grid)]
+    assert network.embed.stride == stride
+    assert network.encoder[0].grid == grid
 
 
 def test_a_single_token_has_no_context():
