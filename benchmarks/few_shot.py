@@ -1,10 +1,12 @@
-"""Few labels, equal minutes: `small`, its controls and its rivals on the same cases, machine and clock.
+"""Few labels, equal minutes: our preset, its controls and its rivals on the same cases, machine and clock.
 
 python benchmarks/few_shot.py --rows hippocampus-14 --arms no-tokens,unet-16,nnunet --seeds 0
+python benchmarks/few_shot.py --preset large    # one GPU: all cases, 30 minutes each
 
-Without --rows, --arms and --seeds it makes the whole table (about 60 hours). Each cell (row, arm, seed) runs in a
-process of its own on two cores, writes its per-case table to results/few_shot/, and is skipped from then on; so the
-table may grow over many sessions and machines. --minutes makes a shorter table, kept apart from the full one.
+Without --rows, --arms and --seeds it makes the whole table (60 hours with `small`). Each cell (row, arm, seed) runs
+in a process of its own on two cores (`large`: on all), writes its per-case table to results/few_shot/, and is
+skipped from then on; so the table may grow over many sessions and machines. --minutes makes a shorter table, kept
+apart from the full one.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +37,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Arm:
-    """A preset, and what is set over it."""
+    """One of MONAI's networks or our own, and what is set over it."""
 
-    preset: str = "small"
+    rival: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
@@ -46,7 +49,14 @@ ROWS = {
     # Two frames a patient.
     "acdc-4": Row("Task101_ACDC", 8, 20),
     "sunnybrook-5": Row("Task104_SunnybrookLV", 10, 20),
+    "acdc-all": Row("Task101_ACDC", None, 30),
+    "sunnybrook-all": Row("Task104_SunnybrookLV", None, 30),
 }
+TABLES = {
+    "small": ("hippocampus-14", "hippocampus-all", "acdc-4", "sunnybrook-5"),
+    "large": ("hippocampus-all", "acdc-all", "sunnybrook-all"),
+}
+"""The rows of each preset's table."""
 ARMS = {
     "block": Arm(),
     "random-block": Arm(overrides={"network.block.weights": "random"}),
@@ -74,7 +84,8 @@ def main() -> None:
     if arguments.cell:
         run_cell(arguments)
         return
-    rows, arms = names(arguments.rows, ROWS), names(arguments.arms, {**ARMS, NNUNET: None})
+    rows = names(arguments.rows, ROWS, default=TABLES[arguments.preset])
+    arms = names(arguments.arms, {**ARMS, NNUNET: None})
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     # Seed by seed, so that stopping early leaves whole repetitions.
     for seed in seeds:
@@ -132,7 +143,7 @@ def run_cell(arguments: argparse.Namespace) -> None:
 def train_ours(
     arguments: argparse.Namespace, row: str, arm: str, seed: int
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Train a preset by our own loop."""
+    """Train our network, or a rival as it is trained, by our own loop."""
     from medvisionllama import api
     from medvisionllama.cli._progress import TerminalProgress
     from medvisionllama.run_dir import RunDir
@@ -141,6 +152,7 @@ def train_ours(
     run = RunDir(run_folder(arguments, row, arm, seed))
     # Few validations: those of a slow network would eat a good part of its minutes.
     chosen = {
+        **(settings_but_network(arguments.preset) if spec.rival else {}),
         "train.num_validations": 4,
         **spec.overrides,
         "data.split_seed": seed,
@@ -149,7 +161,7 @@ def train_ours(
     api.train(
         arguments.data / ROWS[row].data,
         out=run.path,
-        preset=spec.preset,
+        preset=spec.rival or arguments.preset,
         cases=ROWS[row].cases,
         max_minutes=minutes_of(arguments, row),
         overrides=chosen,
@@ -171,6 +183,18 @@ def train_ours(
         "precision": manifest["precision"],
         "splits_sha256": manifest["splits_sha256"],
         "train_cases": manifest["cases"]["train"],
+    }
+
+
+def settings_but_network(preset: str) -> dict[str, Any]:
+    """Crops, augmentation and schedule of a preset, for a rival to share."""
+    from medvisionllama.config.presets import preset_settings
+
+    sections = preset_settings(preset)
+    return {
+        f"{section}.{key}": value
+        for section in ("data", "augment", "train")
+        for key, value in sections.get(section, {}).items()
     }
 
 
@@ -248,18 +272,24 @@ def minutes_of(arguments: argparse.Namespace, row: str) -> float:
 
 
 def folder(arguments: argparse.Namespace, row: str) -> Path:
-    """Where a row's results lie: those of other minutes apart."""
-    return arguments.results / f"{row}-{minutes_of(arguments, row):g}min"
+    """Where a row's results lie: those of other minutes or of another preset apart."""
+    return arguments.results / table_name(arguments, row)
 
 
 def run_folder(arguments: argparse.Namespace, row: str, arm: str, seed: int) -> Path:
     """Run folder of a cell; it stays, so that a cell that was cut off goes on."""
-    return arguments.runs.resolve() / f"few-shot-{row}-{minutes_of(arguments, row):g}min-{arm}-s{seed}"
+    return arguments.runs.resolve() / f"few-shot-{table_name(arguments, row)}-{arm}-s{seed}"
 
 
-def names(asked: str | None, known: dict[str, Any]) -> list[str]:
-    """Those asked for, or all."""
-    chosen = asked.split(",") if asked else list(known)
+def table_name(arguments: argparse.Namespace, row: str) -> str:
+    """Such as `acdc-4-20min`, or `acdc-all-30min-large`."""
+    suffix = "" if arguments.preset == "small" else f"-{arguments.preset}"
+    return f"{row}-{minutes_of(arguments, row):g}min{suffix}"
+
+
+def names(asked: str | None, known: dict[str, Any], *, default: Sequence[str] | None = None) -> list[str]:
+    """Those asked for, or the default ones, or all."""
+    chosen = asked.split(",") if asked else list(default or known)
     if unknown := [name for name in chosen if name not in known]:
         raise SystemExit(f"{unknown[0]!r} is unknown; known: {', '.join(known)}")
     return chosen
@@ -271,18 +301,22 @@ def parse() -> argparse.Namespace:
     )
     default = Path(os.environ.get("MEDVISIONLLAMA_DATA", "../shared/data"))
     parser.add_argument("--data", type=Path, default=default, help="folder that holds the datasets")
-    parser.add_argument("--rows", help=f"some of {', '.join(ROWS)}; by default all")
+    parser.add_argument("--preset", choices=TABLES, default="small", help="ours; large is for one GPU")
+    parser.add_argument("--rows", help=f"some of {', '.join(ROWS)}; by default the preset's table")
     parser.add_argument("--arms", help=f"some of {', '.join(ARMS)}, {NNUNET}; by default all")
     parser.add_argument("--seeds", default="0,1,2", help="of the split and of the training")
     parser.add_argument("--minutes", type=float, help="instead of each row's own")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="CPU cores; by default 2 for small, all for large")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument(
         "--nnunet", type=Path, default=Path("runs/nnunet-env"), help="nnU-Net's environment, made if missing"
     )
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.threads is None:
+        arguments.threads = 2 if arguments.preset == "small" else os.cpu_count()
+    return arguments
 
 
 if __name__ == "__main__":

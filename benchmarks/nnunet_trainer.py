@@ -37,6 +37,7 @@ from nnunet_clock import Clock, polynomial_rate
 
 CONFIGURATION = "3d_fullres"
 NUM_PARTS = 10
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class ClockSchedule:
@@ -114,7 +115,8 @@ def train(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     preprocess([number], configurations=[CONFIGURATION], num_processes=[threads], show_progress_bar=False)
     planned = clock.elapsed
     # Read when the loaders are made; planning reads it too, and cannot do with 0.
-    os.environ.update(nnUNet_n_proc_DA="0")
+    # Beside a GPU nnU-Net augments in processes, as shipped; on a CPU they would take the network's cores.
+    os.environ.update(nnUNet_n_proc_DA="0" if DEVICE.type == "cpu" else str(min(12, threads)))
     torch.set_num_threads(threads)
     base = folder / "preprocessed" / name
     plans = json.loads((base / "nnUNetPlans.json").read_text())
@@ -123,7 +125,7 @@ def train(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         configuration=CONFIGURATION,
         fold=0,
         dataset_json=json.loads((base / "dataset.json").read_text()),
-        device=torch.device("cpu"),
+        device=DEVICE,
     )
     trainer.clock, trainer.bf16 = clock, request["bf16"]
     trainer.run_training()
@@ -151,7 +153,7 @@ def predict(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(request["threads"])
     model = folder / json.loads((folder / "train.json").read_text())["model"]
     started = time.monotonic()
-    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor = nnUNetPredictor(device=DEVICE, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), (0,), "checkpoint_final.pth")
     raw = folder / "raw" / request["name"]
     validation = {case: str(raw / "imagesTr" / f"{case}_0000.nii.gz") for case in request["validation"]}

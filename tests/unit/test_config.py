@@ -120,7 +120,7 @@ def test_a_configuration_is_frozen():
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
     with pytest.raises(
-        ConfigError, match="unknown preset 'medium'; the presets are: small, paper, reference"
+        ConfigError, match="unknown preset 'medium'; the presets are: small, large, paper, reference"
     ):
         load_config("medium")
 

@@ -235,8 +235,8 @@ class NetworkConfig(Section):
     stem_channels: tuple[Positive, Positive, Positive] = (8, 32, 64)
     """Channels of the skip head's stem at stride 1, 2 and 4."""
     context_channels: tuple[Positive, Positive] | None = None
-    """Channels of the skip head's convolutions at the tokens' stride and at twice that, to which tokens add; by
-    default none."""
+    """Channels of two stages of convolutions below the skip head's stem, the lower at twice the upper's stride. Tokens
+    lie at the lower one and add to it; by default there are none."""
     patch_size: Positive = 8
     """Edge of a token's patch for the heads without a stem."""
     width: Positive = 192
@@ -301,6 +301,9 @@ class TrainConfig(Section):
     """Crops in a batch, shared by all processes of a run."""
     accumulate: Positive = 1
     """Batches whose gradients are averaged before a step."""
+    batch_threads: Annotated[int, Field(ge=0, le=64)] | None = None
+    """Threads that make the next batches while this one trains; by default 4 beside a GPU, and 0 on a CPU, whose
+    cores the network needs. The batches are the same."""
     optimizer: Literal["adam", "adamw"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.02
@@ -312,7 +315,8 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged weights that are validated and saved; 0 uses the raw weights."""
     auxiliary_weight: Annotated[float, Field(ge=0)] = 0.3
-    """Weight of the losses at stride 2 and at the tokens, against 1 for the full resolution."""
+    """Weight of the losses at stride 2 and at the stem's end, where tokens or context come in, against 1 for the full
+    resolution."""
     num_validations: Positive = 12
     """How often the validation cases are segmented, spread evenly over the run."""
     save_seconds: Annotated[float, Field(gt=0)] = 60.0

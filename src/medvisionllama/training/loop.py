@@ -27,6 +27,7 @@ from medvisionllama.errors import CheckpointError
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir
+from medvisionllama.training.ahead import Ahead
 from medvisionllama.training.interrupts import interruptible
 from medvisionllama.training.losses import SupervisedSegmenter
 from medvisionllama.training.optim import (
@@ -83,6 +84,7 @@ class TrainingLoop:
         started: float,
     ) -> None:
         self.sampler = sampler
+        self.batches = Ahead(sampler.batch, num_batch_threads(config, accelerator.device))
         self.validate = validate
         self.config = config
         self.run_dir = run_dir
@@ -113,7 +115,11 @@ class TrainingLoop:
     def run(self, progress: Progress) -> bool:
         """Train to the end; return False if interrupted, with everything saved."""
         echo = _ECHO_SECONDS if self.processes.num > 1 else 0.0
-        with interruptible(echo_seconds=echo) as interrupted, progress.track("training", 1.0) as advance:
+        with (
+            self.batches,
+            interruptible(echo_seconds=echo) as interrupted,
+            progress.track("training", 1.0) as advance,
+        ):
             while self.progress < 1.0 or not self.state.dices:
                 loss = self._step()
                 self.state.loss_sum += loss
@@ -192,7 +198,7 @@ class TrainingLoop:
         torch.manual_seed(_step_seed(self.config.seed, self.sampler.rank, self.state.step))
         total = 0.0
         for part in range(self.config.accumulate):
-            images, labels = self.sampler.batch(self.state.step * self.config.accumulate + part)
+            images, labels = self.batches[self.state.step * self.config.accumulate + part]
             device = self.accelerator.device
             last = part + 1 == self.config.accumulate
             # Gradients travel once a step, with the last batch.
@@ -278,6 +284,13 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int | None:
     if config.epochs is not None:
         limits.append(max(1, config.epochs * steps_per_epoch // config.accumulate))
     return min(limits, default=None)
+
+
+def num_batch_threads(config: TrainConfig, device: torch.device) -> int:
+    """As set; by default none on a CPU, whose cores the network needs, and four beside a GPU."""
+    if config.batch_threads is not None:
+        return config.batch_threads
+    return 0 if device.type == "cpu" else 4
 
 
 def _step_seed(*numbers: int) -> int:
