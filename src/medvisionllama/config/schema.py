@@ -235,8 +235,8 @@ class NetworkConfig(Section):
     stem_channels: tuple[Positive, Positive, Positive] = (8, 32, 64)
     """Channels of the skip head's stem at stride 1, 2 and 4."""
     context_channels: tuple[Positive, Positive] | None = None
-    """Channels of two stages of convolutions below the skip head's stem, the lower at twice the upper's stride. Tokens
-    lie at the lower one and add to it; by default there are none."""
+    """Channels of two stages of convolutions below the skip head's stem, the lower at twice the upper's stride.
+    Tokens lie at the lower one and add to it; by default there are none."""
     patch_size: Positive = 8
     """Edge of a token's patch for the heads without a stem."""
     width: Positive = 192
@@ -315,8 +315,7 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged weights that are validated and saved; 0 uses the raw weights."""
     auxiliary_weight: Annotated[float, Field(ge=0)] = 0.3
-    """Weight of the losses at stride 2 and at the stem's end, where tokens or context come in, against 1 for the full
-    resolution."""
+    """Weight of the losses at stride 2 and where tokens or context come in, against 1 for the full resolution."""
     num_validations: Positive = 12
     """How often the validation cases are segmented, spread evenly over the run."""
     save_seconds: Annotated[float, Field(gt=0)] = 60.0
