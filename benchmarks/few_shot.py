@@ -43,6 +43,8 @@ class Arm:
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
+NNUNET = "nnunet"
+UNLABELLED = "self-training"
 ROWS = {
     "hippocampus-14": Row("Task04_Hippocampus", 14, 20),
     "hippocampus-all": Row("Task04_Hippocampus", None, 30),
@@ -62,6 +64,8 @@ ARMS = {
     "random-block": Arm(overrides={"network.block.weights": "random"}),
     "no-block": Arm(overrides={"network.insert": "none", "network.gate": "none"}),
     "no-tokens": Arm(overrides={"network.tokens": False}),
+    # What the scans without labels add: those of the fold that the row leaves out.
+    UNLABELLED: Arm(overrides={"network.tokens": False, "unlabelled.scans": "unused"}),
     "no-context": Arm(overrides={"network.tokens": False, "network.context_channels": None}),
     **{
         f"{name}-{width}": Arm(name, {"network.base_channels": width})
@@ -76,7 +80,6 @@ ARMS = {
         for width in widths
     },
 }
-NNUNET = "nnunet"
 
 
 def main() -> None:
@@ -91,6 +94,8 @@ def main() -> None:
     for seed in seeds:
         for row in rows:
             for arm in arms:
+                if arm == UNLABELLED and ROWS[row].cases is None:
+                    continue
                 if not (folder(arguments, row) / f"{arm}-s{seed}.json").is_file():
                     print(f"{row}, {arm}, seed {seed}", flush=True)
                     command = [sys.executable, __file__, *sys.argv[1:], "--cell", row, arm, str(seed)]

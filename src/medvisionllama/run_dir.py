@@ -7,6 +7,7 @@ manifest.json      versions, hardware, seed, hashes of data, splits and block
 history.jsonl      one line per validation
 best.safetensors   trainable weights with the best validation Dice
 last/              state to resume from
+pseudo_labels/     masks that unlabelled scans train with
 evaluation.csv     one row per test case and class
 report.html        everything a person looks at
 
@@ -58,6 +59,10 @@ class RunDir:
         self.report = self.path / "report.html"
         self.calibration = self.path / "calibration.json"
         self.postprocessing = self.path / "postprocessing.json"
+
+    def pseudo_labels(self, number: int, case_id: str = "") -> Path:
+        """Folder of a round's masks, or of a case's among them."""
+        return self.path / "pseudo_labels" / str(number) / case_id
 
     def check_unused(self) -> None:
         """Refuse a folder that would be overwritten; files make their folders themselves.

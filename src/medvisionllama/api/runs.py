@@ -26,6 +26,7 @@ def train(
     fold: int | None = None,
     fraction: float | None = None,
     cases: int | None = None,
+    unlabelled: Path | str | None = None,
     max_minutes: float | None = None,
     epochs: int | None = None,
     overrides: Sequence[str] | Mapping[str, Any] = (),
@@ -37,6 +38,8 @@ def train(
 
     Args:
         out: the run folder.
+        unlabelled: folder of scans without labels to learn from too, or `unused`: the cases that `cases` or
+            `fraction` leave out, without their labels.
         overrides: further settings, as `["network.insert=none"]`.
         resume: go on with the run in `out`, whose own settings then hold; limits, learning rate, precision and the
             like may change, what defines the run may not.
@@ -56,7 +59,12 @@ def train(
     if epochs is not None and max_minutes is None:
         # A limit that the user did not ask for would cut the run short.
         chosen["train.max_minutes"] = None
-    parts = {"data.fold": fold, "data.fraction": fraction, "data.num_cases": cases}
+    parts = {
+        "data.fold": fold,
+        "data.fraction": fraction,
+        "data.num_cases": cases,
+        "unlabelled.scans": unlabelled,
+    }
     chosen |= {key: value for key, value in parts.items() if value is not None}
     chosen |= parse_overrides(overrides)
     if resume:

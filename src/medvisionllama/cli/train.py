@@ -24,6 +24,13 @@ def train(
     cases: Annotated[
         int | None, typer.Option(min=1, help="Number of training cases to use instead of a share.")
     ] = None,
+    unlabelled: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of scans without labels to learn from too; or unused: those that --cases leaves out.",
+            metavar="SCANS",
+        ),
+    ] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Stop training after so many minutes.")] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many passes over the training cases.")
@@ -68,6 +75,7 @@ def train(
         fold=fold,
         fraction=fraction,
         cases=cases,
+        unlabelled=unlabelled,
         max_minutes=max_minutes,
         epochs=epochs,
         overrides=set_ or [],

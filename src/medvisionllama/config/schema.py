@@ -124,6 +124,20 @@ class DataConfig(Section):
         return rules
 
 
+class UnlabelledConfig(Section):
+    """Scans without labels that train too, by the masks that the network itself gives them."""
+
+    scans: Literal["none", "unused"] | Path = "none"
+    """A folder of scans like the dataset's, DICOM included; or `unused`, the fold's training scans that num_cases
+    or fraction leave out, whose labels stay unread."""
+    share: Share = 0.5
+    """Share of the crops that come from them once they have masks."""
+    rounds: Positive = 3
+    """How often they get new masks, evenly spread over the run; before the first they are not seen."""
+    per_round: Positive = 64
+    """So many of them are segmented each time, drawn anew, however many there are."""
+
+
 class AugmentConfig(Section):
     enabled: bool = True
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 20.0
@@ -356,6 +370,7 @@ class Config(Section):
 
     preset: str = "small"
     data: DataConfig = DataConfig()
+    unlabelled: UnlabelledConfig = UnlabelledConfig()
     augment: AugmentConfig = AugmentConfig()
     network: NetworkConfig = NetworkConfig()
     train: TrainConfig = TrainConfig(max_minutes=20)

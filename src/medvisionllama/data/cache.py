@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ import numpy as np
 
 from medvisionllama._files import atomic_path, canonical_hash, user_cache, write_json
 from medvisionllama.config.schema import parse_window
+from medvisionllama.data.formats import ScanSource
+from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.index import Case
 from medvisionllama.data.labels import whole_label
 from medvisionllama.data.planning import Normalisation, Plan, is_ct
@@ -35,7 +37,7 @@ _WORKERS = 4
 
 @dataclass(frozen=True)
 class CachedCase:
-    """A preprocessed case; arrays are memory maps, opened when asked for."""
+    """A preprocessed case, its arrays memory maps opened when asked for; without a label it has the image alone."""
 
     case_id: str
     patient_id: str
@@ -71,8 +73,39 @@ class CachedCase:
         return str(self.facts["content_sha256"])
 
     def _load(self, name: str) -> np.ndarray:
-        array: np.ndarray = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        return array
+        return _load(self.folder, name)
+
+
+@dataclass(frozen=True)
+class PseudoLabelledCase(CachedCase):
+    """A preprocessed scan without a label, and a mask that stands for one."""
+
+    masks: Path
+    """Folder of the arrays that `write_pseudo_label` makes."""
+
+    @property
+    def label(self) -> LabelArray:
+        return _load(self.masks, "label")
+
+    @property
+    def centres(self) -> np.ndarray:
+        return _load(self.masks, "centres")
+
+
+def write_pseudo_label(label: LabelArray, folder: Path) -> None:
+    """Keep a mask `[x, y, z]` on the training grid for a `PseudoLabelledCase`."""
+    _save_arrays({"label": label, "centres": _centres(label)}, folder)
+
+
+def _load(folder: Path, name: str) -> np.ndarray:
+    array: np.ndarray = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    return array
+
+
+def _save_arrays(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
+    for name, array in arrays.items():
+        with atomic_path(folder / f"{name}.npy") as temporary:
+            np.save(temporary, np.ascontiguousarray(array), allow_pickle=False)
 
 
 def build_cache(
@@ -234,9 +267,9 @@ def to_grid(volume: Volume, plan: Plan) -> ImageArray:
 
 
 def _prepare(case: Case, plan: Plan, root: Path) -> CachedCase:
-    assert case.label is not None, "only labelled cases are cached"
     digest = hashlib.sha256()
-    contents = [_digested(path, digest) for path in (*case.images, case.label)]
+    files = case.sources if case.label is None else (*case.sources, case.label)
+    contents = [_digested(path, digest) for path in files]
     content = digest.hexdigest()
     settings = {
         "format": _FORMAT,
@@ -256,22 +289,26 @@ def _prepare(case: Case, plan: Plan, root: Path) -> CachedCase:
     return CachedCase(case.case_id, case.patient_id, folder, facts)
 
 
-def _digested(path: Path, digest: Any) -> bytes | None:
+def _digested(source: ScanSource, digest: Any) -> bytes | None:
     """Feed a scan's bytes to `digest` and return them; of a DICOM series, only feed them."""
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
+    if isinstance(source, Series) or source.is_dir():
+        for file in sorted(source.files if isinstance(source, Series) else source.rglob("*")):
             if file.is_file():
                 digest.update(file.read_bytes())
         return None
-    content = path.read_bytes()
+    content = source.read_bytes()
     digest.update(content)
     return content
 
 
 def _write_arrays(case: Case, contents: list[bytes | None], plan: Plan, folder: Path) -> dict[str, Any]:
-    """Preprocess a case from its files' bytes, the label's last."""
-    assert case.label is not None
-    image = to_ras(read_image(case.images, contents[:-1]))
+    """Preprocess a case from its files' bytes, the label's last if it has one."""
+    image = to_ras(read_image(case.sources, contents[: len(case.sources)]))
+    facts = {"spacing_mm": image.spacing_mm, "moments": image_moments(image.array)}
+    if case.label is None:
+        contents.clear()
+        _save_arrays({"image": to_grid(image, plan)}, folder)
+        return facts
     native = to_ras(read_label(case.label, contents.pop()))
     native = whole_label(case.label, native, image.shape, image.affine)
     contents.clear()  # a scan in memory is enough
@@ -281,15 +318,12 @@ def _write_arrays(case: Case, contents: list[bytes | None], plan: Plan, folder: 
     arrays = {"image": grid, "label": label, "centres": _centres(label)}
     if resampled:
         arrays["native_label"] = native.array
-    for name, array in arrays.items():
-        with atomic_path(folder / f"{name}.npy") as temporary:
-            np.save(temporary, np.ascontiguousarray(array), allow_pickle=False)
+    _save_arrays(arrays, folder)
     counts = np.bincount(native.array.ravel())
     inside = np.flatnonzero(native.array)
     return {
+        **facts,
         "resampled": resampled,
-        "spacing_mm": image.spacing_mm,
-        "moments": image_moments(image.array),
         "foreground_moments": [_moments(channel.ravel()[inside]) for channel in image.array],
         "class_voxels": {str(value): int(counts[value]) for value in np.flatnonzero(counts)},
         "foreground_samples": _foreground_samples(image.array, inside)
@@ -321,7 +355,7 @@ def _foreground_samples(image: ImageArray, inside: np.ndarray) -> list[list[floa
 
 
 def _check_values(case: Case, facts: dict[str, Any], plan: Plan) -> None:
-    unknown = sorted({int(value) for value in facts["class_voxels"]} - {0, *plan.classes})
+    unknown = sorted({int(value) for value in facts.get("class_voxels", ())} - {0, *plan.classes})
     if plan.classes and unknown:
         declared = ", ".join(f"{value} {name}" for value, name in plan.classes.items())
         raise DataError(

@@ -42,6 +42,7 @@ class BatchSampler:
         seed: int,
         rank: int = 0,
         num_ranks: int = 1,
+        pseudo_share: float = 0.0,
     ) -> None:
         check_share(batch_size, num_ranks)
         self.cases = cases
@@ -57,6 +58,9 @@ class BatchSampler:
         x, y, z = (size + 2 * math.ceil(size * margin / 2) for size in plan.crop_size)
         self.region: Triple = (x, y, z)
         self.class_of = _lookup(plan)
+        self.pseudo_labelled: Sequence[CachedCase] = ()
+        """Cases of which `pseudo_share` of the crops are cut, once there are any."""
+        self.pseudo_share = pseudo_share
 
     @property
     def steps_per_epoch(self) -> int:
@@ -67,7 +71,7 @@ class BatchSampler:
         """Return images `[b, c, x, y, z]` and class numbers `[b, x, y, z]` of this process's share of a step."""
         # The zero keeps the batches of runs from before processes shared one.
         rng = np.random.default_rng([self.seed, 0, step])
-        cases = [self.cases[number] for number in self._case_numbers(step)]
+        cases = self._cases(step)
         # All processes draw for the whole batch, so that each crop is what one process would have cut.
         centres = [self._centre(case, rng) for case in cases]
         length = self.batch_size // self.num_ranks
@@ -76,6 +80,18 @@ class BatchSampler:
         images = torch.from_numpy(np.stack([image for image, _ in pairs]))
         labels = torch.from_numpy(np.stack([label for _, label in pairs]))
         return self.augmentation.apply(images, labels, self.augmentation.draw_batch(len(cases), rng)[share])
+
+    def _cases(self, step: int) -> list[CachedCase]:
+        cases = [self.cases[number] for number in self._case_numbers(step)]
+        if not self.pseudo_labelled:
+            return cases
+        rng = np.random.default_rng([self.seed, 2_000_003, step])
+        others = rng.integers(len(self.pseudo_labelled), size=len(cases))
+        takes_other = rng.random(len(cases)) < self.pseudo_share
+        return [
+            self.pseudo_labelled[other] if takes else case
+            for case, other, takes in zip(cases, others, takes_other, strict=True)
+        ]
 
     def _case_numbers(self, step: int) -> list[int]:
         first = step * self.batch_size

@@ -35,6 +35,10 @@ class Ahead(Generic[T]):
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
+    def forget(self) -> None:
+        """Make again what was made ahead: `make` gives other batches from now on."""
+        self._coming = {}
+
     def __getitem__(self, number: int) -> T:
         """The batch of a number; what making it raises is raised here."""
         if self._pool is None:

@@ -30,6 +30,7 @@ from medvisionllama.training.loop import TrainingLoop
 from medvisionllama.training.losses import SupervisedSegmenter
 from medvisionllama.training.prepare import PreparedData, prepare_data
 from medvisionllama.training.processes import Processes, check_launcher, joined_processes, launched_in_vain
+from medvisionllama.training.self_training import SelfTraining
 from medvisionllama.training.validation import validate_cases
 
 _IN_VAIN = (
@@ -112,6 +113,7 @@ def _fit(
         config.train,
         run_dir,
         accelerator,
+        SelfTraining(data.train, data.unlabelled, data.plan, config, run_dir, accelerator),
         facts=facts,
         started=started,
     )
@@ -142,7 +144,11 @@ def with_absolute_paths(config: Config) -> Config:
     if block.source not in CATALOG and local.exists():
         block = block.model_copy(update={"source": str(absolute(local))})
     network = config.network.model_copy(update={"block": block})
-    return config.model_copy(update={"data": data, "network": network, "out": absolute(config.out)})
+    unlabelled = config.unlabelled
+    if isinstance(unlabelled.scans, Path):
+        unlabelled = unlabelled.model_copy(update={"scans": absolute(unlabelled.scans)})
+    changes = {"data": data, "network": network, "unlabelled": unlabelled, "out": absolute(config.out)}
+    return config.model_copy(update=changes)
 
 
 def check_unchanged(run_dir: RunDir, data: PreparedData) -> None:
@@ -184,6 +190,7 @@ def make_sampler(config: Config, data: PreparedData, accelerator: Accelerator) -
         seed=config.train.seed,
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
+        pseudo_share=config.unlabelled.share,
     )
 
 

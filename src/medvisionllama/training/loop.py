@@ -9,8 +9,8 @@ own.
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from medvisionllama.training.optim import (
     set_learning_rate,
 )
 from medvisionllama.training.processes import Processes
+from medvisionllama.training.self_training import SelfTraining
 from medvisionllama.training.sharding import shard_frozen_block
 
 _ECHO_SECONDS = 2.0
@@ -60,6 +61,8 @@ class LoopState:
     validated_step: int = 0
     validated_seconds: float = 0.0
     dices: list[float] = field(default_factory=list)
+    pseudo_round: int = 0
+    """Of masks that unlabelled scans train with; before the first there are none."""
     loss_sum: float = 0.0
     """Of the steps since the last validation."""
 
@@ -79,6 +82,7 @@ class TrainingLoop:
         config: TrainConfig,
         run_dir: RunDir,
         accelerator: Accelerator,
+        self_training: SelfTraining,
         *,
         facts: dict[str, Any],
         started: float,
@@ -88,6 +92,7 @@ class TrainingLoop:
         self.validate = validate
         self.config = config
         self.run_dir = run_dir
+        self.self_training = self_training
         self.accelerator = accelerator
         self.processes = Processes(accelerator)
         self.facts = facts
@@ -128,6 +133,9 @@ class TrainingLoop:
                 if self._validation_due():
                     self._validate()
                     self.save()
+                if self.self_training.due(self.progress) > self.state.pseudo_round and self.progress < 1.0:
+                    advance(self.progress, "segmenting the scans without labels")
+                    self._relabel()
                 elif time.monotonic() - self._saved_at > self.config.save_seconds:
                     self.save()
                 if self.processes.any(interrupted()):
@@ -183,6 +191,7 @@ class TrainingLoop:
             for name, value in parts["average"].items():
                 self.average.values[name].copy_(value)
         self.state = LoopState(**facts["state"])
+        self.sampler.pseudo_labelled = self.self_training.masks_of(self.state.pseudo_round)
         self._clock = time.monotonic() - self.state.elapsed_seconds
 
     def _step(self) -> float:
@@ -241,16 +250,13 @@ class TrainingLoop:
 
     def _validate(self) -> None:
         before = time.monotonic()
-        if self.average:
-            self.average.swap()
-        record = self.validate(self.network)
-        improved = record["dice"] > self.state.best
-        self.state.dices.append(record["dice"])
-        if improved and self.processes.is_main:
-            facts = {**self.facts, "step": self.state.step, "validation_dice": record["dice"]}
-            save_tensors(self.run_dir.best, self.parameters, facts)
-        if self.average:
-            self.average.swap()
+        with self._averaged_weights():
+            record = self.validate(self.network)
+            improved = record["dice"] > self.state.best
+            self.state.dices.append(record["dice"])
+            if improved and self.processes.is_main:
+                facts = {**self.facts, "step": self.state.step, "validation_dice": record["dice"]}
+                save_tensors(self.run_dir.best, self.parameters, facts)
         self._tick()
         self.state.validation_seconds = self.processes.first(time.monotonic() - before)
         loss = self.state.loss_sum / max(1, self.state.step - self.state.validated_step)
@@ -265,6 +271,27 @@ class TrainingLoop:
                     **record,
                 }
             )
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """The network as it is validated and saved."""
+        if self.average:
+            self.average.swap()
+        yield
+        if self.average:
+            self.average.swap()
+
+    def _relabel(self) -> None:
+        before, due = self.state.pseudo_round, self.self_training.due(self.progress)
+        with self._averaged_weights():
+            self.sampler.pseudo_labelled = self.self_training.give_masks(self.network, due)
+        # Those made ahead know nothing of the new masks.
+        self.batches.forget()
+        self.state.pseudo_round = due
+        self._tick()
+        self.save()
+        if before and self.processes.is_main:
+            self.self_training.forget(before)
 
     def _note(self, loss: float) -> str:
         validated = f"  validation Dice {self.state.best:.4f}" if self.state.dices else ""

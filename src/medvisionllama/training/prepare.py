@@ -8,10 +8,12 @@ from medvisionllama.config import Config
 from medvisionllama.data.cache import CachedCase, build_cache, fit_normalisation, found_classes
 from medvisionllama.data.check.run import dataset_findings
 from medvisionllama.data.fingerprint import Fingerprint, fingerprint
-from medvisionllama.data.index import Dataset, open_configured
+from medvisionllama.data.formats.dicom_series import Series
+from medvisionllama.data.index import Case, Dataset, open_configured
 from medvisionllama.data.planning import Plan, make_plan
 from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select
-from medvisionllama.errors import ConfigError
+from medvisionllama.errors import ConfigError, DataError
+from medvisionllama.inference.inputs import Scan, collect_scans
 from medvisionllama.progress import Progress
 
 
@@ -24,11 +26,14 @@ class PreparedData:
     plan: Plan
     train: tuple[CachedCase, ...]
     validation: tuple[CachedCase, ...]
+    unlabelled: tuple[CachedCase, ...] = ()
 
     @property
     def hashes(self) -> dict[str, str]:
         """What must be equal for a run to go on, and for two runs to be compared."""
-        content = {case.case_id: case.content_sha256 for case in (*self.train, *self.validation)}
+        content = {
+            case.case_id: case.content_sha256 for case in (*self.train, *self.validation, *self.unlabelled)
+        }
         return {"splits_sha256": self.splits.sha256, "data_sha256": canonical_hash(content)}
 
 
@@ -48,10 +53,16 @@ def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> P
     plan = plan_of(dataset, found, config)
     wanted = {*selection.train, *selection.validation}
     chosen = [case for case in seen if case.case_id in wanted]
+    unlabelled = unlabelled_cases(config, dataset, splits, selection)
+    chosen += unlabelled
     progress.say(
         f"{dataset.name}: {len(dataset.cases)} cases of {len(set(dataset.patients.values()))} patients; "
         f"{len(selection.train)} train, {len(selection.validation)} validate, {len(selection.test)} are kept for the test"
     )
+    if unlabelled:
+        progress.say(
+            f"{len(unlabelled)} more scans train without labels, by masks that the network gives them"
+        )
     with progress.track("preparing scans", len(chosen)) as advance:
         counter = iter(range(1, len(chosen) + 1))
         cached = build_cache(chosen, plan, on_case=lambda: advance(next(counter)))
@@ -70,6 +81,7 @@ def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> P
         plan,
         train=tuple(cases[name] for name in selection.train),
         validation=tuple(cases[name] for name in selection.validation),
+        unlabelled=tuple(case for case in cached if case.case_id not in wanted),
     )
 
 
@@ -127,6 +139,42 @@ def divide(config: Config, *, drawn: Path | None) -> tuple[Dataset, Splits, Sele
             num_cases=config.data.num_cases,
         ),
     )
+
+
+def unlabelled_cases(config: Config, dataset: Dataset, splits: Splits, selection: Selection) -> list[Case]:
+    """Scans that train without labels: those of a folder, or of the fold's patients whom the run leaves out.
+
+    Raises:
+        ConfigError: it leaves out none.
+        DataError: no scans in the folder, or scans that the dataset has with labels.
+    """
+    scans = config.unlabelled.scans
+    if scans == "none":
+        return []
+    if scans == "unused":
+        patients = set(splits.folds[config.data.fold].train)
+        rest = {case for case, patient in dataset.patients.items() if patient in patients}
+        rest -= set(selection.train)
+        if not rest:
+            raise ConfigError(
+                "unlabelled.scans=unused, but all training cases of the fold train with their labels; drop it, or leave cases out by --cases or --fraction"
+            )
+        return [replace(case, label=None) for case in dataset.cases if case.case_id in rest]
+    found = collect_scans([scans], channels=dataset.channels)
+    known = {case.case_id for case in dataset.cases}
+    for scan in found:
+        if scan.case_id in known:
+            raise DataError(
+                f"{scan.images[0]} is named like a case of {dataset.root}, which may be kept for the test; give scans that are not in the dataset, or unlabelled.scans=unused"
+            )
+    return [_case_of(scan) for scan in found]
+
+
+def _case_of(scan: Scan) -> Case:
+    (first, *others) = scan.images
+    if isinstance(first, Series):
+        return Case(scan.case_id, scan.case_id, (first.folder,), None, series=first)
+    return Case(scan.case_id, scan.case_id, (first, *others), None)
 
 
 def _say_warnings(dataset: Dataset, found: Fingerprint, progress: Progress) -> None:

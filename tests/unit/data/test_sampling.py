@@ -57,6 +57,19 @@ def test_another_seed_or_rank_gives_another_batch(sampler, other):
     assert not torch.equal(sampler().batch(3)[0], sampler(**other).batch(3)[0])
 
 
+def test_crops_of_pseudo_labelled_cases_come_in_their_share(sampler):
+    alone, both = sampler(batch_size=4, pseudo_share=0.5), sampler(batch_size=4, pseudo_share=0.5)
+    both.pseudo_labelled = both.cases[:2]
+    taken = [case for step in range(100) for case in both._cases(step)]
+    own = [case for step in range(100) for case in alone._cases(step)]
+    changed = [case for case, before in zip(taken, own, strict=True) if case is not before]
+    # A third of those drawn is what would have come anyway.
+    assert 0.35 * len(taken) < len(changed) * 6 / 5 < 0.65 * len(taken)
+    assert set(map(id, changed)) == set(map(id, both.cases[:2]))
+    both.pseudo_labelled = ()
+    assert torch.equal(both.batch(3)[0], alone.batch(3)[0])
+
+
 def test_another_step_gives_another_batch(sampler):
     assert not torch.equal(sampler().batch(0)[0], sampler().batch(1)[0])
 

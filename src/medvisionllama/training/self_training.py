@@ -1,0 +1,127 @@
+"""Masks that the network gives to scans without labels, from which it goes on learning (self-training).
+
+The teacher is the averaged network on whole scans, mirrored copies averaged in; the student sees augmented crops. A
+class that is one piece in every labelled scan is one piece in the others, so what lies apart is removed: a network
+that few scans have taught finds bright tissue elsewhere.
+"""
+
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from medvisionllama.config import Config
+from medvisionllama.data.cache import CachedCase, PseudoLabelledCase, normalise, write_pseudo_label
+from medvisionllama.data.planning import Plan
+from medvisionllama.inference.postprocess import component_volumes_ml, remove_islands
+from medvisionllama.inference.slabs import label_values, likeliest
+from medvisionllama.inference.windows import predict_probabilities
+from medvisionllama.networks.segmenter import TokenSegmenter
+from medvisionllama.run_dir import RunDir
+from medvisionllama.types import LabelArray
+
+_ONE_PIECE = 0.95
+"""Share of a class's voxels that its largest component holds at least, in each labelled scan."""
+
+
+class SelfTraining:
+    """Gives the unlabelled cases of a run new masks, and finds those of an earlier round."""
+
+    def __init__(
+        self,
+        labelled: Sequence[CachedCase],
+        unlabelled: Sequence[CachedCase],
+        plan: Plan,
+        config: Config,
+        run_dir: RunDir,
+        accelerator: Accelerator,
+    ) -> None:
+        self.unlabelled = unlabelled
+        self.plan = plan
+        self.config = config
+        self.run_dir = run_dir
+        self.accelerator = accelerator
+        self.pieces = one_piece_classes(labelled) if unlabelled else frozenset()
+
+    def due(self, progress: float) -> int:
+        """Rounds of masks that a run should have had at this share of its course."""
+        rounds = self.config.unlabelled.rounds
+        return min(rounds, int(progress * (rounds + 1) + 1e-9)) if self.unlabelled else 0
+
+    def chosen(self, number: int) -> list[CachedCase]:
+        """The cases of a round, all if they are few."""
+        settings = self.config.unlabelled
+        if len(self.unlabelled) <= settings.per_round:
+            return list(self.unlabelled)
+        rng = np.random.default_rng([self.config.train.seed, 3_000_017, number])
+        drawn = rng.permutation(len(self.unlabelled))[: settings.per_round]
+        return [self.unlabelled[index] for index in sorted(drawn)]
+
+    def give_masks(self, network: TokenSegmenter, number: int) -> list[PseudoLabelledCase]:
+        """Segment the unlabelled cases of a round and keep their masks.
+
+        The processes of a run share the cases, unless all of them are needed around a sharded block.
+        """
+        mine = slice(None)
+        if not self.config.train.shard_block:
+            mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        network.eval()
+        with self.accelerator.autocast():
+            for case in self.chosen(number)[mine]:
+                folder = self.run_dir.pseudo_labels(number, case.case_id)
+                write_pseudo_label(self._mask(network, case), folder)
+        self.accelerator.wait_for_everyone()
+        return self.masks_of(number)
+
+    def masks_of(self, number: int) -> list[PseudoLabelledCase]:
+        """The cases of a round with their masks; before the first there are none."""
+        if not number:
+            return []
+        return [
+            PseudoLabelledCase(
+                case.case_id,
+                case.patient_id,
+                case.folder,
+                case.facts,
+                masks=self.run_dir.pseudo_labels(number, case.case_id),
+            )
+            for case in self.chosen(number)
+        ]
+
+    def forget(self, number: int) -> None:
+        """Remove a round's masks, which newer ones have replaced."""
+        shutil.rmtree(self.run_dir.pseudo_labels(number), ignore_errors=True)
+
+    def _mask(self, network: TokenSegmenter, case: CachedCase) -> LabelArray:
+        plan, settings = self.plan, self.config.inference
+        image = torch.from_numpy(normalise(case.image, plan.normalisation, case.facts["moments"]))
+        probabilities = predict_probabilities(
+            network,
+            image,
+            plan,
+            overlap=settings.overlap,
+            flip=settings.flip,
+            device=self.accelerator.device,
+        )
+        mask = label_values(plan)[likeliest(probabilities)]
+        if plan.merged:
+            mask = np.where(mask > 0, next(iter(plan.classes)), 0).astype(mask.dtype)
+        return keep_pieces(mask, self.pieces)
+
+
+def one_piece_classes(cases: Sequence[CachedCase]) -> frozenset[int]:
+    """Label values that are one connected component, but for specks, in every case that has them."""
+    whole: dict[int, bool] = {}
+    for case in cases:
+        for value, volumes in component_volumes_ml(np.asarray(case.label), (1.0, 1.0, 1.0)).items():
+            whole[value] = whole.get(value, True) and volumes[0] >= _ONE_PIECE * sum(volumes)
+    return frozenset(value for value, is_whole in whole.items() if is_whole)
+
+
+def keep_pieces(mask: LabelArray, classes: frozenset[int]) -> LabelArray:
+    """Return a mask `[x, y, z]` with the largest component alone of each class in `classes`."""
+    chosen = np.isin(mask, sorted(classes))
+    kept = remove_islands(np.where(chosen, mask, 0), (1.0, 1.0, 1.0), largest_only=True)
+    return np.where(chosen, kept, mask)

@@ -1,0 +1,125 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from medvisionllama.config import DataConfig, load_config
+from medvisionllama.data.cache import CachedCase, build_cache, fit_normalisation
+from medvisionllama.data.fingerprint import fingerprint
+from medvisionllama.data.index import open_dataset
+from medvisionllama.data.planning import make_plan
+from medvisionllama.run_dir import RunDir
+from medvisionllama.training.self_training import SelfTraining, keep_pieces, one_piece_classes
+
+
+def labelled(array):
+    return SimpleNamespace(label=array)
+
+
+def bar(*lengths, value=1):
+    """Pieces of these lengths along the first axis, a voxel apart."""
+    mask = np.zeros((40, 2, 2), np.uint8)
+    start = 0
+    for length in lengths:
+        mask[start : start + length] = value
+        start += length + 1
+    return mask
+
+
+def test_a_class_is_one_piece_if_it_is_in_every_case():
+    whole, parted = bar(10), bar(5, 5)
+    assert one_piece_classes([labelled(whole), labelled(whole)]) == {1}
+    assert one_piece_classes([labelled(whole), labelled(parted)]) == set()
+    assert one_piece_classes([labelled(parted), labelled(whole)]) == set()
+
+
+def test_specks_do_not_part_a_class_and_absence_says_nothing():
+    assert one_piece_classes([labelled(bar(30, 1)), labelled(np.zeros((40, 2, 2), np.uint8))]) == {1}
+    assert one_piece_classes([labelled(bar(30, 2))]) == set()
+
+
+def test_pieces_are_kept_of_those_classes_alone():
+    mask = np.concatenate([bar(9, 3), bar(9, 3, value=2)], axis=1)
+    kept = keep_pieces(mask, frozenset({1}))
+    assert np.array_equal(kept[:, :2], bar(9))
+    assert np.array_equal(kept[:, 2:], bar(9, 3, value=2))
+    assert np.array_equal(keep_pieces(mask, frozenset()), mask)
+
+
+@pytest.fixture
+def parts(dataset_folder, tmp_path):
+    """Six phantoms: the last three without their labels."""
+    dataset = open_dataset(dataset_folder(values=(2, 5)))
+    plan = make_plan(dataset, fingerprint(dataset), DataConfig(), flip=True, patch_size=None)
+    cases = build_cache(dataset.cases, plan, folder=tmp_path / "cache")
+    plan = plan.with_normalisation(fit_normalisation(cases, plan.channels), len(cases))
+    # One window shows a whole scan.
+    plan = plan.model_copy(update={"crop_size": (32, 32, 32)})
+    bare = [CachedCase(case.case_id, case.patient_id, case.folder, case.facts) for case in cases[3:]]
+    return plan, cases[:3], bare
+
+
+def made(parts, tmp_path, **changes):
+    plan, known, bare = parts
+    config = load_config("small", {"unlabelled.scans": "unused", **changes})
+    return SelfTraining(known, bare, plan, config, RunDir(tmp_path / "run"), Accelerator(cpu=True))
+
+
+class Constant(torch.nn.Module):
+    """Finds the first class in a block of 64 voxels, and in one voxel apart from it."""
+
+    def forward(self, image):
+        logits = torch.zeros(len(image), 3, *image.shape[2:])
+        logits[:, 0] = 1
+        logits[:, 1, 12:16, 12:16, 12:16] = 9
+        logits[:, 1, 20, 20, 20] = 9
+        return logits
+
+
+@pytest.mark.parametrize(("progress", "due"), [(0, 0), (0.24, 0), (0.25, 1), (0.5, 2), (0.99, 3), (1, 3)])
+def test_rounds_are_spread_evenly(parts, tmp_path, progress, due):
+    assert made(parts, tmp_path).due(progress) == due
+
+
+def test_without_scans_no_round_is_ever_due(parts, tmp_path):
+    plan, known, _ = parts
+    assert made((plan, known, []), tmp_path).due(1) == 0
+
+
+def test_scans_get_the_network_s_masks_and_keep_their_images(parts, tmp_path):
+    training = made(parts, tmp_path, **{"inference.flip": False})
+    training.pieces = frozenset({2})
+    given = training.give_masks(Constant(), 1)
+    assert [case.case_id for case in given] == [case.case_id for case in parts[2]]
+    for case, bare in zip(given, parts[2], strict=True):
+        assert np.array_equal(case.image, bare.image)
+        assert case.label.shape == bare.image.shape[1:]
+        # The class of label value 2, without the voxel that lies apart.
+        assert set(np.unique(case.label)) == {0, 2}
+        assert (case.label == 2).sum() == 64
+        assert (case.centres[:, 0] == 2).all()
+        assert (case.label[tuple(case.centres[:, 1:].T)] == 2).all()
+
+
+def test_many_scans_take_turns(parts, tmp_path):
+    training = made(parts, tmp_path, **{"unlabelled.per_round": 1})
+    rounds = [training.chosen(number) for number in range(20)]
+    assert all(len(cases) == 1 for cases in rounds)
+    assert {cases[0].case_id for cases in rounds} == {case.case_id for case in parts[2]}
+    assert rounds == [
+        made(parts, tmp_path, **{"unlabelled.per_round": 1}).chosen(number) for number in range(20)
+    ]
+    assert [case.case_id for case in training.give_masks(Constant(), 5)] == [rounds[5][0].case_id]
+
+
+def test_masks_of_a_round_are_found_again_and_forgotten(parts, tmp_path):
+    training = made(parts, tmp_path)
+    assert training.masks_of(0) == []
+    training.give_masks(Constant(), 2)
+    again = made(parts, tmp_path).masks_of(2)
+    assert (np.asarray(again[0].label) > 0).any()
+    training.forget(2)
+    with pytest.raises(FileNotFoundError):
+        _ = again[0].label
