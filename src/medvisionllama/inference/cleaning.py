@@ -16,7 +16,8 @@ from medvisionllama.errors import CheckpointError
 from medvisionllama.run_dir import RunDir
 
 MARGIN = 0.002
-"""Mean class Dice that removing something must gain; less is not worth a rule that may delete a true finding."""
+"""Mean class Dice that removing something must gain, and the most that a class may lose by it; less is far below what
+a handful of cases can tell."""
 _ROUNDING = 1e-9
 
 
@@ -87,7 +88,7 @@ def make_candidates(volumes_ml: Sequence[Mapping[int, Sequence[float]]]) -> list
 def pick(dice: np.ndarray, *, margin: float = MARGIN) -> int:
     """Number of the candidate to take: the best in the mean, if it is better than the first by more than `margin`.
 
-    Candidates that lower the mean of any class are out; of equals the first is taken.
+    Candidates that lower the mean of any class by more than that are out; of equals the first is taken.
 
     Args:
         dice: `[candidate, case, class]`; the first candidate removes nothing.
@@ -96,7 +97,7 @@ def pick(dice: np.ndarray, *, margin: float = MARGIN) -> int:
     means = per_class.mean(axis=1)
     best = 0
     for number in range(1, len(dice)):
-        harmless = bool((per_class[number] >= per_class[0] - _ROUNDING).all())
+        harmless = bool((per_class[number] >= per_class[0] - margin - _ROUNDING).all())
         if harmless and means[number] > max(means[0] + margin, means[best]) + _ROUNDING:
             best = number
     return best

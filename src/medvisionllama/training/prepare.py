@@ -171,10 +171,11 @@ def unlabelled_cases(config: Config, dataset: Dataset, splits: Splits, selection
 
 
 def _case_of(scan: Scan) -> Case:
-    (first, *others) = scan.images
+    name, first = scan.case_id, scan.images[0]
     if isinstance(first, Series):
-        return Case(scan.case_id, scan.case_id, (first.folder,), None, series=first)
-    return Case(scan.case_id, scan.case_id, (first, *others), None)
+        return Case(name, name, (first.folder,), label=None, series=first)
+    files = tuple(source for source in scan.images if isinstance(source, Path))
+    return Case(name, name, files, label=None)
 
 
 def _say_warnings(dataset: Dataset, found: Fingerprint, progress: Progress) -> None:

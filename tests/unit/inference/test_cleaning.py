@@ -38,6 +38,8 @@ def test_a_gain_within_the_margin_removes_nothing():
 def test_a_candidate_that_harms_a_class_is_out_however_much_it_gains():
     assert pick(one_case([0.80, 0.80], [0.95, 0.79], [0.82, 0.80])) == 2
     assert pick(one_case([0.80, 0.80], [0.95, 0.79])) == 0
+    assert pick(one_case([0.80, 0.80], [0.95, 0.797]), margin=0.002) == 0
+    assert pick(one_case([0.80, 0.80], [0.95, 0.799]), margin=0.002) == 1
 
 
 def test_harm_in_one_case_is_outweighed_by_gain_in_another():
