@@ -356,6 +356,8 @@ class InferenceConfig(Section):
     """Overlap of neighbouring windows."""
     flip: bool = True
     """Average the prediction with that of the mirrored scan, along the axes that training mirrors."""
+    largest_foreground: bool = False
+    """Keep the largest connected component of all classes together, before what follows removes more."""
     largest_component: bool = False
     """Of each class, keep the largest connected component alone. Left false, with min_component_ml at 0, it can be
     chosen afterwards: evaluate RUN --split validation --choose-cleaning."""

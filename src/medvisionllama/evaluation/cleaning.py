@@ -40,7 +40,7 @@ def check_choosable(
         )
     if removes(settings):
         raise ConfigError(
-            f"{run_dir.config} says largest_component={settings.largest_component}, min_component_ml={settings.min_component_ml:g}, which decides before any choice; set them to false and 0 there to choose"
+            f"{run_dir.config} says largest_foreground={settings.largest_foreground}, largest_component={settings.largest_component}, min_component_ml={settings.min_component_ml:g}, which decides before any choice; set them to false and 0 there to choose"
         )
 
 

@@ -16,8 +16,8 @@ from medvisionllama.errors import CheckpointError
 from medvisionllama.run_dir import RunDir
 
 MARGIN = 0.002
-"""Mean class Dice that removing something must gain, and the most that a class may lose by it; less is far below what
-a handful of cases can tell."""
+"""Mean class Dice that removing something must gain, and the most that a class may lose by it; less is below what a
+handful of cases can tell."""
 _ROUNDING = 1e-9
 
 
@@ -26,12 +26,17 @@ class Cleaning(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    largest_foreground: bool = False
     largest_component: bool = False
     min_component_ml: float = 0.0
 
     @property
     def words(self) -> str:
         """What is done, for people."""
+        if self.largest_foreground and self.largest_component:
+            return "of the largest component of all classes together, the largest of each class alone is kept"
+        if self.largest_foreground:
+            return "the largest component of all classes together alone is kept"
         if self.largest_component:
             return "the largest component of each class alone is kept"
         if self.min_component_ml:
@@ -41,7 +46,11 @@ class Cleaning(BaseModel):
     def on(self, settings: InferenceConfig) -> InferenceConfig:
         """Settings that clean this way."""
         return settings.model_copy(
-            update={"largest_component": self.largest_component, "min_component_ml": self.min_component_ml}
+            update={
+                "largest_foreground": self.largest_foreground,
+                "largest_component": self.largest_component,
+                "min_component_ml": self.min_component_ml,
+            }
         )
 
 
@@ -65,7 +74,9 @@ class Choice(Cleaning):
 
 
 def make_candidates(volumes_ml: Sequence[Mapping[int, Sequence[float]]]) -> list[Cleaning]:
-    """List what is worth trying, the mildest first: nothing, a few volumes, the largest component alone.
+    """List what is worth trying, the mildest first: nothing, a few volumes, the largest components alone.
+
+    Those are the largest of all classes together, of each class, and of each class within the first.
 
     The volumes are a half and the whole of the smallest labelled component, and a tenth and a half of the smallest
     main component (the largest of its class in a case): a labelled speck would make the first two useless.
@@ -81,7 +92,9 @@ def make_candidates(volumes_ml: Sequence[Mapping[int, Sequence[float]]]) -> list
     return [
         Cleaning(),
         *(Cleaning(min_component_ml=limit) for limit in sorted(limits)),
+        Cleaning(largest_foreground=True),
         Cleaning(largest_component=True),
+        Cleaning(largest_foreground=True, largest_component=True),
     ]
 
 
@@ -162,7 +175,12 @@ def cleaning_of(
     Raises:
         CheckpointError: postprocessing.json is damaged.
     """
-    asked = {"largest_component": largest, "min_component_ml": min_ml}
+    # Who asks for all components asks for those far from the others too.
+    asked = {
+        "largest_foreground": None if largest is None else False,
+        "largest_component": largest,
+        "min_component_ml": min_ml,
+    }
     given = {key: value for key, value in asked.items() if value is not None}
     if given:
         return settings.model_copy(update=given), ""
@@ -185,7 +203,7 @@ def cleaning_of(
 
 def removes(settings: InferenceConfig) -> bool:
     """Whether a run's settings clean masks by themselves."""
-    return settings.largest_component or settings.min_component_ml > 0
+    return settings.largest_foreground or settings.largest_component or settings.min_component_ml > 0
 
 
 def _command(run_dir: RunDir) -> str:

@@ -17,6 +17,7 @@ def clean(mask: Volume, settings: InferenceConfig) -> Volume:
     array = remove_islands(
         mask.array,
         mask.spacing_mm,
+        largest_foreground=settings.largest_foreground,
         largest_only=settings.largest_component,
         min_ml=settings.min_component_ml,
     )
@@ -24,16 +25,26 @@ def clean(mask: Volume, settings: InferenceConfig) -> Volume:
 
 
 def remove_islands(
-    mask: LabelArray, spacing_mm: SpacingMm, *, largest_only: bool = False, min_ml: float = 0.0
+    mask: LabelArray,
+    spacing_mm: SpacingMm,
+    *,
+    largest_foreground: bool = False,
+    largest_only: bool = False,
+    min_ml: float = 0.0,
 ) -> LabelArray:
     """Return a mask `[x, y, z]` without the components of a class that are too small; they become background.
 
     Voxels are connected by faces, edges and corners.
 
     Args:
+        largest_foreground: keep the largest component of all classes together; done first.
         largest_only: of each class, keep the largest component alone.
         min_ml: smallest volume of a component that stays, in millilitres.
     """
+    if largest_foreground and mask.any():
+        components, _ = ndimage.label(mask > 0, structure=_TOUCHING)
+        sizes = np.bincount(components.ravel())
+        mask = np.where(components == 1 + sizes[1:].argmax(), mask, 0)
     if not largest_only and min_ml <= 0:
         return mask
     # A little less, so that rounding does not remove a component of just this volume.

@@ -1,12 +1,13 @@
 """Masks that the network gives to scans without labels, from which it goes on learning (self-training).
 
-The teacher is the averaged network on whole scans, mirrored copies averaged in; the student sees augmented crops. A
-class that is one piece in every labelled scan is one piece in the others, so what lies apart is removed: a network
-that few scans have taught finds bright tissue elsewhere.
+The teacher is the averaged network on whole scans, mirrored copies averaged in; the student sees augmented crops.
+What is one piece in every labelled scan, a class or all of them together, is one piece in the others, so what lies
+apart is removed: a network that few scans have taught finds bright tissue elsewhere.
 """
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from medvisionllama.types import LabelArray
 
 _ONE_PIECE = 0.95
 """Share of a class's voxels that its largest component holds at least, in each labelled scan."""
+_UNIT = (1.0, 1.0, 1.0)  # sizes are compared, so any voxel size will do
 
 
 class SelfTraining:
@@ -43,7 +45,7 @@ class SelfTraining:
         self.config = config
         self.run_dir = run_dir
         self.accelerator = accelerator
-        self.pieces = one_piece_classes(labelled) if unlabelled else frozenset()
+        self.pieces = find_pieces(labelled) if unlabelled else Pieces(foreground=False, classes=frozenset())
 
     def due(self, progress: float) -> int:
         """Rounds of masks that a run should have had at this share of its course."""
@@ -111,17 +113,31 @@ class SelfTraining:
         return keep_pieces(mask, self.pieces)
 
 
-def one_piece_classes(cases: Sequence[CachedCase]) -> frozenset[int]:
-    """Label values that are one connected component, but for specks, in every case that has them."""
-    whole: dict[int, bool] = {}
+@dataclass(frozen=True)
+class Pieces:
+    """What is one connected component, but for specks, in every labelled case."""
+
+    foreground: bool
+    """All classes together."""
+    classes: frozenset[int]
+    """Label values."""
+
+
+def find_pieces(cases: Sequence[CachedCase]) -> Pieces:
+    """Read off the labels what is one piece; of a class that no case has, nothing is known."""
+    together, apart = dict[int, bool](), dict[int, bool]()
     for case in cases:
-        for value, volumes in component_volumes_ml(np.asarray(case.label), (1.0, 1.0, 1.0)).items():
-            whole[value] = whole.get(value, True) and volumes[0] >= _ONE_PIECE * sum(volumes)
-    return frozenset(value for value, is_whole in whole.items() if is_whole)
+        label = np.asarray(case.label)
+        for found, mask in ((together, (label > 0).astype(np.uint8)), (apart, label)):
+            for value, volumes in component_volumes_ml(mask, _UNIT).items():
+                found[value] = found.get(value, True) and volumes[0] >= _ONE_PIECE * sum(volumes)
+    whole = frozenset(value for value, is_whole in apart.items() if is_whole)
+    return Pieces(foreground=together.get(1, False), classes=whole)
 
 
-def keep_pieces(mask: LabelArray, classes: frozenset[int]) -> LabelArray:
-    """Return a mask `[x, y, z]` with the largest component alone of each class in `classes`."""
-    chosen = np.isin(mask, sorted(classes))
-    kept = remove_islands(np.where(chosen, mask, 0), (1.0, 1.0, 1.0), largest_only=True)
+def keep_pieces(mask: LabelArray, pieces: Pieces) -> LabelArray:
+    """Return a mask `[x, y, z]` without what lies apart from what should be one piece."""
+    mask = remove_islands(mask, _UNIT, largest_foreground=pieces.foreground)
+    chosen = np.isin(mask, sorted(pieces.classes))
+    kept = remove_islands(np.where(chosen, mask, 0), _UNIT, largest_only=True)
     return np.where(chosen, kept, mask)

@@ -58,17 +58,19 @@ def test_candidates_come_from_the_labelled_components_the_mildest_first():
     assert make_candidates(volumes) == [
         Cleaning(),
         *(Cleaning(min_component_ml=limit) for limit in limits),
+        Cleaning(largest_foreground=True),
         Cleaning(largest_component=True),
+        Cleaning(largest_foreground=True, largest_component=True),
     ]
 
 
 def test_limits_are_rounded_down_so_that_the_smallest_component_stays():
     limits = [one.min_component_ml for one in make_candidates([{1: [1.23999]}])]
-    assert limits == [0.0, 0.123, 0.619, 1.23, 0.0]
+    assert limits == [0.0, 0.123, 0.619, 1.23, 0.0, 0.0, 0.0]
 
 
 def test_without_any_label_only_the_largest_component_is_tried():
-    assert make_candidates([{}, {}]) == [Cleaning(), Cleaning(largest_component=True)]
+    assert [candidate.min_component_ml for candidate in make_candidates([{}, {}])] == [0.0] * 4
 
 
 def test_components_of_a_label_are_measured_in_millilitres():

@@ -24,6 +24,17 @@ def test_the_largest_component_of_each_class_stays(mask):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_the_largest_component_of_all_classes_together_stays(mask):
+    found = remove_islands(mask, SPACING, largest_foreground=True)
+    assert (found == 1).sum() == 8
+    assert (found > 0).sum() == 8
+    # Within it, and not in the whole mask, each class's largest is kept.
+    mask[0:2, 2, 0:2] = 3
+    mask[8, 0:8, 8] = 3
+    found = remove_islands(mask, SPACING, largest_foreground=True, largest_only=True)
+    assert (found == 3).sum() == 4
+
+
 def test_components_that_touch_by_a_corner_are_one(mask):
     # Three voxels, 0.03 ml: above the limit only together, and the third shares just a corner.
     found = remove_islands(mask, SPACING, min_ml=0.025)
@@ -44,4 +55,4 @@ def test_the_mask_given_is_not_changed(mask):
 
 def test_an_empty_mask_stays_empty():
     empty = np.zeros((3, 3, 3), np.uint16)
-    assert not remove_islands(empty, SPACING, largest_only=True).any()
+    assert not remove_islands(empty, SPACING, largest_only=True, largest_foreground=True).any()

@@ -11,7 +11,7 @@ from medvisionllama.data.fingerprint import fingerprint
 from medvisionllama.data.index import open_dataset
 from medvisionllama.data.planning import make_plan
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.self_training import SelfTraining, keep_pieces, one_piece_classes
+from medvisionllama.training.self_training import Pieces, SelfTraining, find_pieces, keep_pieces
 
 
 def labelled(array):
@@ -30,22 +30,38 @@ def bar(*lengths, value=1):
 
 def test_a_class_is_one_piece_if_it_is_in_every_case():
     whole, parted = bar(10), bar(5, 5)
-    assert one_piece_classes([labelled(whole), labelled(whole)]) == {1}
-    assert one_piece_classes([labelled(whole), labelled(parted)]) == set()
-    assert one_piece_classes([labelled(parted), labelled(whole)]) == set()
+    assert find_pieces([labelled(whole), labelled(whole)]).classes == {1}
+    assert find_pieces([labelled(whole), labelled(parted)]).classes == set()
+    assert find_pieces([labelled(parted), labelled(whole)]).classes == set()
 
 
 def test_specks_do_not_part_a_class_and_absence_says_nothing():
-    assert one_piece_classes([labelled(bar(30, 1)), labelled(np.zeros((40, 2, 2), np.uint8))]) == {1}
-    assert one_piece_classes([labelled(bar(30, 2))]) == set()
+    assert find_pieces([labelled(bar(30, 1)), labelled(np.zeros((40, 2, 2), np.uint8))]).classes == {1}
+    assert find_pieces([labelled(bar(30, 2))]).classes == set()
+
+
+def test_classes_that_touch_are_one_piece_together():
+    touching = np.concatenate([bar(9), bar(9, value=2)], axis=1)
+    assert find_pieces([labelled(touching)]) == Pieces(foreground=True, classes=frozenset({1, 2}))
+    crossed = np.concatenate([bar(9, 9), bar(9, 9, value=2)[::-1]], axis=1)
+    assert find_pieces([labelled(touching), labelled(crossed)]).foreground is False
+    assert find_pieces([]) == Pieces(foreground=False, classes=frozenset())
 
 
 def test_pieces_are_kept_of_those_classes_alone():
     mask = np.concatenate([bar(9, 3), bar(9, 3, value=2)], axis=1)
-    kept = keep_pieces(mask, frozenset({1}))
+    kept = keep_pieces(mask, Pieces(foreground=False, classes=frozenset({1})))
     assert np.array_equal(kept[:, :2], bar(9))
     assert np.array_equal(kept[:, 2:], bar(9, 3, value=2))
-    assert np.array_equal(keep_pieces(mask, frozenset()), mask)
+    assert np.array_equal(keep_pieces(mask, Pieces(foreground=False, classes=frozenset())), mask)
+
+
+def test_what_lies_apart_from_all_else_goes_first():
+    # The second class's largest piece lies far from the first class.
+    mask = np.concatenate([bar(20), bar(3, value=2)], axis=1)
+    mask[24:34, 2:] = 2
+    kept = keep_pieces(mask, Pieces(foreground=True, classes=frozenset({1, 2})))
+    assert np.array_equal(kept, np.concatenate([bar(20), bar(3, value=2)], axis=1))
 
 
 @pytest.fixture
@@ -90,7 +106,7 @@ def test_without_scans_no_round_is_ever_due(parts, tmp_path):
 
 def test_scans_get_the_network_s_masks_and_keep_their_images(parts, tmp_path):
     training = made(parts, tmp_path, **{"inference.flip": False})
-    training.pieces = frozenset({2})
+    training.pieces = Pieces(foreground=False, classes=frozenset({2}))
     given = training.give_masks(Constant(), 1)
     assert [case.case_id for case in given] == [case.case_id for case in parts[2]]
     for case, bare in zip(given, parts[2], strict=True):
