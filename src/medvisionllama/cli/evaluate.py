@@ -34,9 +34,9 @@ def evaluate(
             "--choose-cleaning",
             help=(
                 "With --split validation: compare ways to remove stray components and keep the best in "
-                "postprocessing.json if it gains more than 0.002 mean Dice and harms no class. `predict` and "
-                "`evaluate` then use it, unless --largest, --all-components or --min-ml, or the run's settings "
-                "inference.largest_component and inference.min_component_ml, say otherwise."
+                "postprocessing.json if it gains more than 0.002 mean Dice and costs no class as much. `predict` "
+                "and `evaluate` then use it, unless --largest, --all-components or --min-ml, or the run's settings "
+                "inference.largest_foreground, largest_component and min_component_ml, say otherwise."
             ),
         ),
     ] = False,
