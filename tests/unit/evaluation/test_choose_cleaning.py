@@ -56,13 +56,13 @@ def test_stray_components_go_where_true_ones_are_larger(run_dir, pairs):
     choice = choose_cleaning(run_dir, pairs, make_plan(), Silent())
     # The smallest labelled component has 8 voxels, so 0.004, 0.008 and 0.0008 ml are tried. The stray part, of
     # 0.004 ml, is not smaller than the half, and falls to the whole.
-    assert [one.min_component_ml for one in choice.candidates] == [0.0, 0.0008, 0.004, 0.008, 0.0]
+    assert [one.min_component_ml for one in choice.candidates] == [0.0, 0.0008, 0.004, 0.008, 0.0, 0.0, 0.0]
     before = (2 * 64 / (64 + 68) + 1) / 2  # liver of the first case, then of the second
     livers = [one.dice_per_class["liver"] for one in choice.candidates]
-    assert livers == pytest.approx([before, before, before, 1, 1])
-    # Of two equal tumours the largest component keeps one: 2 * 8 / (8 + 16).
+    assert livers == pytest.approx([before, before, before, 1, 1, 1, 1])
+    # Of two equal tumours the largest component keeps one: 2 * 8 / (8 + 16). Both lie apart from the liver.
     tumours = [one.dice_per_class["tumour"] for one in choice.candidates]
-    assert tumours == pytest.approx([1, 1, 1, 1, 2 / 3])
+    assert tumours == pytest.approx([1, 1, 1, 1, 0, 2 / 3, 0])
     assert choice.candidates[0].dice == pytest.approx((before + 1) / 2)
     assert (choice.largest_component, choice.min_component_ml) == (False, 0.008)
     assert choice.num_cases == 2
