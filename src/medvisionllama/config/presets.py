@@ -20,7 +20,7 @@ def small() -> Settings:
 
 
 def large() -> Settings:
-    """`small` in the widths of one GPU: crops up to four times as large, about five times the trained parameters."""
+    """`small` in the widths of one GPU: crops up to four times as large, five times the trained parameters."""
     return {
         "data": {"max_crop_voxels": 524_288},
         "augment": {"elastic": 0.05},
