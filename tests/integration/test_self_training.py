@@ -74,6 +74,14 @@ def test_a_folder_of_scans_trains_too(phantoms, tmp_path, cli):
     )
 
 
+def test_classes_that_nobody_declared_are_found_in_the_labels_alone(phantoms, tmp_path):
+    data = tmp_path / "plain"
+    shutil.copytree(phantoms / "imagesTr", data / "images")
+    shutil.copytree(phantoms / "labelsTr", data / "labels")
+    run = train(data, tmp_path / "run")
+    assert list((run.path / "pseudo_labels" / "3").iterdir())
+
+
 def test_without_unused_cases_there_is_one_line(phantoms, tmp_path, cli):
     outcome = cli("train", phantoms, "--out", tmp_path / "run", "--set", "unlabelled.scans=unused")
     assert outcome.code == 2

@@ -68,7 +68,7 @@ def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> P
         cached = build_cache(chosen, plan, on_case=lambda: advance(next(counter)))
     cases = {case.case_id: case for case in cached}
     if not plan.classes:
-        plan = plan.model_copy(update={"classes": found_classes(cached)})
+        plan = plan.model_copy(update={"classes": found_classes([cases[name] for name in wanted])})
     rules = fit_normalisation(
         [cases[name] for name in selection.train], plan.channels, rules=plan.channel_rules
     )

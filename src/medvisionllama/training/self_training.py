@@ -10,17 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 
 from medvisionllama.config import Config
-from medvisionllama.data.cache import CachedCase, PseudoLabelledCase, normalise, write_pseudo_label
+from medvisionllama.data.cache import CachedCase, PseudoLabelledCase, write_pseudo_label
 from medvisionllama.data.planning import Plan
 from medvisionllama.inference.postprocess import component_volumes_ml, remove_islands
 from medvisionllama.inference.slabs import label_values, likeliest
-from medvisionllama.inference.windows import predict_probabilities
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.run_dir import RunDir
+from medvisionllama.training.validation import case_probabilities
 from medvisionllama.types import LabelArray
 
 _ONE_PIECE = 0.95
@@ -98,10 +97,9 @@ class SelfTraining:
 
     def _mask(self, network: TokenSegmenter, case: CachedCase) -> LabelArray:
         plan, settings = self.plan, self.config.inference
-        image = torch.from_numpy(normalise(case.image, plan.normalisation, case.facts["moments"]))
-        probabilities = predict_probabilities(
+        probabilities = case_probabilities(
             network,
-            image,
+            case,
             plan,
             overlap=settings.overlap,
             flip=settings.flip,

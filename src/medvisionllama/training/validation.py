@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from medvisionllama.config import Config
 from medvisionllama.data.cache import CachedCase, normalise
@@ -15,6 +16,20 @@ from medvisionllama.inference.slabs import native_mask
 from medvisionllama.inference.windows import predict_probabilities
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.training.processes import Processes
+
+
+def case_probabilities(
+    network: TokenSegmenter,
+    case: CachedCase,
+    plan: Plan,
+    *,
+    overlap: float,
+    flip: bool,
+    device: torch.device,
+) -> Tensor:
+    """Class probabilities `[k, x, y, z]` of a preprocessed case, on the training grid."""
+    image = torch.from_numpy(normalise(case.image, plan.normalisation, case.facts["moments"]))
+    return predict_probabilities(network, image, plan, overlap=overlap, flip=flip, device=device)
 
 
 def validate_cases(
@@ -34,9 +49,8 @@ def validate_cases(
     with accelerator.autocast():
         for number in numbers:
             case = cases[number]
-            image = torch.from_numpy(normalise(case.image, plan.normalisation, case.facts["moments"]))
-            probabilities = predict_probabilities(
-                network, image, plan, overlap=config.inference.overlap, flip=False, device=accelerator.device
+            probabilities = case_probabilities(
+                network, case, plan, overlap=config.inference.overlap, flip=False, device=accelerator.device
             )
             truth = np.asarray(case.native_label)
             mask = native_mask(probabilities, truth.shape, plan)
