@@ -3,10 +3,13 @@
 python benchmarks/few_shot.py --rows hippocampus-14 --arms no-tokens,unet-16,nnunet --seeds 0
 python benchmarks/few_shot.py --preset large    # one GPU: all cases, 30 minutes each
 
-Without --rows, --arms and --seeds it makes the whole table (60 hours with `small`). Each cell (row, arm, seed) runs
-in a process of its own on two cores (`large`: on all), writes its per-case table to results/few_shot/, and is
-skipped from then on; so the table may grow over many sessions and machines. --minutes makes a shorter table, kept
-apart from the full one.
+Without --rows, --arms and --seeds it makes the whole table (110 hours with `small`). Each cell (row, arm, seed)
+runs in a process of its own on two cores (`large`: on all), writes its per-case table to results/few_shot/, and
+is skipped from then on; so the table may grow over many sessions and machines. --minutes makes a shorter table,
+kept apart from the full one.
+
+A tuned rival (`unet-16-tuned`) first chooses its learning rate on the validation cases, in three runs of a
+quarter of the minutes each, which do not count.
 """
 
 import argparse
@@ -18,9 +21,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+
+if TYPE_CHECKING:
+    from medvisionllama.run_dir import RunDir
 
 RESULTS = Path(__file__).parent / "results" / "few_shot"
 
@@ -41,9 +47,16 @@ class Arm:
 
     rival: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
+    tuned: bool = False
+    """Whether its learning rate is chosen before, on the validation cases, in minutes that do not count."""
 
 
 NNUNET = "nnunet"
+TUNED = "-tuned"
+RATES = (7e-4, 2e-3, 6e-3)
+"""Learning rates that a rival may choose from; the one in the middle is ours."""
+TUNING_SHARE = 0.25
+"""Of its minutes, for a run with each."""
 UNLABELLED = "self-training"
 ROWS = {
     "hippocampus-14": Row("Task04_Hippocampus", 14, 20),
@@ -68,7 +81,7 @@ ARMS = {
     UNLABELLED: Arm(overrides={"network.tokens": False, "unlabelled.scans": "unused"}),
     "no-context": Arm(overrides={"network.tokens": False, "network.context_channels": None}),
     **{
-        f"{name}-{width}": Arm(name, {"network.base_channels": width})
+        f"{name}-{width}{TUNED * tuned}": Arm(name, {"network.base_channels": width}, tuned)
         for name, widths in {
             "unet": (16, 32),
             "unet++": (8, 32),
@@ -78,6 +91,7 @@ ARMS = {
             "swin_unetr": (12, 24),
         }.items()
         for width in widths
+        for tuned in (False, True)
     },
 }
 
@@ -88,7 +102,8 @@ def main() -> None:
         run_cell(arguments)
         return
     rows = names(arguments.rows, ROWS, default=TABLES[arguments.preset])
-    arms = names(arguments.arms, {**ARMS, NNUNET: None})
+    fair = [arm for arm, spec in ARMS.items() if spec.tuned or not spec.rival]
+    arms = names(arguments.arms, {**ARMS, NNUNET: None}, default=[*fair, NNUNET])
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     # Seed by seed, so that stopping early leaves whole repetitions.
     for seed in seeds:
@@ -151,35 +166,23 @@ def train_ours(
     """Train our network, or a rival as it is trained, by our own loop."""
     from medvisionllama import api
     from medvisionllama.cli._progress import TerminalProgress
-    from medvisionllama.run_dir import RunDir
 
-    spec = ARMS[arm]
-    run = RunDir(run_folder(arguments, row, arm, seed))
-    # Few validations: those of a slow network would eat a good part of its minutes.
-    chosen = {
-        **(settings_but_network(arguments.preset) if spec.rival else {}),
-        "train.num_validations": 4,
-        **spec.overrides,
-        "data.split_seed": seed,
-        "train.seed": seed,
-    }
-    api.train(
-        arguments.data / ROWS[row].data,
-        out=run.path,
-        preset=spec.rival or arguments.preset,
-        cases=ROWS[row].cases,
-        max_minutes=minutes_of(arguments, row),
-        overrides=chosen,
-        resume=run.config.is_file(),
-        test=False,
-        progress=TerminalProgress(),
-    )
+    path, minutes = run_folder(arguments, row, arm, seed), minutes_of(arguments, row)
+    rates: dict[float, float] = {}
+    for rate in RATES if ARMS[arm].tuned else ():
+        probe = path.with_name(f"{path.name}-rate{rate:g}")
+        rates[rate] = best_dice(
+            train_run(arguments, row, arm, seed, probe, TUNING_SHARE * minutes, {"train.learning_rate": rate})
+        )
+    chosen = {"train.learning_rate": max(rates, key=rates.__getitem__)} if rates else {}
+    run = train_run(arguments, row, arm, seed, path, minutes, chosen)
     # As nnU-Net does: components are removed where that pays on the validation cases.
     api.evaluate(run.path, split="validation", choose_cleaning=True, progress=TerminalProgress())
     table = api.evaluate(run.path, progress=TerminalProgress())
     history, manifest = run.read_history(), run.read_manifest()
     return table, {
-        "validation_dice": round(max(record["dice"] for record in history), 4),
+        "validation_dice": best_dice(run),
+        **({"rates": rates} if rates else {}),
         "steps": history[-1]["step"],
         "seconds": history[-1]["seconds"],
         "gate_rms": history[-1].get("gate_rms"),
@@ -189,6 +192,48 @@ def train_ours(
         "splits_sha256": manifest["splits_sha256"],
         "train_cases": manifest["cases"]["train"],
     }
+
+
+def train_run(
+    arguments: argparse.Namespace,
+    row: str,
+    arm: str,
+    seed: int,
+    path: Path,
+    minutes: float,
+    more: dict[str, Any],
+) -> "RunDir":
+    """Train an arm for some minutes, or go on with a run that was cut off."""
+    from medvisionllama import api
+    from medvisionllama.cli._progress import TerminalProgress
+    from medvisionllama.run_dir import RunDir
+
+    spec, run = ARMS[arm], RunDir(path)
+    api.train(
+        arguments.data / ROWS[row].data,
+        out=path,
+        preset=spec.rival or arguments.preset,
+        cases=ROWS[row].cases,
+        max_minutes=minutes,
+        overrides={
+            **(settings_but_network(arguments.preset) if spec.rival else {}),
+            # Few validations: those of a slow network would eat a good part of its minutes.
+            "train.num_validations": 4,
+            **spec.overrides,
+            "data.split_seed": seed,
+            "train.seed": seed,
+            **more,
+        },
+        resume=run.config.is_file(),
+        test=False,
+        progress=TerminalProgress(),
+    )
+    return run
+
+
+def best_dice(run: "RunDir") -> float:
+    """Validation Dice of the weights that a run keeps."""
+    return round(max(record["dice"] for record in run.read_history()), 4)
 
 
 def settings_but_network(preset: str) -> dict[str, Any]:
@@ -230,20 +275,25 @@ def train_nnunet(
 
 
 def summarise(cells: list[dict[str, Any]], where: Path) -> pd.DataFrame:
-    """A line for each arm: mean over seeds, spread, and the paired difference from the arm without tokens."""
+    """A line for each arm and machine: mean over seeds, spread, paired difference from the arm without tokens.
+
+    Equal minutes on another machine are other steps, so machines are kept apart.
+    """
     from medvisionllama.evaluation.evaluate import mean_class_dice, read_table
     from medvisionllama.evaluation.statistics import bootstrap_interval
 
     tables = {
-        (cell["arm"], cell["seed"]): read_table(where / f"{cell['arm']}-s{cell['seed']}.csv")
+        (machine_of(cell), cell["arm"], cell["seed"]): read_table(
+            where / f"{cell['arm']}-s{cell['seed']}.csv"
+        )
         for cell in cells
     }
     dice = {cell: mean_class_dice(table) for cell, table in tables.items()}
     # The unit is the patient: two scans of one heart are no two witnesses.
     patients = pd.concat(tables.values()).groupby("case_id")["patient_id"].first()
     lines = []
-    for arm in dict.fromkeys(cell["arm"] for cell in cells):
-        own = [cell for cell in cells if cell["arm"] == arm]
+    for machine, arm in dict.fromkeys((machine_of(cell), cell["arm"]) for cell in cells):
+        own = [cell for cell in cells if (machine_of(cell), cell["arm"]) == (machine, arm)]
         scores = pd.Series([cell["test_dice"] for cell in own])
         line = {
             "arm": arm,
@@ -253,11 +303,12 @@ def summarise(cells: list[dict[str, Any]], where: Path) -> pd.DataFrame:
             "steps": round(sum(cell["steps"] for cell in own) / len(own)),
             "trainable": own[0]["trainable"],
             "cores_used": min(cell["mean_cores_used"] for cell in own),
+            "machine": machine,
         }
         pairs = [
-            dice[arm, cell["seed"]] - dice["no-tokens", cell["seed"]]
+            dice[machine, arm, cell["seed"]] - dice[machine, "no-tokens", cell["seed"]]
             for cell in own
-            if ("no-tokens", cell["seed"]) in dice and arm != "no-tokens"
+            if (machine, "no-tokens", cell["seed"]) in dice and arm != "no-tokens"
         ]
         if pairs:
             difference = pd.concat(pairs)
@@ -268,7 +319,15 @@ def summarise(cells: list[dict[str, Any]], where: Path) -> pd.DataFrame:
                 "high": round(high, 4),
             }
         lines.append(line)
-    return pd.DataFrame(lines).sort_values("dice", ascending=False)
+    return pd.DataFrame(lines).sort_values(["machine", "dice"], ascending=[True, False])
+
+
+def machine_of(cell: dict[str, Any]) -> str:
+    """What a cell's minutes were spent on, such as `AMD EPYC, AVX512, 2 threads`."""
+    hardware = cell["hardware"]
+    if hardware["gpu"]:
+        return str(hardware["gpu"])
+    return f"{hardware['processor']}, {hardware['instructions']}, {hardware['threads']} threads"
 
 
 def minutes_of(arguments: argparse.Namespace, row: str) -> float:
@@ -308,7 +367,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=default, help="folder that holds the datasets")
     parser.add_argument("--preset", choices=TABLES, default="small", help="ours; large is for one GPU")
     parser.add_argument("--rows", help=f"some of {', '.join(ROWS)}; by default the preset's table")
-    parser.add_argument("--arms", help=f"some of {', '.join(ARMS)}, {NNUNET}; by default all")
+    parser.add_argument(
+        "--arms", help=f"some of {', '.join(ARMS)}, {NNUNET}; by default ours, the tuned rivals and {NNUNET}"
+    )
     parser.add_argument("--seeds", default="0,1,2", help="of the split and of the training")
     parser.add_argument("--minutes", type=float, help="instead of each row's own")
     parser.add_argument("--threads", type=int, help="CPU cores; by default 2 for small, all for large")

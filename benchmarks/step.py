@@ -36,7 +36,7 @@ class Trained:
 
     def __init__(self, arm: str, data: PreparedData, arguments: argparse.Namespace) -> None:
         spec = ARMS[arm]
-        self.config = load_config(spec.preset, {**spec.overrides, "data.path": str(arguments.data)})
+        self.config = load_config(spec.rival or "small", {**spec.overrides, "data.path": str(arguments.data)})
         self.device = choose_device(self.config.train.device)
         self.sampler = BatchSampler(
             data.train,

@@ -1,0 +1,93 @@
+"""The few-shot table: what is compared with what, and how a rival chooses its learning rate."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from medvisionllama import api
+from medvisionllama.data.phantom import write_phantoms
+from medvisionllama.evaluation.evaluate import write_table
+
+FOLDER = Path(__file__).parents[3] / "benchmarks"
+FAST = {"processor": "CPU", "instructions": "AVX512", "threads": 2, "gpu": None}
+SLOW = FAST | {"instructions": "AVX2"}
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
+    return importlib.import_module
+
+
+def write_cell(where: Path, arm: str, seed: int, dice: float, hardware: dict) -> dict:
+    rows = [
+        {"case_id": f"p{patient}_{frame}", "patient_id": f"p{patient}", "class": "organ", "dice": dice}
+        for patient in range(3)
+        for frame in ("a", "b")
+    ]
+    write_table(pd.DataFrame(rows).assign(empty="no"), where / f"{arm}-s{seed}.csv")
+    return {
+        **{"arm": arm, "seed": seed, "test_dice": dice, "steps": 10, "trainable": 5},
+        **{"mean_cores_used": 1.9, "hardware": hardware},
+    }
+
+
+def test_arms_are_compared_on_one_machine_only(module, tmp_path):
+    cells = [
+        write_cell(tmp_path, "no-tokens", 0, 0.8, FAST),
+        write_cell(tmp_path, "block", 0, 0.75, FAST),
+        write_cell(tmp_path, "unet-16", 0, 0.5, SLOW),
+    ]
+    table = module("few_shot").summarise(cells, tmp_path).set_index("arm")
+    assert table.loc["block", "minus_no_tokens"] == pytest.approx(-0.05)
+    assert pd.isna(table.loc["unet-16", "minus_no_tokens"])
+    assert table.loc["unet-16", "machine"] != table.loc["block", "machine"]
+
+
+def test_seeds_of_another_machine_make_a_line_of_their_own(module, tmp_path):
+    cells = [
+        write_cell(tmp_path, "no-tokens", 0, 0.8, FAST),
+        write_cell(tmp_path, "no-tokens", 1, 0.6, SLOW),
+    ]
+    table = module("few_shot").summarise(cells, tmp_path)
+    assert sorted(table["dice"]) == [0.6, 0.8]
+    assert set(table["seeds"]) == {1}
+
+
+@pytest.mark.parametrize(("arm", "minutes"), [("unet-16-tuned", [5, 5, 5, 20]), ("unet-16", [20])])
+def test_a_tuned_rival_takes_the_rate_that_validates_best(module, monkeypatch, tmp_path, arm, minutes):
+    few_shot = module("few_shot")
+    dice, trained = {7e-4: 0.3, 2e-3: 0.2, 6e-3: 0.1}, []
+
+    def train_run(arguments, row, arm, seed, path, minutes, more):
+        trained.append((path.name, minutes, more.get("train.learning_rate")))
+        record = {"step": 1, "seconds": 1.0, "dice": dice.get(more.get("train.learning_rate"), 0.5)}
+        network = {"trainable_parameters": 1, "frozen_parameters": 0}
+        manifest = {"network": network, "precision": "no", "splits_sha256": "", "cases": {"train": []}}
+        return SimpleNamespace(path=path, read_history=lambda: [record], read_manifest=lambda: manifest)
+
+    monkeypatch.setattr(few_shot, "train_run", train_run)
+    monkeypatch.setattr(api, "evaluate", lambda *_, **__: pd.DataFrame())
+    arguments = argparse.Namespace(runs=tmp_path, preset="small", minutes=None)
+    _, facts = few_shot.train_ours(arguments, "acdc-4", arm, 0)
+    assert [length for _, length, _ in trained] == minutes
+    assert len({name for name, _, _ in trained}) == len(trained), "each run has a folder of its own"
+    assert trained[-1][2] == (7e-4 if "tuned" in arm else None)
+    assert facts.get("rates", {}) == (dice if "tuned" in arm else {})
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("arm", ["no-tokens", "unet-16"])
+def test_the_timing_of_a_step_takes_one_of_ours_and_of_a_rival(module, tmp_path, arm):
+    step = module("step")
+    data = write_phantoms(tmp_path / "phantoms", num_cases=8, shape=(20, 24, 16))
+    config = step.load_config(overrides={"data.path": str(data)})
+    prepared = step.prepare_data(config, drawn=None, progress=step.Silent())
+    timed = step.Trained(arm, prepared, argparse.Namespace(data=data))
+    timed.step(0)
+    assert step.line(arm, timed, 0)["seconds"] > 0
