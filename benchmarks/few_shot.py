@@ -79,6 +79,7 @@ ARMS = {
     "no-tokens": Arm(overrides={"network.tokens": False}),
     # What the scans without labels add: those of the fold that the row leaves out.
     UNLABELLED: Arm(overrides={"network.tokens": False, "unlabelled.scans": "unused"}),
+    "native-spacing": Arm(overrides={"network.tokens": False, "data.coarsest_mm": 0}),
     "no-context": Arm(overrides={"network.tokens": False, "network.context_channels": None}),
     **{
         f"{name}-{width}{TUNED * tuned}": Arm(name, {"network.base_channels": width}, tuned)

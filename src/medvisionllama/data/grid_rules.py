@@ -17,7 +17,10 @@ _COARSER = 2.0
 # nnU-Net's: an axis is thick if its voxels are three times as long, and its voxels three times as few.
 _THICK = 3.0
 # A planned crop shows at least this share of the median scan: half of it along each axis.
-SEEN_SHARE = 1 / 8
+_SEEN = 1 / 8
+# And this of one with thick slices, which has only two axes to be cut along. With less, a network that few hearts
+# have taught takes bright tissue elsewhere for them.
+_SEEN_THICK = 0.4
 # Fewer voxels than this along an axis, after halving, are no axis to look along.
 _FEWEST = 2
 
@@ -45,17 +48,26 @@ def median_or_thinner(spacings_mm: Sequence[SpacingMm], axis: int | None, percen
     return (x, y, z)
 
 
+def seen_share(axis: int | None) -> float:
+    """Share of the median scan that a crop should show.
+
+    Args:
+        axis: the thick one, or None.
+    """
+    return _SEEN if axis is None else _SEEN_THICK
+
+
 def raise_spacing(
-    spacing_mm: SpacingMm, extent_mm: SpacingMm, max_voxels: int, coarsest_mm: float
+    spacing_mm: SpacingMm, extent_mm: SpacingMm, max_voxels: int, coarsest_mm: float, *, share: float
 ) -> SpacingMm:
-    """Make the finest axes coarser together, until a crop of `max_voxels` shows `SEEN_SHARE` of the scan.
+    """Make the finest axes coarser together, until a crop of `max_voxels` shows a share of the scan.
 
     No axis becomes coarser than `coarsest_mm`; one that is already stays as it is.
 
-    >>> raise_spacing((0.8, 0.8, 2.5), (400.0, 400.0, 235.0), 131_072, 2.0)
+    >>> raise_spacing((0.8, 0.8, 2.5), (400.0, 400.0, 235.0), 131_072, 2.0, share=1 / 8)
     (2.0, 2.0, 2.5)
     """
-    voxel_mm3 = math.prod(extent_mm) * SEEN_SHARE / max_voxels
+    voxel_mm3 = math.prod(extent_mm) * share / max_voxels
     if math.prod(spacing_mm) >= voxel_mm3:
         return spacing_mm
     order = sorted(spacing_mm)

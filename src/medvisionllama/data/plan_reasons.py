@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from medvisionllama.config import DataConfig
-from medvisionllama.data.grid_rules import SEEN_SHARE, Strides, total_stride
+from medvisionllama.data.grid_rules import Strides, total_stride
 from medvisionllama.types import SpacingMm, Triple
 
 BY_HAND = "set by you"
@@ -30,13 +30,15 @@ def native_spacing(
     )
 
 
-def raised_spacing(native: SpacingMm, raised: SpacingMm, extent_mm: SpacingMm, data: DataConfig) -> str:
+def raised_spacing(
+    native: SpacingMm, raised: SpacingMm, extent_mm: SpacingMm, data: DataConfig, *, share: float
+) -> str:
     """Coarser than the scans, for a larger view."""
     seen = data.max_crop_voxels * math.prod(native) / math.prod(extent_mm)
     limit = " (data.coarsest_mm allows no more)" if min(raised) >= data.coarsest_mm else ""
     return (
         f"raised from {lengths(native)}, where a crop of {data.max_crop_voxels} voxels shows {_percent(seen)} of the "
-        f"median scan and not {_percent(SEEN_SHARE)}{limit}; masks still come on each scan's own grid"
+        f"median scan and not {_percent(share)}{limit}; masks still come on each scan's own grid"
     )
 
 

@@ -15,6 +15,7 @@ from medvisionllama.data.grid_rules import (
     plan_crop,
     plan_strides,
     raise_spacing,
+    seen_share,
     thick_axis,
     total_stride,
 )
@@ -236,9 +237,10 @@ def _spacing(found: Fingerprint, data: DataConfig) -> tuple[SpacingMm, str]:
     reason = why.native_spacing(spacings, native, axis, data.thick_axis_percentile)
     if data.crop_size is not None:
         return native, reason
-    raised = raise_spacing(native, extent, data.max_crop_voxels, data.coarsest_mm)
+    share = seen_share(axis)
+    raised = raise_spacing(native, extent, data.max_crop_voxels, data.coarsest_mm, share=share)
     if raised != native:
-        reason = why.raised_spacing(native, raised, extent, data)
+        reason = why.raised_spacing(native, raised, extent, data, share=share)
     return raised, reason
 
 
