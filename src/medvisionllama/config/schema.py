@@ -80,8 +80,8 @@ class DataConfig(Section):
     """Spacing of training in x, y, z; by default the fingerprint's median, where a crop shows enough of it (see
     `coarsest_mm`). No effect with geometry=resize."""
     coarsest_mm: Annotated[float, Field(ge=0)] = 2.0
-    """Where a crop of `max_crop_voxels` would show less than an eighth of the median scan, or two fifths of one with
-    thick slices, fine axes are made coarser until it does, but not coarser than this; 0 keeps the scans' own
+    """Where a crop of `max_crop_voxels` would show less than an eighth of the median scan, or two fifths of a scan
+    with thick slices, fine axes are made coarser until it does, but not coarser than this; 0 keeps the scans' own
     spacing. No effect beside spacing_mm or crop_size."""
     thick_axis_percentile: Annotated[float, Field(ge=0, le=100)] = 10.0
     """Where slices are thick, few and differ between scans, their spacing is this percentile; 50 is the median."""
