@@ -231,6 +231,24 @@ def test_a_sharded_block_is_held_in_halves_and_changes_nothing(start, alone, pha
     assert_same_run(run, alone)
 
 
+TWICE = """
+import json, sys
+from medvisionllama import api
+
+data, out, settings = sys.argv[2], sys.argv[4], json.loads(sys.argv[5])
+for name in ("first", "second"):
+    api.train(data, out=f"{out}/{name}", epochs=1, overrides=settings, test=False)
+"""
+
+
+def test_a_session_of_two_processes_trains_one_run_after_the_other(start, phantoms, tmp_path, program):
+    process = start(TORCHRUN, program(TWICE), phantoms, tmp_path, json.dumps(SETTINGS))
+    _, errors = finish(process)
+    assert process.returncode == 0, errors
+    first, second = (RunDir(tmp_path / name).read_history() for name in ("first", "second"))
+    assert [record["loss"] for record in first] == [record["loss"] for record in second]
+
+
 @pytest.mark.slow
 def test_two_processes_go_on_with_the_run_of_one(start, alone, phantoms, tmp_path, monkeypatch):
     run = RunDir(tmp_path / "run")

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,14 @@ from medvisionllama.run_dir import RunDir, machine_facts
 from medvisionllama.training.loop import TrainingLoop
 from medvisionllama.training.losses import SupervisedSegmenter
 from medvisionllama.training.prepare import PreparedData, prepare_data
-from medvisionllama.training.processes import Processes, check_launcher, joined_processes, launched_in_vain
+from medvisionllama.training.processes import (
+    PATIENCE,
+    Processes,
+    check_launcher,
+    joined_processes,
+    launched_in_vain,
+    meet,
+)
 from medvisionllama.training.self_training import SelfTraining
 from medvisionllama.training.validation import validate_cases
 
@@ -168,14 +174,12 @@ def make_accelerator(config: Config) -> Accelerator:
     device = choose_device(config.train.device)
     # Accelerate keeps precision and device for the life of a process; a session of several runs needs each its own.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    meet(device)
     bf16 = use_bf16(config.train.precision, device)
     return Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         cpu=device.type == "cpu",
-        kwargs_handlers=[
-            # The others wait while the first prepares scans, and the launcher ends them if one dies.
-            InitProcessGroupKwargs(timeout=timedelta(days=1))
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
 
 

@@ -6,6 +6,8 @@ Each method is a collective: all processes must call it, in the same order. With
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -72,6 +74,32 @@ class Processes:
 
     def _number(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+
+
+PATIENCE = timedelta(days=1)
+"""The others wait while the first prepares scans, and the launcher ends them if one dies."""
+_MEETINGS = count()
+_MEETING_PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def meet(device: torch.device) -> None:
+    """Join the processes that a launcher started, unless they are joined; without one there are none.
+
+    The launcher's store outlives a run, and what its processes wrote of themselves there would lead those of the
+    session's next run to addresses that are gone. So each run has keys of its own.
+    """
+    if not dist.is_available() or dist.is_initialized():
+        return
+    if any(name not in os.environ for name in _MEETING_PLACE):
+        return
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"run{next(_MEETINGS)}", store),
+        rank=rank,
+        world_size=size,
+        timeout=PATIENCE,
+    )
 
 
 @contextmanager
