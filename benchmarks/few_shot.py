@@ -172,9 +172,8 @@ def train_ours(
     rates: dict[float, float] = {}
     for rate in RATES if ARMS[arm].tuned else ():
         probe = path.with_name(f"{path.name}-rate{rate:g}")
-        rates[rate] = best_dice(
-            train_run(arguments, row, arm, seed, probe, TUNING_SHARE * minutes, {"train.learning_rate": rate})
-        )
+        settings = {"train.learning_rate": rate}
+        rates[rate] = best_dice(train_run(arguments, row, arm, seed, probe, TUNING_SHARE * minutes, settings))
     chosen = {"train.learning_rate": max(rates, key=rates.__getitem__)} if rates else {}
     run = train_run(arguments, row, arm, seed, path, minutes, chosen)
     # As nnU-Net does: components are removed where that pays on the validation cases.

@@ -79,7 +79,7 @@ class Processes:
 PATIENCE = timedelta(days=1)
 """The others wait while the first prepares scans, and the launcher ends them if one dies."""
 _MEETINGS = count()
-_MEETING_PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_MEETING_PLACE = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def meet(device: torch.device) -> None:
@@ -88,9 +88,7 @@ def meet(device: torch.device) -> None:
     The launcher's store outlives a run, and what its processes wrote of themselves there would lead those of the
     session's next run to addresses that are gone. So each run has keys of its own.
     """
-    if not dist.is_available() or dist.is_initialized():
-        return
-    if any(name not in os.environ for name in _MEETING_PLACE):
+    if not dist.is_available() or dist.is_initialized() or not os.environ.keys() >= _MEETING_PLACE:
         return
     store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
     dist.init_process_group(

@@ -1,8 +1,6 @@
 """The few-shot table: what is compared with what, and how a rival chooses its learning rate."""
 
 import argparse
-import importlib
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,15 +11,8 @@ from medvisionllama import api
 from medvisionllama.data.phantom import write_phantoms
 from medvisionllama.evaluation.evaluate import write_table
 
-FOLDER = Path(__file__).parents[3] / "benchmarks"
 FAST = {"processor": "CPU", "instructions": "AVX512", "threads": 2, "gpu": None}
 SLOW = FAST | {"instructions": "AVX2"}
-
-
-@pytest.fixture
-def module(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
-    return importlib.import_module
 
 
 def write_cell(where: Path, arm: str, seed: int, dice: float, hardware: dict) -> dict:

@@ -1,6 +1,5 @@
 """What can be tested of the driver of nnU-Net without nnU-Net."""
 
-import importlib
 import json
 import shutil
 import sys
@@ -11,14 +10,6 @@ import pytest
 
 from medvisionllama.data.phantom import write_phantoms
 from medvisionllama.data.splits import make_splits, select
-
-FOLDER = Path(__file__).parents[3] / "benchmarks"
-
-
-@pytest.fixture
-def module(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
-    return importlib.import_module
 
 
 @pytest.fixture
