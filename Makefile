@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One process per core and one thread in each: two threads share tiny tensors worse than one alone works on them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-all check format bench clean
@@ -21,10 +23,10 @@ demo: install  ## Train, predict, evaluate and report on artificial scans; print
 	@$(BIN)/medvisionllama demo
 
 test: install  ## The fast tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: install  ## All tests: slow and golden ones too
-	$(BIN)/python -m pytest -m ''
+	$(PYTEST) -m ''
 
 check: install  ## Lint, format, types
 	$(BIN)/ruff check src tests benchmarks
@@ -36,7 +38,7 @@ format: install  ## Fix what the formatter can
 	$(BIN)/ruff format src tests benchmarks
 
 test-slow: install  ## Only the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 bench: install  ## The benchmarks behind the README's numbers (hours; see benchmarks/README.md)
 	$(BIN)/python benchmarks/block.py

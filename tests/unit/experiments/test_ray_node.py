@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 
 import pytest
@@ -78,11 +79,11 @@ print("ready", flush=True)
 time.sleep(60)
 """
 
-    real, interrupts = time.sleep, []
+    real, own, interrupts = time.sleep, threading.get_ident(), []
 
     def sleep(seconds):
-        # Waiting for the save sleeps too, and is left alone.
-        if not interrupts and "ready" in log.read_text():
+        # Waiting for the save sleeps too, and so may threads that earlier tests left: both are left alone.
+        if not interrupts and threading.get_ident() == own and "ready" in log.read_text():
             interrupts.append(1)
             raise KeyboardInterrupt
         real(seconds)
