@@ -3,7 +3,7 @@
 python benchmarks/few_shot.py --rows hippocampus-14 --arms no-tokens,unet-16,nnunet --seeds 0
 python benchmarks/few_shot.py --preset large    # one GPU: all cases, 30 minutes each
 
-Without --rows, --arms and --seeds it makes the whole table (110 hours with `small`). Each cell (row, arm, seed)
+Without --rows, --arms and --seeds it makes the whole table (107 hours with `small`). Each cell (row, arm, seed)
 runs in a process of its own on two cores (`large`: on all), writes its per-case table to results/few_shot/, and
 is skipped from then on; so the table may grow over many sessions and machines. --minutes makes a shorter table,
 kept apart from the full one.
@@ -39,6 +39,8 @@ class Row:
     cases: int | None
     """Training cases, by whole patients; None for all of the fold."""
     minutes: float
+    thick: bool = True
+    """Whether slices are so thick that the plan makes the grid coarser."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ RATES = (7e-4, 2e-3, 6e-3)
 TUNING_SHARE = 0.25
 """Of its minutes, for a run with each."""
 UNLABELLED = "self-training"
+NATIVE = "native-spacing"
 ROWS = {
-    "hippocampus-14": Row("Task04_Hippocampus", 14, 20),
-    "hippocampus-all": Row("Task04_Hippocampus", None, 30),
+    "hippocampus-14": Row("Task04_Hippocampus", 14, 20, thick=False),
+    "hippocampus-all": Row("Task04_Hippocampus", None, 30, thick=False),
     # Two frames a patient.
     "acdc-4": Row("Task101_ACDC", 8, 20),
     "sunnybrook-5": Row("Task104_SunnybrookLV", 10, 20),
@@ -79,7 +82,7 @@ ARMS = {
     "no-tokens": Arm(overrides={"network.tokens": False}),
     # What the scans without labels add: those of the fold that the row leaves out.
     UNLABELLED: Arm(overrides={"network.tokens": False, "unlabelled.scans": "unused"}),
-    "native-spacing": Arm(overrides={"network.tokens": False, "data.coarsest_mm": 0}),
+    NATIVE: Arm(overrides={"network.tokens": False, "data.coarsest_mm": 0}),
     "no-context": Arm(overrides={"network.tokens": False, "network.context_channels": None}),
     **{
         f"{name}-{width}{TUNED * tuned}": Arm(name, {"network.base_channels": width}, tuned)
@@ -110,7 +113,7 @@ def main() -> None:
     for seed in seeds:
         for row in rows:
             for arm in arms:
-                if arm == UNLABELLED and ROWS[row].cases is None:
+                if says_nothing(ROWS[row], arm):
                     continue
                 if not (folder(arguments, row) / f"{arm}-s{seed}.json").is_file():
                     print(f"{row}, {arm}, seed {seed}", flush=True)
@@ -125,6 +128,11 @@ def main() -> None:
             summary.to_csv(where / "summary.csv", index=False)
             print(f"\n{row}, {minutes_of(arguments, row):g} minutes on {arguments.threads} cores")
             print(summary.to_string(index=False))
+
+
+def says_nothing(row: Row, arm: str) -> bool:
+    """Whether an arm is the same training as the one without tokens."""
+    return (arm == UNLABELLED and row.cases is None) or (arm == NATIVE and not row.thick)
 
 
 def run_cell(arguments: argparse.Namespace) -> None:

@@ -133,7 +133,7 @@ class TrainingLoop:
                 if self._validation_due():
                     self._validate()
                     self.save()
-                if self.self_training.due(self.progress) > self.state.pseudo_round and self.progress < 1.0:
+                if self._masks_due():
                     advance(self.progress, "segmenting the scans without labels")
                     self._relabel()
                 elif time.monotonic() - self._saved_at > self.config.save_seconds:
@@ -247,6 +247,10 @@ class TrainingLoop:
         number = self.config.num_validations
         before = self._progress_at(self.state.validated_step, self.state.validated_seconds)
         return math.floor(self.progress * number + 1e-9) > math.floor(before * number + 1e-9)
+
+    def _masks_due(self) -> bool:
+        """True when scans without labels should have had another round of masks by now."""
+        return self.self_training.due(self.progress) > self.state.pseudo_round and self.progress < 1.0
 
     def _validate(self) -> None:
         before = time.monotonic()

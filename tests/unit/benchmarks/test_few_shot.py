@@ -40,6 +40,21 @@ def test_arms_are_compared_on_one_machine_only(module, tmp_path):
     assert table.loc["unet-16", "machine"] != table.loc["block", "machine"]
 
 
+def test_cells_that_would_repeat_another_are_left_out(module):
+    few_shot = module("few_shot")
+    left_out = {
+        (row, arm)
+        for row in few_shot.TABLES["small"]
+        for arm in few_shot.ARMS
+        if few_shot.says_nothing(few_shot.ROWS[row], arm)
+    }
+    assert left_out == {
+        ("hippocampus-14", "native-spacing"),
+        ("hippocampus-all", "native-spacing"),
+        ("hippocampus-all", "self-training"),
+    }
+
+
 def test_seeds_of_another_machine_make_a_line_of_their_own(module, tmp_path):
     cells = [
         write_cell(tmp_path, "no-tokens", 0, 0.8, FAST),
