@@ -245,7 +245,7 @@ def best_dice(run: "RunDir") -> float:
 
 
 def settings_but_network(preset: str) -> dict[str, Any]:
-    """Crops, augmentation and schedule of a preset, for a rival to share."""
+    """Crops, augmentation and schedule of a preset, for a rival to share; its minutes are the row's."""
     from medvisionllama.config.presets import preset_settings
 
     sections = preset_settings(preset)
@@ -253,6 +253,7 @@ def settings_but_network(preset: str) -> dict[str, Any]:
         f"{section}.{key}": value
         for section in ("data", "augment", "train")
         for key, value in sections.get(section, {}).items()
+        if key != "max_minutes"
     }
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from medvisionllama import api
+from medvisionllama.config import load_config
 from medvisionllama.data.phantom import write_phantoms
 from medvisionllama.evaluation.evaluate import write_table
 
@@ -85,6 +86,20 @@ def test_a_tuned_rival_takes_the_rate_that_validates_best(module, monkeypatch, t
     assert len({name for name, _, _ in trained}) == len(trained), "each run has a folder of its own"
     assert trained[-1][2] == (7e-4 if "tuned" in arm else None)
     assert facts.get("rates", {}) == (dice if "tuned" in arm else {})
+
+
+@pytest.mark.parametrize("arm", ["no-tokens", "unet-16-tuned"])
+def test_every_arm_trains_for_the_minutes_it_is_given(module, monkeypatch, tmp_path, arm):
+    few_shot, seen = module("few_shot"), []
+
+    def train(data, *, out, preset, cases, max_minutes, overrides, **_):
+        shortcuts = {"data.path": "d", "out": str(out), "train.max_minutes": max_minutes}
+        seen.append(load_config(preset, shortcuts | overrides).train.max_minutes)
+
+    monkeypatch.setattr(api, "train", train)
+    arguments = argparse.Namespace(data=tmp_path, preset="small", minutes=None)
+    few_shot.train_run(arguments, "acdc-4", arm, 0, tmp_path / "run", 5, {"train.learning_rate": 7e-4})
+    assert seen == [5]
 
 
 @pytest.mark.usefixtures("one_thread")
