@@ -154,8 +154,6 @@ class AugmentConfig(Section):
     """`auto` mirrors left and right unless the class names tell left from right."""
     intensity_probability: Share = 0.3
     """Probability of each of brightness, contrast, gamma, noise, blur and low resolution, per case."""
-    paste_probability: Share = 0.0
-    """Probability that each crop of a batch gets a box of the next one, image and label."""
 
     @field_validator("scale")
     @classmethod

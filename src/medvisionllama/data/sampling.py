@@ -9,7 +9,7 @@ import torch
 from medvisionllama.config import AugmentConfig, DataConfig
 from medvisionllama.data.cache import CachedCase, normalise
 from medvisionllama.data.planning import Plan
-from medvisionllama.data.transforms import Augmentation, draw_box, paste_box
+from medvisionllama.data.transforms import Augmentation
 from medvisionllama.errors import ConfigError
 from medvisionllama.types import ImageBatch, LabelBatch, Triple
 
@@ -53,7 +53,6 @@ class BatchSampler:
         self.rank = rank
         self.num_ranks = num_ranks
         self.augmentation = Augmentation(augment, plan.spacing_mm, plan.crop_size, plan.flip_axes)
-        self.paste_probability = augment.paste_probability if augment.enabled else 0.0
         margin = 0.0 if plan.resize or not augment.enabled else _MARGIN
         # Equal whole margins on both sides, or an unmoved crop would fall between voxels and blur.
         x, y, z = (size + 2 * math.ceil(size * margin / 2) for size in plan.crop_size)
@@ -75,33 +74,12 @@ class BatchSampler:
         cases = self._cases(step)
         # All processes draw for the whole batch, so that each crop is what one process would have cut.
         centres = [self._centre(case, rng) for case in cases]
-        parameters = self.augmentation.draw_batch(len(cases), rng)
-        box = self._box(step)
         length = self.batch_size // self.num_ranks
-        own = range(self.rank * length, (self.rank + 1) * length)
-        givers = [] if box is None else [(number + 1) % self.batch_size for number in own]
-        # The last of the givers may be another process's crop.
-        cut = list(dict.fromkeys([*own, *givers]))
-        pairs = [self._cut(cases[number], centres[number]) for number in cut]
-        images, labels = self.augmentation.apply(
-            torch.from_numpy(np.stack([image for image, _ in pairs])),
-            torch.from_numpy(np.stack([label for _, label in pairs])),
-            [parameters[number] for number in cut] if parameters else [],
-        )
-        if box is None:
-            return images, labels
-        places = [cut.index(number) for number in givers]
-        return (
-            paste_box(images[:length], images[places], box),
-            paste_box(labels[:length], labels[places], box),
-        )
-
-    def _box(self, step: int) -> tuple[slice, slice, slice] | None:
-        """What each crop of a step gets of the next one, if anything."""
-        rng = np.random.default_rng([self.seed, 4_000_037, step])
-        if self.batch_size < 2 or rng.random() >= self.paste_probability:
-            return None
-        return draw_box(self.plan.crop_size, rng)
+        share = slice(self.rank * length, (self.rank + 1) * length)
+        pairs = [self._cut(case, centre) for case, centre in zip(cases[share], centres[share], strict=True)]
+        images = torch.from_numpy(np.stack([image for image, _ in pairs]))
+        labels = torch.from_numpy(np.stack([label for _, label in pairs]))
+        return self.augmentation.apply(images, labels, self.augmentation.draw_batch(len(cases), rng)[share])
 
     def _cases(self, step: int) -> list[CachedCase]:
         cases = [self.cases[number] for number in self._case_numbers(step)]

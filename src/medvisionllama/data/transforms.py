@@ -17,8 +17,6 @@ from medvisionllama.types import ImageBatch, LabelBatch, SpacingMm, Triple
 _IN_PLANE_RATIO = 3.0
 _CONTROL_POINTS = 6
 """Of an elastic displacement along each axis: a cubic spline over thirds of the crop."""
-_BOX_SHARE = (0.5, 0.8)
-"""Length of a pasted box, as a share of the crop's along each axis."""
 _EFFECTS = ("brightness", "contrast", "gamma", "noise", "blur", "low_resolution")
 
 
@@ -124,21 +122,6 @@ def apply_spatial(
             points += field.flip(-1).to(points)
     moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return moved, _sample_labels(labels, grid)
-
-
-def draw_box(crop: Triple, rng: np.random.Generator) -> tuple[slice, slice, slice]:
-    """Draw a box of half to four fifths of a crop along each axis, wherever it fits."""
-    lengths = [max(1, round(size * rng.uniform(*_BOX_SHARE))) for size in crop]
-    starts = [int(rng.integers(size - length + 1)) for size, length in zip(crop, lengths, strict=True)]
-    x, y, z = (slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
-    return x, y, z
-
-
-def paste_box(batch: Tensor, others: Tensor, box: tuple[slice, slice, slice]) -> Tensor:
-    """Return a copy of crops `[..., x, y, z]` with a box of others (Yun et al. 2019; Bai et al. 2023)."""
-    pasted = batch.clone()
-    pasted[..., *box] = others[..., *box]
-    return pasted
 
 
 def elastic_field(control_points: np.ndarray, crop: Triple) -> Tensor:

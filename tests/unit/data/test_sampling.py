@@ -70,41 +70,6 @@ def test_crops_of_pseudo_labelled_cases_come_in_their_share(sampler):
     assert torch.equal(both.batch(3)[0], alone.batch(3)[0])
 
 
-def test_each_crop_gets_a_box_of_the_next_one(sampler):
-    settings = {"spatial_probability": 0.0, "intensity_probability": 0.0}
-    plain = sampler(augment=AugmentConfig(**settings), batch_size=3)
-    pasting = sampler(augment=AugmentConfig(**settings, paste_probability=1.0), batch_size=3)
-    for step in range(5):
-        for before, after in zip(plain.batch(step), pasting.batch(step), strict=True):
-            before, after = (batch.reshape(3, 16, 16, 8) for batch in (before, after))
-            inside = np.zeros((16, 16, 8), dtype=bool)
-            inside[pasting._box(step)] = True
-            assert 0.1 < inside.mean() < 0.55
-            wanted = torch.where(torch.from_numpy(inside), before.roll(-1, dims=0), before)
-            assert torch.equal(after, wanted)
-            assert not torch.equal(after, before) or before.unique().numel() == 1
-
-
-def test_boxes_come_in_their_share_and_none_when_augmentation_is_off(sampler):
-    made = sampler(augment=AugmentConfig(paste_probability=0.3))
-    assert 0.2 < sum(made._box(step) is not None for step in range(300)) / 300 < 0.4
-    off = sampler(augment=AugmentConfig(enabled=False, paste_probability=1.0))
-    assert torch.equal(off.batch(1)[0], sampler().batch(1)[0])
-
-
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_processes_paste_what_one_process_would(sampler, num_ranks):
-    augment = AugmentConfig(paste_probability=0.7, elastic=0.05)
-    whole = sampler(augment=augment, batch_size=4)
-    shares = [
-        sampler(augment=augment, batch_size=4, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)
-    ]
-    for step in range(4):
-        parts = [share.batch(step) for share in shares]
-        for wanted, *got in zip(whole.batch(step), *parts, strict=True):
-            assert torch.equal(torch.cat(got), wanted)
-
-
 def test_another_step_gives_another_batch(sampler):
     assert not torch.equal(sampler().batch(0)[0], sampler().batch(1)[0])
 
