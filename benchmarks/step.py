@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from few_shot import ARMS
+from few_shot_arms import ARMS
 from medvisionllama.config import load_config
 from medvisionllama.data.sampling import BatchSampler
 from medvisionllama.devices import autocast, choose_device, fast_layout

@@ -35,14 +35,14 @@ def test_arms_are_compared_on_one_machine_only(module, tmp_path):
         write_cell(tmp_path, "block", 0, 0.75, FAST),
         write_cell(tmp_path, "unet-16", 0, 0.5, SLOW),
     ]
-    table = module("few_shot").summarise(cells, tmp_path).set_index("arm")
+    table = module("few_shot_summary").summarise(cells, tmp_path).set_index("arm")
     assert table.loc["block", "minus_no_tokens"] == pytest.approx(-0.05)
     assert pd.isna(table.loc["unet-16", "minus_no_tokens"])
     assert table.loc["unet-16", "machine"] != table.loc["block", "machine"]
 
 
 def test_cells_that_would_repeat_another_are_left_out(module):
-    few_shot = module("few_shot")
+    few_shot = module("few_shot_arms")
     left_out = {
         (row, arm)
         for row in few_shot.TABLES["small"]
@@ -61,14 +61,14 @@ def test_seeds_of_another_machine_make_a_line_of_their_own(module, tmp_path):
         write_cell(tmp_path, "no-tokens", 0, 0.8, FAST),
         write_cell(tmp_path, "no-tokens", 1, 0.6, SLOW),
     ]
-    table = module("few_shot").summarise(cells, tmp_path)
+    table = module("few_shot_summary").summarise(cells, tmp_path)
     assert sorted(table["dice"]) == [0.6, 0.8]
     assert set(table["seeds"]) == {1}
 
 
 @pytest.mark.parametrize(("arm", "minutes"), [("unet-16-tuned", [5, 5, 5, 20]), ("unet-16", [20])])
 def test_a_tuned_rival_takes_the_rate_that_validates_best(module, monkeypatch, tmp_path, arm, minutes):
-    few_shot = module("few_shot")
+    few_shot = module("few_shot_cell")
     dice, trained = {7e-4: 0.3, 2e-3: 0.2, 6e-3: 0.1}, []
 
     def train_run(arguments, row, arm, seed, path, minutes, more):
@@ -90,7 +90,7 @@ def test_a_tuned_rival_takes_the_rate_that_validates_best(module, monkeypatch, t
 
 @pytest.mark.parametrize("arm", ["no-tokens", "unet-16-tuned"])
 def test_every_arm_trains_for_the_minutes_it_is_given(module, monkeypatch, tmp_path, arm):
-    few_shot, seen = module("few_shot"), []
+    few_shot, seen = module("few_shot_cell"), []
 
     def train(data, *, out, preset, cases, max_minutes, overrides, **_):
         shortcuts = {"data.path": "d", "out": str(out), "train.max_minutes": max_minutes}

@@ -1,0 +1,78 @@
+"""The few-shot table: its rows, and the arms that are compared in each."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """A dataset, and how much of it trains for how long."""
+
+    data: str
+    cases: int | None
+    """Training cases, by whole patients; None for all of the fold."""
+    minutes: float
+    thick: bool = True
+    """Whether slices are so thick that the plan makes the grid coarser."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of MONAI's networks or our own, and what is set over it."""
+
+    rival: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+    tuned: bool = False
+    """Whether its learning rate is chosen before, on the validation cases, in minutes that do not count."""
+
+
+NNUNET = "nnunet"
+TUNED = "-tuned"
+RATES = (7e-4, 2e-3, 6e-3)
+"""Learning rates that a rival may choose from; the one in the middle is ours."""
+TUNING_SHARE = 0.25
+"""Of its minutes, for a run with each."""
+UNLABELLED = "self-training"
+NATIVE = "native-spacing"
+ROWS = {
+    "hippocampus-14": Row("Task04_Hippocampus", 14, 20, thick=False),
+    "hippocampus-all": Row("Task04_Hippocampus", None, 30, thick=False),
+    # Two frames a patient.
+    "acdc-4": Row("Task101_ACDC", 8, 20),
+    "sunnybrook-5": Row("Task104_SunnybrookLV", 10, 20),
+    "acdc-all": Row("Task101_ACDC", None, 30),
+    "sunnybrook-all": Row("Task104_SunnybrookLV", None, 30),
+}
+TABLES = {
+    "small": ("hippocampus-14", "hippocampus-all", "acdc-4", "sunnybrook-5"),
+    "large": ("hippocampus-all", "acdc-all", "sunnybrook-all"),
+}
+"""The rows of each preset's table."""
+ARMS = {
+    "block": Arm(),
+    "random-block": Arm(overrides={"network.block.weights": "random"}),
+    "no-block": Arm(overrides={"network.insert": "none", "network.gate": "none"}),
+    "no-tokens": Arm(overrides={"network.tokens": False}),
+    # What the scans without labels add: those of the fold that the row leaves out.
+    UNLABELLED: Arm(overrides={"network.tokens": False, "unlabelled.scans": "unused"}),
+    NATIVE: Arm(overrides={"network.tokens": False, "data.coarsest_mm": 0}),
+    "no-context": Arm(overrides={"network.tokens": False, "network.context_channels": None}),
+    **{
+        f"{name}-{width}{TUNED * tuned}": Arm(name, {"network.base_channels": width}, tuned)
+        for name, widths in {
+            "unet": (16, 32),
+            "unet++": (8, 32),
+            "dynunet": (16, 32),
+            "segresnet": (8, 16),
+            "unetr": (4, 16),
+            "swin_unetr": (12, 24),
+        }.items()
+        for width in widths
+        for tuned in (False, True)
+    },
+}
+
+
+def says_nothing(row: Row, arm: str) -> bool:
+    """Whether an arm is the same training as the one without tokens."""
+    return (arm == UNLABELLED and row.cases is None) or (arm == NATIVE and not row.thick)

@@ -1,0 +1,184 @@
+"""One cell of the few-shot table: an arm trained on a row's cases for its minutes, and tested."""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from few_shot_arms import ARMS, NNUNET, RATES, ROWS, TUNING_SHARE
+
+if TYPE_CHECKING:
+    from medvisionllama.run_dir import RunDir
+
+
+def run_cell(arguments: argparse.Namespace) -> None:
+    """Train and test one arm, and write its table and facts."""
+    # Before torch is imported, which counts the cores then.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    from medvisionllama.evaluation.evaluate import mean_class_dice, write_table
+    from medvisionllama.run_dir import machine_facts
+
+    row, arm, seed = arguments.cell[0], arguments.cell[1], int(arguments.cell[2])
+    started, used = time.monotonic(), os.times()
+    train = train_nnunet if arm == NNUNET else train_ours
+    table, facts = train(arguments, row, arm, seed)
+    now = os.times()
+    cores = sum(now[:4]) - sum(used[:4])
+    where = folder(arguments, row)
+    where.mkdir(parents=True, exist_ok=True)
+    write_table(table, where / f"{arm}-s{seed}.csv")
+    machine = machine_facts()
+    facts = {
+        "row": row,
+        "arm": arm,
+        "seed": seed,
+        "minutes": minutes_of(arguments, row),
+        "test_dice": round(float(mean_class_dice(table).mean()), 4),
+        **facts,
+        # Other work on the machine shows here: a quiet run of two threads uses nearly two.
+        "mean_cores_used": round(cores / (time.monotonic() - started), 2),
+        "hardware": machine["hardware"],
+        "git_revision": machine.get("git_revision"),
+    }
+    (where / f"{arm}-s{seed}.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def train_ours(
+    arguments: argparse.Namespace, row: str, arm: str, seed: int
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Train our network, or a rival as it is trained, by our own loop."""
+    from medvisionllama import api
+    from medvisionllama.cli._progress import TerminalProgress
+
+    path, minutes = run_folder(arguments, row, arm, seed), minutes_of(arguments, row)
+    rates: dict[float, float] = {}
+    for rate in RATES if ARMS[arm].tuned else ():
+        probe = path.with_name(f"{path.name}-rate{rate:g}")
+        settings = {"train.learning_rate": rate}
+        rates[rate] = best_dice(train_run(arguments, row, arm, seed, probe, TUNING_SHARE * minutes, settings))
+    chosen = {"train.learning_rate": max(rates, key=rates.__getitem__)} if rates else {}
+    run = train_run(arguments, row, arm, seed, path, minutes, chosen)
+    # As nnU-Net does: components are removed where that pays on the validation cases.
+    api.evaluate(run.path, split="validation", choose_cleaning=True, progress=TerminalProgress())
+    table = api.evaluate(run.path, progress=TerminalProgress())
+    history, manifest = run.read_history(), run.read_manifest()
+    return table, {
+        "validation_dice": best_dice(run),
+        **({"rates": rates} if rates else {}),
+        "steps": history[-1]["step"],
+        "seconds": history[-1]["seconds"],
+        "gate_rms": history[-1].get("gate_rms"),
+        "trainable": manifest["network"]["trainable_parameters"],
+        "frozen": manifest["network"]["frozen_parameters"],
+        "precision": manifest["precision"],
+        "splits_sha256": manifest["splits_sha256"],
+        "train_cases": manifest["cases"]["train"],
+    }
+
+
+def train_run(
+    arguments: argparse.Namespace,
+    row: str,
+    arm: str,
+    seed: int,
+    path: Path,
+    minutes: float,
+    more: dict[str, Any],
+) -> "RunDir":
+    """Train an arm for some minutes, or go on with a run that was cut off."""
+    from medvisionllama import api
+    from medvisionllama.cli._progress import TerminalProgress
+    from medvisionllama.run_dir import RunDir
+
+    spec, run = ARMS[arm], RunDir(path)
+    api.train(
+        arguments.data / ROWS[row].data,
+        out=path,
+        preset=spec.rival or arguments.preset,
+        cases=ROWS[row].cases,
+        max_minutes=minutes,
+        overrides={
+            **(settings_but_network(arguments.preset) if spec.rival else {}),
+            # Few validations: those of a slow network would eat a good part of its minutes.
+            "train.num_validations": 4,
+            **spec.overrides,
+            "data.split_seed": seed,
+            "train.seed": seed,
+            **more,
+        },
+        resume=run.config.is_file(),
+        test=False,
+        progress=TerminalProgress(),
+    )
+    return run
+
+
+def best_dice(run: "RunDir") -> float:
+    """Validation Dice of the weights that a run keeps."""
+    return round(max(record["dice"] for record in run.read_history()), 4)
+
+
+def settings_but_network(preset: str) -> dict[str, Any]:
+    """Crops, augmentation and schedule of a preset, for a rival to share; its minutes are the row's."""
+    from medvisionllama.config.presets import preset_settings
+
+    sections = preset_settings(preset)
+    return {
+        f"{section}.{key}": value
+        for section in ("data", "augment", "train")
+        for key, value in sections.get(section, {}).items()
+        if key != "max_minutes"
+    }
+
+
+def train_nnunet(
+    arguments: argparse.Namespace, row: str, arm: str, seed: int
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Train nnU-Net itself on the same cases."""
+    import nnunet_train
+
+    table, result, selection = nnunet_train.train_and_score(
+        arguments.data / ROWS[row].data,
+        cases=ROWS[row].cases,
+        minutes=minutes_of(arguments, row),
+        work=run_folder(arguments, row, arm, seed),
+        environment=arguments.nnunet,
+        threads=arguments.threads,
+        seed=seed,
+    )
+    return table, {
+        "steps": result.iterations,
+        "seconds": result.planning_seconds + result.training_seconds,
+        "trainable": result.num_parameters,
+        "precision": "fp32",
+        "train_cases": sorted(selection.train),
+        "version": result.version,
+        "patch_size": result.patch_size,
+    }
+
+
+def minutes_of(arguments: argparse.Namespace, row: str) -> float:
+    """The row's own, or what was asked for."""
+    return float(arguments.minutes or ROWS[row].minutes)
+
+
+def folder(arguments: argparse.Namespace, row: str) -> Path:
+    """Where a row's results lie: those of other minutes or of another preset apart."""
+    return arguments.results / table_name(arguments, row)
+
+
+def run_folder(arguments: argparse.Namespace, row: str, arm: str, seed: int) -> Path:
+    """Run folder of a cell; it stays, so that a cell that was cut off goes on."""
+    return arguments.runs.resolve() / f"few-shot-{table_name(arguments, row)}-{arm}-s{seed}"
+
+
+def table_name(arguments: argparse.Namespace, row: str) -> str:
+    """Such as `acdc-4-20min`, or `acdc-all-30min-large`."""
+    suffix = "" if arguments.preset == "small" else f"-{arguments.preset}"
+    return f"{row}-{minutes_of(arguments, row):g}min{suffix}"

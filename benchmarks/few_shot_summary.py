@@ -1,0 +1,62 @@
+"""The few-shot table in short: a line for each arm and machine."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+
+def summarise(cells: list[dict[str, Any]], where: Path) -> pd.DataFrame:
+    """A line for each arm and machine: mean over seeds, spread, paired difference from the arm without tokens.
+
+    Equal minutes on another machine are other steps, so machines are kept apart.
+    """
+    from medvisionllama.evaluation.evaluate import mean_class_dice, read_table
+    from medvisionllama.evaluation.statistics import bootstrap_interval
+
+    tables = {
+        (machine_of(cell), cell["arm"], cell["seed"]): read_table(
+            where / f"{cell['arm']}-s{cell['seed']}.csv"
+        )
+        for cell in cells
+    }
+    dice = {cell: mean_class_dice(table) for cell, table in tables.items()}
+    # The unit is the patient: two scans of one heart are no two witnesses.
+    patients = pd.concat(tables.values()).groupby("case_id")["patient_id"].first()
+    lines = []
+    for machine, arm in dict.fromkeys((machine_of(cell), cell["arm"]) for cell in cells):
+        own = [cell for cell in cells if (machine_of(cell), cell["arm"]) == (machine, arm)]
+        scores = pd.Series([cell["test_dice"] for cell in own])
+        line = {
+            "arm": arm,
+            "seeds": len(own),
+            "dice": round(scores.mean(), 4),
+            "seed_sd": round(scores.std(), 4),
+            "steps": round(sum(cell["steps"] for cell in own) / len(own)),
+            "trainable": own[0]["trainable"],
+            "cores_used": min(cell["mean_cores_used"] for cell in own),
+            "machine": machine,
+        }
+        pairs = [
+            dice[machine, arm, cell["seed"]] - dice[machine, "no-tokens", cell["seed"]]
+            for cell in own
+            if (machine, "no-tokens", cell["seed"]) in dice and arm != "no-tokens"
+        ]
+        if pairs:
+            difference = pd.concat(pairs)
+            low, high = bootstrap_interval(difference.tolist(), patients[difference.index].tolist())
+            line |= {
+                "minus_no_tokens": round(difference.mean(), 4),
+                "low": round(low, 4),
+                "high": round(high, 4),
+            }
+        lines.append(line)
+    return pd.DataFrame(lines).sort_values(["machine", "dice"], ascending=[True, False])
+
+
+def machine_of(cell: dict[str, Any]) -> str:
+    """What a cell's minutes were spent on, such as `AMD EPYC, AVX512, 2 threads`."""
+    hardware = cell["hardware"]
+    if hardware["gpu"]:
+        return str(hardware["gpu"])
+    return f"{hardware['processor']}, {hardware['instructions']}, {hardware['threads']} threads"
