@@ -5,15 +5,14 @@ python benchmarks/few_shot.py --preset large    # one GPU: all cases, 30 minutes
 
 Without --rows, --arms and --seeds it makes the whole table (107 hours with `small`). Each cell (row, arm, seed)
 runs in a process of its own on two cores (`large`: on all), writes its per-case table to results/few_shot/, and
-is skipped from then on; so the table may grow over many sessions and machines. --minutes makes a shorter table,
-kept apart from the full one.
+is skipped from then on; so the table may grow over many sessions. Arms are compared on one machine only, and each
+machine has its own cells. --minutes makes a shorter table, kept apart from the full one.
 
 A tuned rival (`unet-16-tuned`) first chooses its learning rate on the validation cases, in three runs of a
 quarter of the minutes each, which do not count.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from few_shot_arms import ARMS, NNUNET, ROWS, TABLES, says_nothing
-from few_shot_cell import folder, minutes_of, run_cell
+from few_shot_cell import cell_path, folder, minutes_of, run_cell
 from few_shot_summary import summarise
 
 RESULTS = Path(__file__).parent / "results" / "few_shot"
@@ -33,6 +32,10 @@ def main() -> None:
     if arguments.cell:
         run_cell(arguments)
         return
+    # Not above: a cell tells torch of its threads before it is imported.
+    from medvisionllama.run_dir import machine_facts
+
+    hardware = machine_facts()["hardware"] | {"threads": arguments.threads}
     rows = names(arguments.rows, ROWS, default=TABLES[arguments.preset])
     fair = [arm for arm, spec in ARMS.items() if spec.tuned or not spec.rival]
     arms = names(arguments.arms, {**ARMS, NNUNET: None}, default=[*fair, NNUNET])
@@ -43,7 +46,7 @@ def main() -> None:
             for arm in arms:
                 if says_nothing(ROWS[row], arm):
                     continue
-                if not (folder(arguments, row) / f"{arm}-s{seed}.json").is_file():
+                if not cell_path(arguments, row, arm, seed, hardware).is_file():
                     print(f"{row}, {arm}, seed {seed}", flush=True)
                     command = [sys.executable, __file__, *sys.argv[1:], "--cell", row, arm, str(seed)]
                     # A rival that fails is missing from the table, and the others go on.
@@ -51,8 +54,7 @@ def main() -> None:
                         print(f"{row}, {arm}, seed {seed} failed", flush=True)
     for row in rows:
         where = folder(arguments, row)
-        if table := [json.loads(path.read_text()) for path in sorted(where.glob("*-s*.json"))]:
-            summary = summarise(table, where)
+        if not (summary := summarise(where)).empty:
             summary.to_csv(where / "summary.csv", index=False)
             print(f"\n{row}, {minutes_of(arguments, row):g} minutes on {arguments.threads} cores")
             print(summary.to_string(index=False))
@@ -87,8 +89,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.threads is None:
-        arguments.threads = 2 if arguments.preset == "small" else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = arguments.threads or (2 if arguments.preset == "small" else cores)
+    arguments.threads = min(wanted, cores)
     return arguments
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from few_shot_arms import ARMS, NNUNET, RATES, ROWS, TUNING_SHARE
+from few_shot_summary import machine_name
 
 if TYPE_CHECKING:
     from medvisionllama.run_dir import RunDir
@@ -30,10 +32,10 @@ def run_cell(arguments: argparse.Namespace) -> None:
     table, facts = train(arguments, row, arm, seed)
     now = os.times()
     cores = sum(now[:4]) - sum(used[:4])
-    where = folder(arguments, row)
-    where.mkdir(parents=True, exist_ok=True)
-    write_table(table, where / f"{arm}-s{seed}.csv")
     machine = machine_facts()
+    path = cell_path(arguments, row, arm, seed, machine["hardware"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(table, path.with_suffix(".csv"))
     facts = {
         "row": row,
         "arm": arm,
@@ -46,7 +48,7 @@ def run_cell(arguments: argparse.Namespace) -> None:
         "hardware": machine["hardware"],
         "git_revision": machine.get("git_revision"),
     }
-    (where / f"{arm}-s{seed}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    path.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def train_ours(
@@ -171,6 +173,12 @@ def minutes_of(arguments: argparse.Namespace, row: str) -> float:
 def folder(arguments: argparse.Namespace, row: str) -> Path:
     """Where a row's results lie: those of other minutes or of another preset apart."""
     return arguments.results / table_name(arguments, row)
+
+
+def cell_path(arguments: argparse.Namespace, row: str, arm: str, seed: int, hardware: dict[str, Any]) -> Path:
+    """Facts of a cell; its table lies beside. Machines have a folder each, such as `amd-epyc-avx512-2-threads`."""
+    machine = re.sub("[^a-z0-9]+", "-", machine_name(hardware).lower().replace("(r)", ""))
+    return folder(arguments, row) / machine / f"{arm}-s{seed}.json"
 
 
 def run_folder(arguments: argparse.Namespace, row: str, arm: str, seed: int) -> Path:

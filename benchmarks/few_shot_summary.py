@@ -1,24 +1,28 @@
 """The few-shot table in short: a line for each arm and machine."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 
-def summarise(cells: list[dict[str, Any]], where: Path) -> pd.DataFrame:
+def summarise(where: Path) -> pd.DataFrame:
     """A line for each arm and machine: mean over seeds, spread, paired difference from the arm without tokens.
 
-    Equal minutes on another machine are other steps, so machines are kept apart.
+    `where` is a row's folder, with a folder of cells for each machine: equal minutes on another machine are other
+    steps, so machines are kept apart. Empty if no cell is there.
     """
     from medvisionllama.evaluation.evaluate import mean_class_dice, read_table
     from medvisionllama.evaluation.statistics import bootstrap_interval
 
+    paths = sorted(where.glob("*/*-s*.json"))
+    if not paths:
+        return pd.DataFrame()
+    cells = [json.loads(path.read_text()) for path in paths]
     tables = {
-        (machine_of(cell), cell["arm"], cell["seed"]): read_table(
-            where / f"{cell['arm']}-s{cell['seed']}.csv"
-        )
-        for cell in cells
+        (machine_of(cell), cell["arm"], cell["seed"]): read_table(path.with_suffix(".csv"))
+        for path, cell in zip(paths, cells, strict=True)
     }
     dice = {cell: mean_class_dice(table) for cell, table in tables.items()}
     # The unit is the patient: two scans of one heart are no two witnesses.
@@ -56,7 +60,11 @@ def summarise(cells: list[dict[str, Any]], where: Path) -> pd.DataFrame:
 
 def machine_of(cell: dict[str, Any]) -> str:
     """What a cell's minutes were spent on, such as `AMD EPYC, AVX512, 2 threads`."""
-    hardware = cell["hardware"]
+    return machine_name(cell["hardware"])
+
+
+def machine_name(hardware: dict[str, Any]) -> str:
+    """The same, of what `machine_facts` says of a machine."""
     if hardware["gpu"]:
         return str(hardware["gpu"])
     return f"{hardware['processor']}, {hardware['instructions']}, {hardware['threads']} threads"

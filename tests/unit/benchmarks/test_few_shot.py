@@ -1,6 +1,8 @@
 """The few-shot table: what is compared with what, and how a rival chooses its learning rate."""
 
 import argparse
+import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,26 +18,24 @@ FAST = {"processor": "CPU", "instructions": "AVX512", "threads": 2, "gpu": None}
 SLOW = FAST | {"instructions": "AVX2"}
 
 
-def write_cell(where: Path, arm: str, seed: int, dice: float, hardware: dict) -> dict:
+def write_cell(where: Path, arm: str, seed: int, dice: float, hardware: dict) -> None:
+    path = where / hardware["instructions"] / f"{arm}-s{seed}.json"
+    path.parent.mkdir(exist_ok=True)
     rows = [
         {"case_id": f"p{patient}_{frame}", "patient_id": f"p{patient}", "class": "organ", "dice": dice}
         for patient in range(3)
         for frame in ("a", "b")
     ]
-    write_table(pd.DataFrame(rows).assign(empty="no"), where / f"{arm}-s{seed}.csv")
-    return {
-        **{"arm": arm, "seed": seed, "test_dice": dice, "steps": 10, "trainable": 5},
-        **{"mean_cores_used": 1.9, "hardware": hardware},
-    }
+    write_table(pd.DataFrame(rows).assign(empty="no"), path.with_suffix(".csv"))
+    facts = {"arm": arm, "seed": seed, "test_dice": dice, "steps": 10, "trainable": 5}
+    path.write_text(json.dumps(facts | {"mean_cores_used": 1.9, "hardware": hardware}))
 
 
 def test_arms_are_compared_on_one_machine_only(module, tmp_path):
-    cells = [
-        write_cell(tmp_path, "no-tokens", 0, 0.8, FAST),
-        write_cell(tmp_path, "block", 0, 0.75, FAST),
-        write_cell(tmp_path, "unet-16", 0, 0.5, SLOW),
-    ]
-    table = module("few_shot_summary").summarise(cells, tmp_path).set_index("arm")
+    write_cell(tmp_path, "no-tokens", 0, 0.8, FAST)
+    write_cell(tmp_path, "block", 0, 0.75, FAST)
+    write_cell(tmp_path, "unet-16", 0, 0.5, SLOW)
+    table = module("few_shot_summary").summarise(tmp_path).set_index("arm")
     assert table.loc["block", "minus_no_tokens"] == pytest.approx(-0.05)
     assert pd.isna(table.loc["unet-16", "minus_no_tokens"])
     assert table.loc["unet-16", "machine"] != table.loc["block", "machine"]
@@ -57,13 +57,29 @@ def test_cells_that_would_repeat_another_are_left_out(module):
 
 
 def test_seeds_of_another_machine_make_a_line_of_their_own(module, tmp_path):
-    cells = [
-        write_cell(tmp_path, "no-tokens", 0, 0.8, FAST),
-        write_cell(tmp_path, "no-tokens", 1, 0.6, SLOW),
-    ]
-    table = module("few_shot_summary").summarise(cells, tmp_path)
+    write_cell(tmp_path, "no-tokens", 0, 0.8, FAST)
+    write_cell(tmp_path, "no-tokens", 1, 0.6, SLOW)
+    table = module("few_shot_summary").summarise(tmp_path)
     assert sorted(table["dice"]) == [0.6, 0.8]
     assert set(table["seeds"]) == {1}
+
+
+@pytest.mark.parametrize(("hardware", "skipped"), [(FAST, True), (SLOW, False)])
+def test_a_cell_of_another_machine_is_made_again(module, monkeypatch, tmp_path, hardware, skipped):
+    few_shot, made = module("few_shot"), []
+    arguments = ["--rows", "acdc-4", "--arms", "no-tokens", "--seeds", "0", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["few_shot.py", *arguments])
+    monkeypatch.setattr(few_shot, "summarise", lambda _: pd.DataFrame())
+    monkeypatch.setattr("medvisionllama.run_dir.machine_facts", lambda: {"hardware": hardware})
+    threads = few_shot.parse().threads
+    done = few_shot.cell_path(few_shot.parse(), "acdc-4", "no-tokens", 0, FAST | {"threads": threads})
+    done.parent.mkdir(parents=True)
+    done.touch()
+    monkeypatch.setattr(
+        few_shot.subprocess, "run", lambda *_, **__: made.append(1) or SimpleNamespace(returncode=0)
+    )
+    few_shot.main()
+    assert bool(made) is not skipped
 
 
 @pytest.mark.parametrize(("arm", "minutes"), [("unet-16-tuned", [5, 5, 5, 20]), ("unet-16", [20])])
