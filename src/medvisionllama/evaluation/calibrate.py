@@ -20,7 +20,8 @@ from medvisionllama.evaluation.calibration import (
     reliability_table,
     tally,
 )
-from medvisionllama.evaluation.evaluate import merged_foreground, read_mask
+from medvisionllama.evaluation.evaluate import merged_foreground
+from medvisionllama.evaluation.masks import read_mask
 from medvisionllama.inference.predictor import PreparedScan
 from medvisionllama.inference.slabs import label_values
 from medvisionllama.run_dir import RunDir

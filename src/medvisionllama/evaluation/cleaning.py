@@ -9,7 +9,8 @@ from medvisionllama.config import InferenceConfig
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.readers import read_label
 from medvisionllama.errors import ConfigError
-from medvisionllama.evaluation.evaluate import Pair, Split, read_pair
+from medvisionllama.evaluation.evaluate import Split, read_pair
+from medvisionllama.evaluation.masks import Pair
 from medvisionllama.evaluation.metrics import dice
 from medvisionllama.inference.cleaning import Choice, Cleaning, make_candidates, make_choice, removes
 from medvisionllama.inference.postprocess import clean, component_volumes_ml

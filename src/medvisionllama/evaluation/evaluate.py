@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,31 +10,17 @@ import numpy as np
 import pandas as pd
 
 from medvisionllama._files import write_text
-from medvisionllama.data.formats.dicom_labels import read_classes
-from medvisionllama.data.formats.itk import segment_names
 from medvisionllama.data.index import patient_of
 from medvisionllama.data.labels import may_be_cropped, on_one_grid, whole_label
-from medvisionllama.data.msd import read_dataset_json
-from medvisionllama.data.readers import is_scan, read_label, stem_of
 from medvisionllama.data.volume import Volume, same_place, to_ras
 from medvisionllama.errors import DataError
+from medvisionllama.evaluation.masks import Pair, by_name, classes_of, read_mask
 from medvisionllama.evaluation.metrics import measure
-from medvisionllama.inference.writers import read_label_table
 from medvisionllama.progress import Progress, Silent
 
 Split = Literal["test", "validation"]
 FOREGROUND = "foreground"
 """Name of the row in which all classes are one, as published."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A predicted mask and the true one."""
-
-    case_id: str
-    patient_id: str
-    prediction: Path
-    label: Path
 
 
 def evaluate_files(
@@ -117,7 +103,7 @@ def evaluate_folders(
     Raises:
         DataError: no file in common, or a prediction without a label.
     """
-    predicted, truth = _by_name(predictions), _by_name(labels)
+    predicted, truth = by_name(predictions), by_name(labels)
     missing = sorted(predicted.keys() - truth.keys())
     if missing:
         raise DataError(
@@ -129,7 +115,7 @@ def evaluate_folders(
     left_out = len(truth.keys() - predicted.keys())
     if left_out and progress:
         progress.say(f"{left_out} labels in {labels} have no prediction and are left out")
-    classes = {1: FOREGROUND} if merged else _classes_of(labels, pairs)
+    classes = {1: FOREGROUND} if merged else classes_of(labels, pairs)
     return evaluate_files(pairs, classes, merged=merged, tolerance_mm=tolerance_mm, progress=progress)
 
 
@@ -174,26 +160,6 @@ def mean_class_dice(table: pd.DataFrame) -> pd.Series:
     return (table if classes.empty else classes).groupby("case_id")["dice"].mean()
 
 
-def read_mask(path: Path, classes: dict[int, str]) -> Volume:
-    """Read a mask or label with the values of `classes`; DICOM-SEG numbers its segments and is read by names."""
-    if _is_dicom_mask(path):
-        return read_classes(path, classes)
-    label = read_label(path)
-    if not path.name.lower().endswith(".nrrd"):
-        return label
-    # 3D Slicer numbers segments in the order they were made; what they are is in their names.
-    values = {name.strip().casefold(): value for value, name in classes.items()}
-    table = np.arange(int(label.array.max()) + 1)
-    for value, name in segment_names(path).items():
-        if value < len(table):
-            table[value] = values.get(name.strip().casefold(), value)
-    return Volume(table[label.array].astype(np.uint8 if table.max() < 256 else np.uint16), label.affine)
-
-
-def _is_dicom_mask(path: Path) -> bool:
-    return path.suffix.lower() == ".dcm"
-
-
 def _same_grid(pair: Pair, predicted: Volume, truth: Volume) -> None:
     if predicted.shape != truth.shape:
         raise DataError(
@@ -203,62 +169,6 @@ def _same_grid(pair: Pair, predicted: Volume, truth: Volume) -> None:
         raise DataError(
             f"{pair.prediction} has another affine than its label {pair.label}; a mask must lie on its scan's own grid"
         )
-
-
-def _by_name(folder: Path) -> dict[str, Path]:
-    if folder.is_file() and (is_scan(folder) or _is_dicom_mask(folder)):
-        return {_stem(folder): folder}
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; give a folder of masks")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if not (is_scan(path) or _is_dicom_mask(path)):
-            continue
-        if _stem(path) in found:
-            raise DataError(
-                f"{path} and {found[_stem(path)].name} are both masks of {_stem(path)}; remove one"
-            )
-        found[_stem(path)] = path
-    return found
-
-
-def _stem(path: Path) -> str:
-    return path.stem if _is_dicom_mask(path) else stem_of(path)
-
-
-def _classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
-    """Names of the classes: from the dataset of the labels, from the table beside the masks, or from the values."""
-    description = labels.parent / "dataset.json"
-    if description.is_file():
-        declared = read_dataset_json(description).get("labels", {})
-        by_value = {}
-        for key, value in declared.items() if isinstance(declared, dict) else ():
-            # MSD maps values to names, nnU-Net names to values.
-            number, name = (value, key) if isinstance(value, int) else (key, value)
-            if str(number).isdigit():
-                by_value[int(number)] = str(name)
-        if by_value:
-            return {value: by_value[value] for value in sorted(by_value) if value}
-    table = pairs[0].prediction.parent / "labels.txt"
-    if table.is_file() and (named := read_label_table(table.read_text(errors="replace"))):
-        return named
-    dicom = next(
-        (path for pair in pairs for path in (pair.prediction, pair.label) if _is_dicom_mask(path)), None
-    )
-    if dicom is not None:
-        raise DataError(
-            f"{dicom} names its classes and nothing says which values they have; put the labels.txt that `medvisionllama predict` wrote beside the masks"
-        )
-    values = sorted(
-        {
-            int(value)
-            for pair in pairs
-            for path in (pair.label, pair.prediction)
-            for value in np.unique(read_label(path).array)
-        }
-        - {0}
-    )
-    return {value: f"class {value}" for value in values}
 
 
 def to_json(table: pd.DataFrame, more: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from medvisionllama.config import InferenceConfig
 from medvisionllama.data.planning import Plan
 from medvisionllama.errors import ConfigError
 from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
-from medvisionllama.evaluation.evaluate import Pair
+from medvisionllama.evaluation.masks import Pair
 from medvisionllama.inference.cleaning import Cleaning
 from medvisionllama.progress import Silent
 from medvisionllama.run_dir import RunDir
