@@ -245,7 +245,44 @@ def test_names_of_slicer_decide_what_a_segment_is(tmp_path, cli):
     outcome = cli("evaluate", tmp_path / "p", tmp_path / "l", "--json")
     assert outcome.code == 0, outcome.err
     assert {row["dice"] for row in json.loads(outcome.out)["cases"]} == {1.0}
+    # Without a table, names that both sides have still say what is compared with what.
+    (tmp_path / "p" / "labels.txt").unlink()
+    rows = json.loads(cli("evaluate", tmp_path / "p", tmp_path / "l", "--json").out)["cases"]
+    assert {row["class"]: row["dice"] for row in rows} == {"Tumour": 1.0, "Liver": 1.0, "foreground": 1.0}
     write_mask(tmp_path / "p" / "a.nii.gz", mask, np.eye(4))
     refused = cli("evaluate", tmp_path / "p", tmp_path / "l")
     assert refused.code == 2
     assert "both masks of a" in refused.err
+
+
+def test_a_segment_of_slicer_that_is_no_class_is_not_taken_for_one(tmp_path, cli):
+    label = np.zeros((6, 6, 6), np.uint8)
+    label[1:3], label[3:5] = 2, 1
+    for folder in ("p", "l"):
+        (tmp_path / folder).mkdir()
+    write_mask(tmp_path / "p" / "a.nii.gz", (label == 2).astype(np.uint8), np.eye(4))
+    (tmp_path / "p" / "labels.txt").write_text(label_table({1: "liver"}))
+    write_mask(tmp_path / "l" / "a.seg.nrrd", label, np.eye(4), classes={1: "body", 2: "liver"})
+    refused = cli("evaluate", tmp_path / "p", tmp_path / "l")
+    assert refused.code == 2
+    assert "segment body is none of liver" in refused.err
+    # An empty segment does no harm.
+    write_mask(tmp_path / "l" / "a.seg.nrrd", label // 2 * 2, np.eye(4), classes={1: "body", 2: "liver"})
+    outcome = cli("evaluate", tmp_path / "p", tmp_path / "l", "--json")
+    assert {row["dice"] for row in json.loads(outcome.out)["cases"]} == {1.0}
+
+
+def test_exchanged_names_beside_a_mask_without_names_are_refused(tmp_path, cli):
+    mask = np.zeros((6, 6, 6), np.uint8)
+    mask[1:3], mask[3:5] = 1, 2
+    for folder in ("p", "l"):
+        (tmp_path / folder).mkdir()
+    for case, names in (("a", {1: "liver", 2: "tumour"}), ("b", {1: "tumour", 2: "liver"})):
+        write_mask(tmp_path / "l" / f"{case}.seg.nrrd", mask, np.eye(4), classes=names)
+        write_mask(tmp_path / "p" / f"{case}.nii.gz", mask, np.eye(4))
+    refused = cli("evaluate", tmp_path / "p", tmp_path / "l")
+    assert refused.code == 2
+    assert "names nothing; put a labels.txt beside the masks" in refused.err
+    write_mask(tmp_path / "l" / "b.seg.nrrd", mask, np.eye(4), classes={1: "liver", 2: "tumour"})
+    rows = json.loads(cli("evaluate", tmp_path / "p", tmp_path / "l", "--json").out)["cases"]
+    assert {row["class"] for row in rows} == {"liver", "tumour", "foreground"}

@@ -48,7 +48,11 @@ def by_name(folder: Path) -> dict[str, Path]:
 
 
 def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
-    """Names of the classes: from the dataset of the labels, from the table beside the masks, or from the values."""
+    """Names of the classes: from the dataset of the labels, the table beside the masks, the files, or the values.
+
+    Raises:
+        DataError: DICOM-SEG without such a dataset or table, or names in the files that contradict each other.
+    """
     description = labels.parent / "dataset.json"
     if description.is_file():
         declared = read_dataset_json(description).get("labels", {})
@@ -70,32 +74,76 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
         raise DataError(
             f"{dicom} names its classes and nothing says which values they have; put the labels.txt that `medvisionllama predict` wrote beside the masks"
         )
-    values = sorted(
-        {
-            int(value)
-            for pair in pairs
-            for path in (pair.label, pair.prediction)
-            for value in np.unique(read_label(path).array)
-        }
-        - {0}
-    )
-    return {value: f"class {value}" for value in values}
+    files = [path for pair in pairs for path in (pair.label, pair.prediction)]
+    named = _named_classes(files)
+    if named and all(_segments(path) for path in files):
+        return named
+    values = {int(value) for path in files for value in np.unique(read_label(path).array)} - {0}
+    return {value: named.get(value, f"class {value}") for value in sorted(values)}
 
 
 def read_mask(path: Path, classes: dict[int, str]) -> Volume:
-    """Read a mask or label with the values of `classes`; DICOM-SEG numbers its segments and is read by names."""
+    """Read a mask or label with the values of `classes`.
+
+    DICOM-SEG numbers its segments and is read by their names, and so is 3D Slicer's file if a name is a class's.
+
+    Raises:
+        DataError: unreadable, or a segment is none of the classes.
+    """
     if _is_dicom_mask(path):
         return read_classes(path, classes)
     label = read_label(path)
-    if not path.name.lower().endswith(".nrrd"):
-        return label
     # 3D Slicer numbers segments in the order they were made; what they are is in their names.
-    values = {name.strip().casefold(): value for value, name in classes.items()}
+    values = {_plain(name): value for value, name in classes.items()}
+    segments = _segments(path)
+    if not any(_plain(name) in values for name in segments.values()):
+        return label
     table = np.arange(int(label.array.max()) + 1)
-    for value, name in segment_names(path).items():
-        if value < len(table):
-            table[value] = values.get(name.strip().casefold(), value)
+    for value in np.unique(label.array).tolist():
+        name = segments.get(value)
+        if name is None:
+            continue
+        if _plain(name) not in values:
+            # Its number may be that of a class, so it can neither keep it nor be passed over in silence.
+            raise DataError(
+                f"{path}: segment {name} is none of {', '.join(classes.values())}; rename it, remove it or add the class"
+            )
+        table[value] = values[_plain(name)]
     return Volume(table[label.array].astype(np.uint8 if table.max() < 256 else np.uint16), label.affine)
+
+
+def _named_classes(files: Sequence[Path]) -> dict[int, str]:
+    """Classes by the names that 3D Slicer wrote into files, with the values of the first that has each.
+
+    Raises:
+        DataError: names are exchanged and a file has none, so that its values may mean either.
+    """
+    segments = {path: _segments(path) for path in files}
+    classes: dict[int, str] = {}
+    for path, names in segments.items():
+        for value, name in names.items():
+            known = {_plain(other): number for number, other in classes.items()}
+            number = known.get(_plain(name))
+            if number == value:
+                continue
+            nameless = next((other for other, found in segments.items() if not found), None)
+            if nameless is not None and (number is not None or value in classes):
+                raise DataError(
+                    f"{path} calls the value {value} {name}, another file has it otherwise, and {nameless} names nothing; put a labels.txt beside the masks"
+                )
+            if number is None:
+                free = value if value not in classes else max(classes) + 1
+                classes[free] = name
+    return {value: classes[value] for value in sorted(classes)}
+
+
+def _segments(path: Path) -> dict[int, str]:
+    """Names of the values, in a format that can have them."""
+    return segment_names(path) if path.name.lower().endswith(".nrrd") else {}
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold()
 
 
 def _stem(path: Path) -> str:
