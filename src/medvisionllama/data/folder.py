@@ -69,7 +69,7 @@ def index_plain(
         The dataset, and the images and labels without a partner or with two files, which it leaves out.
 
     Raises:
-        DataError: no image has a label of its name, or cases have different numbers of channel files.
+        DataError: no image has a label of its name, or cases have different channel files.
     """
     labels, alone = _by_stem(root / "labels", _scans(root / "labels"))
     images, twice = _by_stem(root / "images", _scans(root / "images", series=True))
@@ -91,17 +91,27 @@ def index_plain(
         if case_id in labels
     )
     wanted = [case for case in cases if not {case.case_id, case.patient_id} & set(exclude)]
-    counts = {len(case.images) for case in wanted}
-    if len(counts) > 1:
-        raise DataError(
-            f"{root}/images: cases have {sorted(counts)} channel files; every case needs the same number"
-        )
-    num_channels = max(counts, default=1)
+    endings = {case.case_id: _endings(case) for case in wanted}
+    for case_id, found in endings.items():
+        case, first = next(iter(endings.items()))
+        if found != first:
+            raise DataError(
+                f"{root}/images: the case {case_id!r} has the channel files {', '.join(found)}, the case {case!r} {', '.join(first)}; every case needs the same"
+            )
+    num_channels = max((len(found) for found in endings.values()), default=1)
     if num_channels == 1 and cases:
         # One file a case may still be 4-D.
         num_channels = _channels_of_first(wanted)
     channels, classes = _names(root, _default_channels(wanted, num_channels))
     return Dataset(root.name, root, cases, channels, classes), alone
+
+
+def _endings(case: Case) -> tuple[str, ...]:
+    """Which channels a case has files of, as _0000; a lone file without a number is the first."""
+    return tuple(
+        "_0000" if stem_of(image) == case.case_id else stem_of(image).removeprefix(case.case_id)
+        for image in case.images
+    )
 
 
 def no_dataset(root: Path) -> DataError:

@@ -153,7 +153,20 @@ def test_a_plain_image_or_label_without_partner_is_refused(files, present, absen
 
 def test_plain_cases_with_different_channels_are_refused(files):
     names = ("images/a_0000.nii.gz", "images/a_0001.nii.gz", "images/b_0000.nii.gz")
-    assert "[1, 2]" in refusal(files(*names, "labels/a.nii.gz", "labels/b.nii.gz"))
+    words = refusal(files(*names, "labels/a.nii.gz", "labels/b.nii.gz"))
+    assert "'b' has the channel files _0000, the case 'a' _0000, _0001;" in words
+
+
+def test_another_channel_in_the_place_of_the_second_is_refused(files):
+    names = ("images/a_0000.nii.gz", "images/a_0001.nii.gz", "images/b_0000.nii.gz", "images/b_0002.nii.gz")
+    words = refusal(files(*names, "labels/a.nii.gz", "labels/b.nii.gz"))
+    assert "'b' has the channel files _0000, _0002, the case 'a' _0000, _0001;" in words
+
+
+def test_a_lone_channel_may_have_its_number_or_not(files, write_nifti):
+    root = files("images/a.nii.gz", "images/b_0000.nii.gz", "labels/a.nii.gz", "labels/b.nii.gz")
+    write_nifti(root / "images" / "a.nii.gz", np.zeros((3, 3, 3)), dtype=np.uint8)
+    assert sorted(open_dataset(root).patients) == ["a", "b"]
 
 
 @pytest.mark.parametrize("path", ["../outside.nii.gz", "imagesTr/../../outside.nii.gz", "{absolute}"])
