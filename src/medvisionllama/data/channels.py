@@ -14,9 +14,11 @@ from typing import Any, Literal
 import nibabel as nib
 import numpy as np
 
-from medvisionllama.data.formats import nifti
+from medvisionllama.data.formats import ScanSource, nifti
 from medvisionllama.data.formats.header import channel_problem
-from medvisionllama.data.readers import read_header, read_voxels
+from medvisionllama.data.labels import label_on_grid
+from medvisionllama.data.readers import read_header, read_label, read_voxels
+from medvisionllama.data.volume import from_ras, ras_grid
 from medvisionllama.errors import DataError
 
 Transfer = Literal["link", "symlink", "copy"]
@@ -100,13 +102,22 @@ def merge(sources: Sequence[Path], target: Path) -> None:
 
 def relabel(source: Path, target: Path, new_values: dict[int, int]) -> None:
     """Write a label with other numbers; those not named become 0."""
-    from medvisionllama.data.readers import read_label
-
     label = read_label(source).array
     table = np.zeros(max(int(label.max()), *new_values, 0) + 1, np.uint16)
     table[list(new_values)] = list(new_values.values())
     dtype = np.uint8 if table.max() < 256 else np.uint16
     _save(_like(_open(source), table[label].astype(dtype), (1.0, 0.0)), target)
+
+
+def uncrop(source: Path, image: ScanSource, target: Path) -> None:
+    """Write a cropped label on the grid of its image, with the image's axes; what is outside is 0.
+
+    Raises:
+        DataError: it is no part of that grid.
+    """
+    header = read_header(image)
+    label = label_on_grid(source, read_label(source), *ras_grid(header.shape, header.affine))
+    _save(nifti.new_image(from_ras(label.array, header.affine), header.affine), target)
 
 
 def is_flat(path: Path) -> bool:
@@ -126,9 +137,7 @@ def _from_other(path: Path) -> nib.Nifti1Image:
     volume = read_voxels(path)
     array = np.moveaxis(volume.array, 0, -1)
     array = array[..., 0] if array.shape[-1] == 1 else array
-    image = nib.Nifti1Image(np.ascontiguousarray(array), volume.affine, dtype=array.dtype)
-    image.header.set_xyzt_units("mm")
-    return image
+    return nifti.new_image(array, volume.affine)
 
 
 def _raw(path: Path, image: Any) -> tuple[np.ndarray, tuple[float, float]]:

@@ -21,10 +21,12 @@ import numpy as np
 
 from medvisionllama._files import write_json
 from medvisionllama.data import msd
-from medvisionllama.data.channels import SUFFIX, Transfer, is_flat, merge, pass_on, relabel, split
+from medvisionllama.data.channels import SUFFIX, Transfer, is_flat, merge, pass_on, relabel, split, uncrop
 from medvisionllama.data.folder import read_names
+from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.index import Case, Dataset, open_dataset
-from medvisionllama.data.readers import is_scan, read_label, stem_of
+from medvisionllama.data.labels import may_be_cropped
+from medvisionllama.data.readers import is_scan, read_header, read_label, stem_of
 from medvisionllama.errors import DataError
 from medvisionllama.progress import Progress, Silent
 
@@ -158,7 +160,8 @@ def _write(plan: _Plan, folder: Path, transfer: Transfer, progress: Progress) ->
         for done, (case, name) in enumerate(work, start=1):
             _write_images(plan, case, folder / name, transfer)
             if case.label is not None:
-                found |= _write_label(plan, case.label, folder / labels / f"{case.case_id}{SUFFIX}", transfer)
+                target = folder / labels / f"{case.case_id}{SUFFIX}"
+                found |= _write_label(plan, case.label, case.images[0], target, transfer)
             advance(done, case.case_id)
     if plan.layout == "plain":
         write_json(folder / "names.json", _names(plan))
@@ -187,10 +190,15 @@ def _write_images(plan: _Plan, case: Case, folder: Path, transfer: Transfer) -> 
         merge(case.images, folder / f"{case.case_id}{SUFFIX}")
 
 
-def _write_label(plan: _Plan, source: Path, target: Path, transfer: Transfer) -> set[int]:
-    """Write a label; for nnU-Net, look at its values and return them."""
+def _write_label(plan: _Plan, source: Path, image: ScanSource, target: Path, transfer: Transfer) -> set[int]:
+    """Write the label of an image; for nnU-Net, look at its values and return them."""
+    if may_be_cropped(source) and read_header(source).shape != read_header(image).shape:
+        # NIfTI has no place for crops: what 3D Slicer left out is background.
+        uncrop(source, image, target)
+        source, transfer = target, "copy"
     if plan.layout != "nnunet":
-        pass_on(source, target, transfer)
+        if source != target:
+            pass_on(source, target, transfer)
         return set()
     found = {int(value) for value in np.unique(read_label(source).array)} - {0}
     undeclared = found - set(plan.dataset.classes)
@@ -200,10 +208,10 @@ def _write_label(plan: _Plan, source: Path, target: Path, transfer: Transfer) ->
         )
     if plan.new_values:
         relabel(source, target, plan.new_values)
-    elif is_flat(source):
-        pass_on(source, target, transfer)
-    else:
+    elif not is_flat(source):
         split(source, [target])
+    elif source != target:
+        pass_on(source, target, transfer)
     return found
 
 

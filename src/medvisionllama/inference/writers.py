@@ -11,13 +11,13 @@ from nibabel.openers import Opener
 from medvisionllama._files import atomic_path
 from medvisionllama.colours import rgb_of
 from medvisionllama.data.formats.itk import LPS_TO_RAS
+from medvisionllama.data.formats.nifti import new_image
 from medvisionllama.data.readers import ScanSource
 from medvisionllama.data.volume import spacing_of
 from medvisionllama.errors import DataError
 from medvisionllama.types import AffineMatrix, LabelArray
 
 NIFTI = (".nii.gz", ".nii")
-_LONGEST = 32_767  # voxels along an axis that NIfTI-1 can count
 ITK = (".seg.nrrd", ".nrrd", ".mha")
 
 
@@ -65,7 +65,7 @@ def write_shares(path: Path, shares: np.ndarray, affine: AffineMatrix) -> None:
     A viewer shows them from 0 to 1; a fourth axis, if any, is the class, background first.
     """
     array = shares if shares.ndim == 3 else np.moveaxis(shares, 0, -1)
-    header = _nifti(array, affine).header
+    header = new_image(array, affine).header
     header.set_slope_inter(1 / 255, 0)
     first = header.single_vox_offset
     header["vox_offset"] = first
@@ -93,13 +93,6 @@ def read_label_table(text: str) -> dict[int, str]:
     return {int(value): name for value, name in rows if int(value)}
 
 
-def _nifti(array: np.ndarray, affine: AffineMatrix) -> nib.Nifti1Image:
-    kind = nib.Nifti2Image if max(array.shape) > _LONGEST else nib.Nifti1Image
-    image = kind(array, affine, dtype=array.dtype)
-    image.header.set_xyzt_units("mm")
-    return image
-
-
 def _header_like(scan: Path) -> nib.Nifti1Header:
     header = nib.load(scan).header.copy()
     header.set_slope_inter(1, 0)
@@ -113,7 +106,7 @@ def _header_like(scan: Path) -> nib.Nifti1Header:
 
 def _write_nifti(path: Path, mask: np.ndarray, affine: AffineMatrix, header: nib.Nifti1Header | None) -> None:
     if header is None:
-        image = _nifti(mask, affine)
+        image = new_image(mask, affine)
     else:
         header.set_data_dtype(mask.dtype)
         kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image

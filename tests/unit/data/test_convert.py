@@ -16,6 +16,7 @@ from medvisionllama.data.index import Dataset, open_dataset
 from medvisionllama.data.readers import read_image, read_label
 from medvisionllama.data.splits import make_splits
 from medvisionllama.errors import DataError
+from medvisionllama.inference.writers import write_mask
 from medvisionllama.progress import Silent
 
 AFFINE = np.array([[0.1, -1.2, 0.0, 7.3], [0.9, 0.1, 0.2, -31.7], [0.0, 0.1, 5.0, 12.1], [0, 0, 0, 1]])
@@ -205,6 +206,25 @@ def test_other_formats_become_nifti_with_the_same_voxels_and_place(tmp_path, suf
     direct = sitk.ReadImage(str(out / "imagesTr/a_0000.nii.gz"))
     np.testing.assert_allclose(direct.GetOrigin(), (3.25, -7.5, 11), atol=1e-6)
     np.testing.assert_allclose(direct.GetDirection(), direction.ravel(), atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["msd", "nnunet", "plain"])
+def test_a_label_that_slicer_cropped_lies_on_its_image_s_grid_again(tmp_path, write_nifti, layout):
+    root, label = tmp_path / "plain", np.zeros((7, 8, 9), np.uint8)
+    label[1:4, 2:6, 3:5] = 1
+    label[2:4, 3:5, 3:5] = 2
+    # The image's axes run left, posterior, superior; Slicer's file has its own.
+    affine = np.array([[-1.5, 0, 0, 40], [0, -2, 0, 30], [0, 0, 3, -20], [0, 0, 0, 1.0]])
+    write_nifti(root / "images" / "a.nii.gz", np.random.default_rng(0).normal(size=label.shape), affine)
+    inner = affine.copy()
+    inner[:3, 3] = (affine @ [1, 2, 3, 1])[:3]
+    (root / "labels").mkdir()
+    write_mask(root / "labels" / "a.seg.nrrd", label[1:5, 2:6, 3:7], inner)
+    out = convert(root, tmp_path / "Dataset001_X", to=layout)
+    [case] = open_dataset(out).cases
+    found = read_label(case.label)
+    np.testing.assert_array_equal(found.array, label)
+    np.testing.assert_allclose(found.affine, affine)
 
 
 def test_plain_nifti_is_compressed_without_a_change(hippocampus, tmp_path):

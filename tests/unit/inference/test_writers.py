@@ -30,6 +30,20 @@ def test_every_format_keeps_values_and_place(tmp_path, ending):
     assert not list(tmp_path.glob(".partial*"))
 
 
+@pytest.mark.parametrize("degrees", [0.0, 0.005, 0.09])
+def test_itk_reads_what_lies_on_a_slightly_sheared_grid(tmp_path, degrees):
+    """Rounded positions in DICOM leave such a shear, and ITK refuses it in an sform."""
+    affine = OBLIQUE.copy()
+    affine[:3, 2] += np.tan(np.radians(degrees)) * affine[:3, 0]
+    write_mask(tmp_path / "mask.nii.gz", MASK, affine)
+    image = sitk.ReadImage(str(tmp_path / "mask.nii.gz"))
+    lps = np.diag([-1, -1, 1])
+    for corner in ((0, 0, 0), (3, 4, 5)):
+        place = lps @ image.TransformIndexToPhysicalPoint(corner)
+        np.testing.assert_allclose(place, (affine @ [*corner, 1])[:3], atol=0.05)
+    np.testing.assert_allclose(read_label(tmp_path / "mask.nii.gz").affine, affine, atol=1e-5)
+
+
 def test_large_values_take_two_bytes(tmp_path):
     write_mask(tmp_path / "a.seg.nrrd", MASK.astype(np.uint16) * 300, OBLIQUE)
     assert read_label(tmp_path / "a.seg.nrrd").array.max() == 600

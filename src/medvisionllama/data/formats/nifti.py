@@ -15,8 +15,10 @@ from nibabel.volumeutils import apply_read_scaling
 from medvisionllama.data.formats.gzip_bytes import Unpacker
 from medvisionllama.data.formats.header import Header, make_header, unreadable
 from medvisionllama.errors import DataError
+from medvisionllama.types import AffineMatrix
 
 SUFFIXES = (".nii.gz", ".nii")
+_LONGEST = 32_767  # voxels along an axis that NIfTI-1 can count
 # First number of the header, and its length in bytes.
 _KINDS = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
 _UNREADABLE = (
@@ -108,4 +110,17 @@ def _open(path: Path) -> nib.Nifti1Image:
         raise unreadable(path, error) from None
     if not isinstance(image, nib.Nifti1Image):
         raise DataError(f"{path} is a {type(image).__name__}, not NIfTI; convert it to .nii.gz")
+    return image
+
+
+def new_image(array: np.ndarray, affine: AffineMatrix) -> nib.Nifti1Image:
+    """An array `[x, y, z]`, or with channels last, as NIfTI in millimetres, its dtype kept.
+
+    Rounded DICOM positions leave a little shear in a matrix, which ITK refuses in an sform; so the matrix without
+    it stands in the qform, to which ITK then turns.
+    """
+    kind = nib.Nifti2Image if max(array.shape) > _LONGEST else nib.Nifti1Image
+    image = kind(np.ascontiguousarray(array), affine, dtype=array.dtype)
+    image.header.set_xyzt_units("mm")
+    image.set_qform(affine, code="aligned", strip_shears=True, update_affine=False)
     return image
