@@ -206,6 +206,16 @@ def test_a_fractional_label_is_refused_with_its_value(tmp_path, write_nifti):
     assert "whole numbers, found 1.5" in refusal(path, read_label)
 
 
+def test_a_label_whose_file_scales_its_values_is_read(tmp_path):
+    """nibabel stores real numbers in a header of int16 by a slope, which gives 2 back as 2.00003."""
+    label = np.zeros(SHAPE)
+    label[0], label[1] = 1, 2
+    header = nib.Nifti1Image(np.zeros(SHAPE, np.int16), np.eye(4)).header
+    nib.save(nib.Nifti1Image(label, np.eye(4), header), tmp_path / "a.nii.gz")
+    assert not np.array_equal(nib.load(tmp_path / "a.nii.gz").get_fdata(), label), "nothing to be rounded"
+    np.testing.assert_array_equal(read_label(tmp_path / "a.nii.gz").array, label)
+
+
 @pytest.mark.parametrize("value", [-1, 65_536])
 def test_a_label_outside_its_range_is_refused(tmp_path, write_nifti, value):
     path = write_nifti(tmp_path / "a.nii.gz", np.full(SHAPE, value), dtype=np.int32)

@@ -9,6 +9,7 @@ from scipy import ndimage
 
 from medvisionllama.data.check.facts import CaseFacts, ChannelFacts, MaskFacts
 from medvisionllama.data.check.mirrors import mirror_scores
+from medvisionllama.data.readers import LABEL_TOLERANCE
 from medvisionllama.types import Triple
 
 _SAMPLES = 50_000
@@ -90,7 +91,8 @@ def examine_label(array: np.ndarray) -> MaskFacts:
     if not facts.countable:
         return replace(facts, num_values=len(np.unique(finite)))
     # Only known once the values lie in 0..65535: a cast before that would wrap.
-    whole = np.ascontiguousarray(array, np.uint8 if high < 256 else np.uint16)
+    whole = np.rint(array) if array.dtype.kind == "f" else array
+    whole = np.ascontiguousarray(whole, np.uint8 if high < 256 else np.uint16)
     counts = np.bincount(whole.reshape(-1))
     present = [int(value) for value in np.flatnonzero(counts) if value]
     # Boxes around each class keep what follows small, whatever the scan.
@@ -136,7 +138,7 @@ def _count_bad(array: np.ndarray) -> tuple[int, Triple | None]:
 
 
 def _count_fractional(values: np.ndarray) -> tuple[int, float | None]:
-    fractional = np.rint(values) != values
+    fractional = np.abs(np.rint(values) - values) > LABEL_TOLERANCE
     number = int(np.count_nonzero(fractional))
     return number, float(values[fractional][0]) if number else None
 
