@@ -10,6 +10,20 @@ class MedVisionLlamaError(ValueError):
     exit_code = 2
 
 
+OUT_OF_MEMORY = (
+    "out of memory: use smaller scans, a smaller --set data.max_crop_voxels, or a machine with more"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, as Python says it, or PyTorch of the machine or of its GPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
 class DataError(MedVisionLlamaError):
     """A scan, a label or a dataset folder cannot be used as it is."""
 

@@ -14,7 +14,9 @@ import pytest
 import SimpleITK as sitk
 
 from medvisionllama import Predictor, api
-from medvisionllama.errors import CheckpointError, ConfigError
+from medvisionllama.data.readers import read_image
+from medvisionllama.data.volume import Volume
+from medvisionllama.errors import CheckpointError, ConfigError, DataError
 from medvisionllama.inference.writers import label_table, write_mask
 
 from .conftest import FAST
@@ -199,6 +201,59 @@ def test_doubtful_scans_are_named(runs, scans, tmp_path):
     text = " ".join(record["warnings"])
     assert "far from those of training" in text
     assert "the same everywhere" in text
+
+
+def test_a_spacing_that_fits_no_memory_does_not_stop_the_others(runs, scans, tmp_path, cli):
+    source = nib.load(scans / "phantom_001.nii.gz")
+    vast = source.affine @ np.diag([1000, 1000, 1000, 1])
+    nib.save(nib.Nifti1Image(np.asarray(source.dataobj), vast), scans / "phantom_001.nii.gz")
+    outcome = cli("predict", runs[0], scans, "--out", tmp_path / "m")
+    assert outcome.code == 2
+    assert "phantom_001.nii.gz: with voxels of 1000 × 1000 × 1000 mm" in outcome.err
+    assert sorted(path.name for path in (tmp_path / "m").glob("*.nii.gz")) == [
+        "phantom_000.nii.gz",
+        "phantom_002.nii.gz",
+    ]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_a_scan_that_takes_too_much_memory_does_not_stop_the_others(
+    runs, scans, tmp_path, cli, monkeypatch, error
+):
+    segment = Predictor.segment
+
+    def hungry(self, scan, **options):
+        if not hungry.calls:
+            hungry.calls += 1
+            raise error
+        return segment(self, scan, **options)
+
+    hungry.calls = 0
+    monkeypatch.setattr(Predictor, "segment", hungry)
+    outcome = cli("predict", runs[0], scans, "--out", tmp_path / "m")
+    assert outcome.code == 2
+    assert "out of memory" in outcome.err
+    assert len(list((tmp_path / "m").glob("*.nii.gz"))) == 2
+
+
+def test_a_name_that_is_no_text_can_be_shown(runs, scans, tmp_path):
+    odd = (scans / "phantom_000.nii.gz").rename(scans / os.fsdecode(b"M\xfcller.nii.gz"))
+    command = [sys.executable, "-m", "medvisionllama", "predict", runs[0], odd, "--out", tmp_path / "m"]
+    # As in a user's locale; in that of C, Python lets such names through by itself.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "m").glob("*.nii.gz"))) == 1
+
+
+def test_voxels_that_are_no_numbers_are_refused_in_python_too(runs, scans):
+    scan = read_image((scans / "phantom_000.nii.gz",))
+    array = scan.array.astype(np.float32)
+    array[0, 1, 1, 1] = np.nan
+    with pytest.raises(DataError, match="1 voxel is NaN"):
+        Predictor.from_run(runs[0]).predict(Volume(array, scan.affine))
 
 
 def test_ctrl_c_stops_at_once_and_leaves_whole_masks_only(runs, phantoms, tmp_path):

@@ -1,6 +1,7 @@
 """`medvisionllama`: assembles the verbs, and turns errors into one line and an exit code."""
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -10,7 +11,7 @@ import typer
 
 from medvisionllama import __version__
 from medvisionllama.cli import data, demo, evaluate, experiment, explain, llm, predict, train
-from medvisionllama.errors import MedVisionLlamaError
+from medvisionllama.errors import OUT_OF_MEMORY, MedVisionLlamaError, is_out_of_memory
 
 app = typer.Typer(
     help="Segment 3-D medical scans from a handful of labelled cases. Research use only; not a medical device.",
@@ -58,6 +59,10 @@ def main() -> None:
     if not debug:
         warnings.filterwarnings("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        # A file's name need not be text in any encoding, and must not end a batch when it is shown.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("medvisionllama").setLevel(logging.INFO)
     try:
@@ -66,13 +71,10 @@ def main() -> None:
         if debug:
             raise
         _fail(str(error), error.exit_code)
-    except MemoryError:
-        if debug:
+    except (MemoryError, RuntimeError) as error:
+        if debug or not is_out_of_memory(error):
             raise
-        _fail(
-            "out of memory: use smaller scans, a smaller --set data.max_crop_voxels, or a machine with more",
-            2,
-        )
+        _fail(OUT_OF_MEMORY, 2)
     except OSError as error:
         if debug or error.errno not in _FIXABLE:
             raise

@@ -63,7 +63,7 @@ def predict(
 
     DICOM series are found in the folders given and below them; their masks are DICOM-SEG files that refer to them.
 
-    A scan that cannot be read does not stop the others; the exit code is then 2.
+    Headers are looked at first. A scan whose voxels then cannot be read does not stop the others; exit code 2.
 
     Examples:
 

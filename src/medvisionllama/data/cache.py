@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from medvisionllama._files import atomic_path, canonical_hash, user_cache, write_json
 from medvisionllama.config.schema import parse_window
@@ -259,11 +260,24 @@ def _moments(voxels: np.ndarray) -> tuple[float, float]:
     return float(voxels.mean(dtype=np.float64)), float(voxels.std(dtype=np.float64))
 
 
-def to_grid(volume: Volume, plan: Plan) -> ImageArray:
-    """Bring an image in RAS to the grid that the network sees."""
+def to_grid(volume: Volume, plan: Plan, source: object = "the scan") -> ImageArray:
+    """Bring an image in RAS to the grid that the network sees.
+
+    Args:
+        source: how an error names the image.
+
+    Raises:
+        DataError: that grid is larger than the machine's memory, as where a header is off by a factor of 1,000.
+    """
     if plan.resize:
         return resample_image(volume.array, plan.crop_size)
-    return resample_image(volume.array, shape_at(volume.shape, volume.spacing_mm, plan.spacing_mm))
+    shape = shape_at(volume.shape, volume.spacing_mm, plan.spacing_mm)
+    if 4 * len(volume.array) * math.prod(shape) > psutil.virtual_memory().total:
+        voxel, grid = " × ".join(f"{edge:.4g}" for edge in volume.spacing_mm), "×".join(map(str, shape))
+        raise DataError(
+            f"{source}: with voxels of {voxel} mm it would take {grid} voxels on the run's grid, more than this machine holds; correct the spacing in its header"
+        )
+    return resample_image(volume.array, shape)
 
 
 def _prepare(case: Case, plan: Plan, root: Path) -> CachedCase:
@@ -307,12 +321,12 @@ def _write_arrays(case: Case, contents: list[bytes | None], plan: Plan, folder: 
     facts = {"spacing_mm": image.spacing_mm, "moments": image_moments(image.array)}
     if case.label is None:
         contents.clear()
-        _save_arrays({"image": to_grid(image, plan)}, folder)
+        _save_arrays({"image": to_grid(image, plan, case.sources[0])}, folder)
         return facts
     native = to_ras(read_label(case.label, contents.pop()))
     native = whole_label(case.label, native, image.shape, image.affine)
     contents.clear()  # a scan in memory is enough
-    grid = to_grid(image, plan)
+    grid = to_grid(image, plan, case.sources[0])
     label = resample_label(native.array, (grid.shape[1], grid.shape[2], grid.shape[3]))
     resampled = label.shape != native.array.shape
     arrays = {"image": grid, "label": label, "centres": _centres(label)}

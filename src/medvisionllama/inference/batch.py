@@ -13,7 +13,7 @@ from medvisionllama.config import InferenceConfig
 from medvisionllama.data.formats.dicom_labels import referenced_series
 from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.readers import SUFFIXES, ScanSource
-from medvisionllama.errors import DataError, MedVisionLlamaError
+from medvisionllama.errors import OUT_OF_MEMORY, DataError, MedVisionLlamaError, is_out_of_memory
 from medvisionllama.inference.cautions import cautions
 from medvisionllama.inference.dicom_seg import write_seg
 from medvisionllama.inference.inputs import Scan
@@ -168,10 +168,11 @@ def predict_scans(
                     on_share=on_share,
                 )
                 record = _finish(predictor, scan, prepared, prediction, outputs, cleaning)
-            except MedVisionLlamaError as error:
-                if not keep_going:
+            except (MedVisionLlamaError, MemoryError, RuntimeError) as error:
+                ours = isinstance(error, MedVisionLlamaError)
+                if not keep_going or not (ours or is_out_of_memory(error)):
                     raise
-                record = {"case": scan.case_id, "error": str(error)}
+                record = {"case": scan.case_id, "error": str(error) if ours else OUT_OF_MEMORY}
             records.append({**record, "seconds": round(time.monotonic() - started, 2)})
             advance(number + 1, scan.case_id)
     return records

@@ -14,7 +14,7 @@ from medvisionllama.checkpoint import copy_into, frozen, load_tensors
 from medvisionllama.config import Config, read_config
 from medvisionllama.data.cache import image_moments, normalise, to_grid
 from medvisionllama.data.planning import Plan
-from medvisionllama.data.readers import ScanSource, read_image
+from medvisionllama.data.readers import ScanSource, check_finite, read_image
 from medvisionllama.data.volume import Volume, from_ras, to_ras
 from medvisionllama.devices import DeviceChoice, autocast, choose_device, fast_layout
 from medvisionllama.errors import CheckpointError, DataError
@@ -192,8 +192,12 @@ class Predictor:
 
     def prepare(self, image: ScanSource | str | tuple[ScanSource, ...] | Volume) -> PreparedScan:
         """Read a scan and resample it: the part of `predict` that needs no network."""
-        if not isinstance(image, Volume):
+        source: object = "the scan"
+        if isinstance(image, Volume):
+            check_finite(source, image.array)
+        else:
             sources = image if isinstance(image, tuple) else (image,)
+            source = sources[0]
             image = read_image(tuple(Path(one) if isinstance(one, str) else one for one in sources))
         if image.array.shape[0] != len(self.plan.channels):
             raise DataError(
@@ -205,7 +209,7 @@ class Predictor:
             ras.shape,
             ras.affine,
             ras.spacing_mm,
-            {_grid_key(member.plan): to_grid(ras, member.plan) for member in self.members},
+            {_grid_key(member.plan): to_grid(ras, member.plan, source) for member in self.members},
             image_moments(ras.array) if self._wants_moments else [(0.0, 1.0)] * len(ras.array),
             [(float(channel.min()), float(channel.max())) for channel in ras.array],
         )
