@@ -64,18 +64,22 @@ def name_ensemble(first: RunDir, also: Sequence[RunDir]) -> str:
 def _patients_by_part(member: RunDir, dataset: Dataset) -> dict[str, set[str]]:
     """Patients that trained and validated a run, as the first member's dataset names them if it has them."""
     try:
-        cases = member.read_manifest()["cases"]
-        parts = {part: list(cases[part]) for part in ("train", "validation")}
+        manifest = member.read_manifest()
+        parts = {part: list(manifest["cases"][part]) for part in ("train", "validation")}
+        unlabelled = dict(manifest.get("unlabelled", {}))
     except (KeyError, TypeError):
         raise CheckpointError(
             f"{member.manifest} does not say which cases the run has seen, so a leak cannot be excluded; restore it or leave the run out"
         ) from None
     pattern = read_config(member.config).data.patient_pattern
     known = {case.case_id: case.patient_id for case in (*dataset.cases, *dataset.excluded)}
-    return {
+    patients = {
         part: {known[name] if name in known else patient_of(name, pattern) for name in names}
         for part, names in parts.items()
     }
+    # They trained as well, if without their labels.
+    patients["train"] |= {known.get(name, patient) for name, patient in unlabelled.items()}
+    return patients
 
 
 def _digits(text: str) -> str:

@@ -221,6 +221,8 @@ def write_run_files(run_dir: RunDir, config: Config, data: PreparedData, about: 
         **data.hashes,
         "fingerprint": describe(data.train, data.plan),
         **about,
+        # With their patients, as those of a folder are no cases of the dataset, which would know them.
+        "unlabelled": {case.case_id: case.patient_id for case in data.unlabelled},
         "num_cases": {part: len(names) for part, names in parts.items()},
         "cases": parts,
     }

@@ -9,7 +9,7 @@ from medvisionllama.data.cache import CachedCase, build_cache, fit_normalisation
 from medvisionllama.data.check.run import dataset_findings
 from medvisionllama.data.fingerprint import Fingerprint, fingerprint
 from medvisionllama.data.formats.dicom_series import Series
-from medvisionllama.data.index import Case, Dataset, open_configured
+from medvisionllama.data.index import Case, Dataset, open_configured, patient_of
 from medvisionllama.data.planning import Plan, make_plan
 from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select
 from medvisionllama.errors import ConfigError, DataError
@@ -146,7 +146,8 @@ def unlabelled_cases(config: Config, dataset: Dataset, splits: Splits, selection
 
     Raises:
         ConfigError: it leaves out none.
-        DataError: no scans in the folder, or scans that the dataset has with labels.
+        DataError: no scans in the folder, scans that the dataset has with labels, or scans of patients who validate
+            or test.
     """
     scans = config.unlabelled.scans
     if scans == "none":
@@ -162,20 +163,32 @@ def unlabelled_cases(config: Config, dataset: Dataset, splits: Splits, selection
         return [replace(case, label=None) for case in dataset.cases if case.case_id in rest]
     found = collect_scans([scans], channels=dataset.channels)
     known = {case.case_id for case in dataset.cases}
-    for scan in found:
+    kept = {dataset.patients[name] for name in (*selection.validation, *selection.test)}
+    cases = [_case_of(scan, config.data.patient_pattern) for scan in found]
+    for case, scan in zip(cases, found, strict=True):
         if scan.case_id in known:
             raise DataError(
                 f"{scan.images[0]} is named like a case of {dataset.root}, which may be kept for the test; give scans that are not in the dataset, or unlabelled.scans=unused"
             )
-    return [_case_of(scan) for scan in found]
+        # Another frame of a test patient shows the same anatomy, with a label or without.
+        if case.patient_id in kept:
+            raise DataError(
+                f"{scan.images[0]} is of the patient {case.patient_id!r}, who validates or tests this run; take that patient's scans out of {scans}"
+            )
+    return cases
 
 
-def _case_of(scan: Scan) -> Case:
+def _case_of(scan: Scan, pattern: str | None) -> Case:
     name, first = scan.case_id, scan.images[0]
+    try:
+        patient = patient_of(name, pattern)
+    except DataError:
+        # A pattern is made for the dataset's names; a folder of other scans may have its own.
+        patient = patient_of(name)
     if isinstance(first, Series):
-        return Case(name, name, (first.folder,), label=None, series=first)
+        return Case(name, patient, (first.folder,), label=None, series=first)
     files = tuple(source for source in scan.images if isinstance(source, Path))
-    return Case(name, name, files, label=None)
+    return Case(name, patient, files, label=None)
 
 
 def _say_warnings(dataset: Dataset, found: Fingerprint, progress: Progress) -> None:

@@ -12,9 +12,10 @@ from medvisionllama.run_dir import RunDir
 
 @pytest.fixture
 def write_run(tmp_path):
-    def write(name, *, train=(), validation=(), pattern=None):
+    def write(name, *, train=(), validation=(), unlabelled=None, pattern=None):
         run = RunDir(tmp_path / name)
-        write_json(run.manifest, {"cases": {"train": train, "validation": validation}})
+        seen = {} if unlabelled is None else {"unlabelled": unlabelled}
+        write_json(run.manifest, {"cases": {"train": train, "validation": validation}, **seen})
         write_config(load_config("small", {"data.path": "d", "data.patient_pattern": pattern}), run.config)
         return run
 
@@ -33,6 +34,15 @@ def test_another_frame_of_a_scored_patient_is_a_leak(write_run, dataset):
     check_unseen([write_run("clean", train=["c"])], dataset, scored, split="test")
     with pytest.raises(DataError, match="has 1 of the 1 test patients among its train patients"):
         check_unseen([write_run("leak", train=["b", "c"])], dataset, scored, split="test")
+
+
+@pytest.mark.parametrize("seen", [{"a": "p1"}, {"b": "p1"}, {"a folder's scan": "p1"}])
+def test_a_patient_who_trained_without_labels_has_been_seen(write_run, dataset, seen):
+    members = [write_run("member", train=["c"], unlabelled=seen, pattern="^([abc])$")]
+    for split in ("test", "validation"):
+        with pytest.raises(DataError, match="'p1'"):
+            check_unseen(members, dataset, dataset.cases[:1], split=split)
+    check_unseen([write_run("clean", unlabelled={})], dataset, dataset.cases[:1], split="test")
 
 
 def test_every_member_is_looked_at(write_run, dataset):
