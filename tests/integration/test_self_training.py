@@ -8,10 +8,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from medvisionllama import api
-from medvisionllama.config import read_config
+from medvisionllama.config import load_config, read_config
 from medvisionllama.data.phantom import write_phantoms
 from medvisionllama.run_dir import RunDir
 from medvisionllama.training.prepare import divide
+from medvisionllama.training.self_training import SelfTraining
 
 from .conftest import FAST, settings
 
@@ -72,6 +73,50 @@ def test_a_folder_of_scans_trains_too(phantoms, tmp_path, cli):
     assert [folder.name for folder in masks] == sorted(
         path.name.removesuffix(".nii.gz") for path in extra.iterdir()
     )
+
+
+def test_other_frames_of_a_test_patient_are_refused(phantoms, tmp_path, cli):
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    config = load_config("small", {"data.path": phantoms})
+    _, _, selection = divide(config, drawn=None)
+    options = ["--epochs", 1, "--no-test", *settings()]
+    scan = phantoms / "imagesTr" / "phantom_000.nii.gz"
+    for kept in (selection.test[0], selection.validation[0]):
+        shutil.copy(scan, extra / f"{kept}_frame07.nii.gz")
+        outcome = cli("train", phantoms, "--out", tmp_path / "run", "--unlabelled", extra, *options)
+        assert outcome.code == 2
+        assert f"is of the patient '{kept}', who validates or tests this run" in outcome.err
+        (extra / f"{kept}_frame07.nii.gz").unlink()
+    shutil.copy(scan, extra / f"{selection.train[0]}_frame07.nii.gz")
+    outcome = cli("train", phantoms, "--out", tmp_path / "run", "--unlabelled", extra, *options)
+    assert outcome.code == 0, outcome.err
+    manifest = RunDir(tmp_path / "run").read_manifest()
+    assert manifest["unlabelled"] == {f"{selection.train[0]}_frame07": selection.train[0]}
+
+
+def test_a_run_killed_while_it_makes_masks_is_resumed_exactly(phantoms, tmp_path, monkeypatch):
+    # Each step is followed by a validation and its save, so that one comes right before the masks.
+    changes = {"train.max_steps": 12, "train.num_validations": 12}
+    options = {"cases": 2, "overrides": {**SETTINGS, **changes}, "test": False}
+    api.train(phantoms, out=tmp_path / "whole", **options)
+    give = SelfTraining.give_masks
+
+    def killed(self, network, number):
+        if number == 2:
+            raise SystemExit
+        return give(self, network, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SelfTraining, "give_masks", killed)
+        with pytest.raises(SystemExit):
+            api.train(phantoms, out=tmp_path / "killed", **options)
+    api.train(phantoms, out=tmp_path / "killed", resume=True, **options)
+    whole, resumed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
+    assert [record["dice"] for record in whole.read_history()] == [
+        record["dice"] for record in resumed.read_history()
+    ]
+    assert not weights_differ(whole, resumed)
 
 
 def test_classes_that_nobody_declared_are_found_in_the_labels_alone(phantoms, tmp_path):

@@ -125,6 +125,9 @@ class TrainingLoop:
             interruptible(echo_seconds=echo) as interrupted,
             progress.track("training", 1.0) as advance,
         ):
+            # A run that ended while it made masks was saved just before: they come before the next step.
+            if self._masks_due():
+                self._relabel()
             while self.progress < 1.0 or not self.state.dices:
                 loss = self._step()
                 self.state.loss_sum += loss
