@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from medvisionllama import api
+from medvisionllama.config import read_config
 from medvisionllama.data.index import patient_of
+from medvisionllama.evaluation.evaluate import read_table
 from medvisionllama.inference.inputs import collect_scans
+from medvisionllama.reports.html import write_report
 from medvisionllama.run_dir import RunDir
 
 from .conftest import TINY, settings
@@ -42,6 +45,37 @@ def test_cases_named_by_digits_keep_their_names(run):
 def test_one_test_patient_gives_valid_json_without_an_interval(run, cli):
     content = json.loads(cli("evaluate", run.path, "--json").out)
     assert content["classes"][0]["dice_low"] is None
+
+
+def test_the_page_says_the_tolerance_that_was_measured_with(run, tmp_path):
+    shutil.copytree(run.path, tmp_path / "run")
+    for tolerance in (5.0, 1.0):
+        api.evaluate(tmp_path / "run", tolerance_mm=tolerance)
+        assert f"NSD at {tolerance:g} mm" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("gone", ["a test case", "the masks", "the dataset"])
+def test_a_page_is_written_though_files_are_gone(run, plain, tmp_path, gone):
+    data, copy = tmp_path / "data", RunDir(tmp_path / "run")
+    shutil.copytree(plain, data)
+    shutil.copytree(run.path, copy.path)
+    copy.config.write_text(copy.config.read_text().replace(str(plain), str(data)))
+    assert "data:image/png" in write_report(copy.path).read_text()
+    [name] = read_table(copy.evaluation)["case_id"].unique()
+    if gone == "a test case":
+        for folder in ("images", "labels"):
+            (data / folder / f"{name}.nii.gz").unlink()
+    else:
+        shutil.rmtree({"the masks": copy.path / "predictions", "the dataset": data}[gone])
+    page = write_report(copy.path).read_text()
+    assert f"<td>{name}</td>" in page
+
+
+@pytest.mark.parametrize("limit", ["train.max_steps", "train.epochs"])
+def test_a_limit_by_steps_is_not_cut_by_the_preset_s_minutes(phantoms, tmp_path, limit):
+    overrides = {**TINY, "network.insert": "none", limit: 2}
+    api.train(phantoms, out=tmp_path / "run", overrides=overrides, test=False)
+    assert read_config(tmp_path / "run" / "config.yaml").train.max_minutes is None
 
 
 def test_report_shows_hostile_names_as_text(plain, phantoms, tmp_path):

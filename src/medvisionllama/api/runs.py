@@ -56,9 +56,6 @@ def train(
     chosen: dict[str, Any] = {"data.path": Path(data), "out": out}
     limits = {"train.max_minutes": max_minutes, "train.epochs": epochs}
     chosen |= {key: value for key, value in limits.items() if value is not None}
-    if epochs is not None and max_minutes is None:
-        # A limit that the user did not ask for would cut the run short.
-        chosen["train.max_minutes"] = None
     parts = {
         "data.fold": fold,
         "data.fraction": fraction,
@@ -67,6 +64,9 @@ def train(
     }
     chosen |= {key: value for key, value in parts.items() if value is not None}
     chosen |= parse_overrides(overrides)
+    if any(chosen.get(limit) is not None for limit in ("train.epochs", "train.max_steps")):
+        # A limit that the user did not ask for would cut the run short.
+        chosen.setdefault("train.max_minutes", None)
     if resume:
         RunDir(out).check_resumable()
         config = read_config(RunDir(out).config, chosen)
@@ -217,7 +217,7 @@ def evaluate(
             Path(predictions),
             Path(labels),
             merged=merged,
-            tolerance_mm=tolerance_mm or 1.0,
+            tolerance_mm=1.0 if tolerance_mm is None else tolerance_mm,
             progress=progress,
         )
     if out is not None:

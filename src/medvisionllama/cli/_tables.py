@@ -1,12 +1,14 @@
 """Tables on the terminal."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from medvisionllama.evaluation.evaluate import mean_class_dice, read_table, summarise
+from medvisionllama.evaluation.evaluate import mean_dice, read_table, summarise
 from medvisionllama.inference.cleaning import Choice
 
 
@@ -24,11 +26,16 @@ def print_choice(choice: Choice, where: Path) -> None:
     console.print(f"chosen: {choice.words} ({where})", soft_wrap=True, markup=False, highlight=False)
 
 
+def _interval(row: dict[Any, Any]) -> str:
+    """Of the mean; one patient has none."""
+    return "one patient" if math.isnan(row["dice_low"]) else f"{row['dice_low']:.3f}–{row['dice_high']:.3f}"
+
+
 def print_summary(source: Path | pd.DataFrame) -> None:
     """Print each class's mean, interval, median and quartiles."""
     table = source if isinstance(source, pd.DataFrame) else read_table(source)
     shown = Table(
-        title=f"{table['case_id'].nunique()} cases, mean class Dice {mean_class_dice(table).mean():.3f}",
+        title=f"{table['case_id'].nunique()} cases, mean class Dice {mean_dice(table):.3f}",
         title_justify="left",
     )
     for name in ("class", "Dice mean (95 % interval)", "median (quartiles)", "NSD", "HD95 mm", "empty"):
@@ -36,7 +43,7 @@ def print_summary(source: Path | pd.DataFrame) -> None:
     for row in summarise(table).to_dict(orient="records"):
         shown.add_row(
             str(row["class"]),
-            f"{row['dice_mean']:.3f} ({row['dice_low']:.3f}–{row['dice_high']:.3f})",
+            f"{row['dice_mean']:.3f} ({_interval(row)})",
             f"{row['dice_median']:.3f} ({row['dice_q1']:.3f}–{row['dice_q3']:.3f})",
             f"{row['nsd_median']:.3f}",
             f"{row['hd95_mm_median']:.2f}",

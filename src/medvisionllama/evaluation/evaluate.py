@@ -45,7 +45,7 @@ def evaluate_files(
             predicted, truth = read_pair(pair, classes, merged=merged)
             names = {"case_id": pair.case_id, "patient_id": pair.patient_id}
             rows += [
-                {**names, **row}
+                {**names, **row, "tolerance_mm": tolerance_mm}
                 for row in measure_classes(predicted, truth, classes, tolerance_mm=tolerance_mm)
             ]
             advance(number)
@@ -131,16 +131,17 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean, median and quartiles of each class over cases, and the 95 % bootstrap interval of the mean Dice."""
-    from medvisionllama.evaluation.statistics import bootstrap_interval
+    """Of each class, mean Dice over patients with its 95 % bootstrap interval, median and quartiles over cases."""
+    from medvisionllama.evaluation.statistics import bootstrap_interval, patient_means
 
     rows = []
     for name, group in table.groupby("class", sort=False):
-        low, high = bootstrap_interval(group["dice"].tolist(), group["patient_id"].tolist())
+        dices, patients = group["dice"].tolist(), group["patient_id"].tolist()
+        low, high = bootstrap_interval(dices, patients)
         row: dict[str, Any] = {
             "class": name,
             "cases": len(group),
-            "dice_mean": group["dice"].mean(),
+            "dice_mean": patient_means(dices, patients).mean(),
             "dice_low": low,
             "dice_high": high,
         }
@@ -171,11 +172,17 @@ def _same_grid(pair: Pair, predicted: Volume, truth: Volume) -> None:
         )
 
 
+def mean_dice(table: pd.DataFrame) -> float:
+    """Mean class Dice of a table: over the classes of a case, the cases of a patient, and patients."""
+    patients = table.groupby("case_id")["patient_id"].first()
+    return float(mean_class_dice(table).groupby(patients).mean().mean())
+
+
 def to_json(table: pd.DataFrame, more: Mapping[str, Any]) -> str:
     """A table, its summary and more facts for machines."""
     return json.dumps(
         {
-            "mean_class_dice": float(mean_class_dice(table).mean()),
+            "mean_class_dice": mean_dice(table),
             # pandas writes what is not a number as null, which JSON has, and not as NaN, which it has not.
             "classes": json.loads(summarise(table).to_json(orient="records")),
             "cases": json.loads(table.to_json(orient="records")),

@@ -93,7 +93,7 @@ def evaluate_run(
         pairs,
         predictor.plan.mask_classes,
         merged=predictor.plan.merged,
-        tolerance_mm=tolerance_mm or config.inference.tolerance_mm,
+        tolerance_mm=config.inference.tolerance_mm if tolerance_mm is None else tolerance_mm,
         progress=progress,
     )
     write_table(table, table_file(run_dir, split, also=also, block_removed=block_removed))

@@ -58,12 +58,16 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
         declared = read_dataset_json(description).get("labels", {})
         by_value = {}
         for key, value in declared.items() if isinstance(declared, dict) else ():
+            if isinstance(value, list):
+                raise DataError(
+                    f"{description}: the class {key!r} is a region of several values, which cannot be measured; name the values one by one"
+                )
             # MSD maps values to names, nnU-Net names to values.
             number, name = (value, key) if isinstance(value, int) else (key, value)
             if str(number).isdigit():
                 by_value[int(number)] = str(name)
-        if by_value:
-            return {value: by_value[value] for value in sorted(by_value) if value}
+        if named := {value: by_value[value] for value in sorted(by_value) if value}:
+            return named
     table = pairs[0].prediction.parent / "labels.txt"
     if table.is_file() and (named := read_label_table(table.read_text(errors="replace"))):
         return named
@@ -79,6 +83,10 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
     if named and all(_segments(path) for path in files):
         return named
     values = {int(value) for path in files for value in np.unique(read_label(path).array)} - {0}
+    if not values:
+        raise DataError(
+            f"all masks and labels are empty and nothing names their classes; put a labels.txt beside {files[1].parent}, or give other folders"
+        )
     return {value: named.get(value, f"class {value}") for value in sorted(values)}
 
 

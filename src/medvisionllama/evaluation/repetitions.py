@@ -7,7 +7,7 @@ rather than left out: the arm that went wrong would gain by leaving it out.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ class Repetition:
     """Patient, case and class of every row."""
     patients: pd.DataFrame
     """One row per patient, one column per metric."""
+    volumes: Mapping[tuple[str, str, str], float] = field(default_factory=dict)
+    """Millilitres of the label, by patient, case and class, where the table has them."""
 
 
 def finished(
@@ -91,7 +93,8 @@ def finished(
         names = [tuple(name) for name in group[["patient_id", "case_id", "class"]].itertuples(index=False)]
         if len(set(names)) < len(names):
             raise DataError(f"run {run_id} has a case and class twice in its table; evaluate it again")
-        found[key] = Repetition(run_id, sha256, frozenset(names), patients[key])
+        volumes = dict(zip(names, group["volume_ml"], strict=True)) if "volume_ml" in group else {}
+        found[key] = Repetition(run_id, sha256, frozenset(names), patients[key], volumes)
     return found
 
 
@@ -114,7 +117,7 @@ def check_pair(first: Repetition, second: Repetition) -> None:
     """Refuse to pair two runs that were not tested on the same patients of the same splits.
 
     Raises:
-        DataError: other splits, patients, cases or classes.
+        DataError: other splits, patients, cases or classes, or other labels.
     """
     a, b = first.splits_sha256[:12], second.splits_sha256[:12]
     if first.splits_sha256 != second.splits_sha256:
@@ -126,6 +129,13 @@ def check_pair(first: Repetition, second: Repetition) -> None:
         raise DataError(
             f"runs {first.run_id} (splits {a}) and {second.run_id} (splits {b}) were not tested on the same patients: patient {patient!r}, case {case_id!r}, class {name!r} is in one table only; evaluate both again"
         )
+    for name in sorted(first.volumes.keys() & second.volumes.keys()):
+        mine, other = first.volumes[name], second.volumes[name]
+        if abs(mine - other) > 1e-5 + 1e-4 * abs(other):
+            patient, case_id, label = name
+            raise DataError(
+                f"runs {first.run_id} and {second.run_id} were tested on different labels: class {label!r} of the case {case_id!r} has {mine:.4g} ml and {other:.4g} ml; evaluate both again on the same data"
+            )
 
 
 def _check_columns(frame: pd.DataFrame, name: str, columns: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from medvisionllama._files import write_json
 from medvisionllama.config import Config, read_config
 from medvisionllama.data.index import open_configured
 from medvisionllama.devices import choose_device
-from medvisionllama.evaluation.evaluate import mean_class_dice
+from medvisionllama.evaluation.evaluate import mean_dice
 from medvisionllama.evaluation.evaluate_run import evaluate_run
 from medvisionllama.experiments.fair import matched_settings, sizes_of_run
 from medvisionllama.experiments.matrix import WITHOUT_EFFECT, PlannedRun, variant_name
@@ -34,10 +34,10 @@ def execute(experiment: Experiment, run: PlannedRun, *, progress: Progress) -> b
             return False
         write_json(files.trained, {key: getattr(result, key) for key in _TRAINED})
     started = time.monotonic()
-    dice = {run.arm: float(mean_class_dice(evaluate_run(files.path, progress=progress)).mean())}
+    dice = {run.arm: mean_dice(evaluate_run(files.path, progress=progress))}
     for variant in run.also:
         table = evaluate_run(files.path, block_removed=variant == "block_removed", progress=progress)
-        dice[variant_name(run.arm, variant)] = float(mean_class_dice(table).mean())
+        dice[variant_name(run.arm, variant)] = mean_dice(table)
     seconds = time.monotonic() - started
     write_json(files.done, _facts(files, dice, seconds))
     # Weights and tables stay; what only an unfinished run needs would fill the disk.

@@ -14,8 +14,8 @@ from medvisionllama.data.index import Case, open_configured
 from medvisionllama.data.labels import whole_label
 from medvisionllama.data.readers import read_image, read_label
 from medvisionllama.data.volume import to_ras
-from medvisionllama.errors import ConfigError
-from medvisionllama.evaluation.evaluate import mean_class_dice, read_table, summarise
+from medvisionllama.errors import ConfigError, DataError
+from medvisionllama.evaluation.evaluate import mean_class_dice, mean_dice, read_table, summarise
 from medvisionllama.inference.predictor import read_plan
 from medvisionllama.reports import plots
 from medvisionllama.reports.pages import render
@@ -52,16 +52,23 @@ def write_report(run: Path) -> Path:
         history=history,
         curves=plots.curves(history) if history else None,
         summary=None if table is None else summarise(table).to_dict(orient="records"),
-        mean_dice=None if table is None else float(mean_class_dice(table).mean()),
+        mean_dice=None if table is None else mean_dice(table),
         cases=None if table is None else table.to_dict(orient="records"),
         dots=None if table is None else plots.dice_by_case(table),
         pictures=[] if table is None else _pictures(run_dir, config, table),
         colours=[colour_of(index) for index in range(len(plan.mask_classes))],
         best=max((record["dice"] for record in history), default=None),
-        tolerance=config.inference.tolerance_mm,
+        tolerance=_tolerance(table, config),
     )
     write_text(run_dir.report, page)
     return run_dir.report
+
+
+def _tolerance(table: pd.DataFrame | None, config: Config) -> float:
+    """Of the table's surface Dice, in millimetres; tables did not always say it."""
+    if table is None or "tolerance_mm" not in table:
+        return config.inference.tolerance_mm
+    return float(table["tolerance_mm"].iloc[0])
 
 
 def changed_settings(config: Config) -> dict[str, Any]:
@@ -86,28 +93,32 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _pictures(run_dir: RunDir, config: Config, table: pd.DataFrame) -> list[Picture]:
-    """Overlays of the best, the median and the worst case, if the dataset is still where it was."""
+    """Overlays of the best, the median and the worst case, as far as their files are still where they were."""
     assert config.data.path is not None, "fit wrote it"
-    if not config.data.path.is_dir():
+    try:
+        cases = {case.case_id: case for case in open_configured(config.data).cases}
+    except DataError:
         return []
-    cases = {case.case_id: case for case in open_configured(config.data).cases}
     ranked = mean_class_dice(table).sort_values(ascending=False)
     places = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
     pictures = []
     for title, place in places.items():
         case_id = str(ranked.index[place])
+        mask = run_dir.path / "predictions" / "test" / f"{case_id}.nii.gz"
+        if case_id not in cases or not mask.is_file():
+            continue
         rows = table[table["case_id"] == case_id]
         caption = ", ".join(f"{row['class']} {row['dice']:.3f}" for row in rows.to_dict(orient="records"))
-        pictures.append(Picture(title, f"{case_id}: Dice {caption}", _overlay(run_dir, cases[case_id])))
+        pictures.append(Picture(title, f"{case_id}: Dice {caption}", _overlay(run_dir, cases[case_id], mask)))
     return pictures
 
 
-def _overlay(run_dir: RunDir, case: Case) -> str:
+def _overlay(run_dir: RunDir, case: Case, mask: Path) -> str:
     assert case.label is not None, "datasets list labelled cases"
     plan = read_plan(run_dir)
     image = to_ras(read_image(case.images))
     truth = whole_label(case.label, to_ras(read_label(case.label)), image.shape, image.affine).array
-    predicted = to_ras(read_label(run_dir.path / "predictions" / "test" / f"{case.case_id}.nii.gz")).array
+    predicted = to_ras(read_label(mask)).array
     if plan.merged:
         truth = (truth > 0).astype(np.uint8)
     return plots.overlay(image, truth, predicted, plan.mask_classes)

@@ -217,6 +217,15 @@ def test_runs_tested_on_other_patients_cases_or_classes_are_refused(name, reason
     assert "heart-small-block-1.0-0-0 (splits aaaaaaaaaaaa)" in str(caught.value)
 
 
+def test_runs_tested_on_other_labels_are_refused():
+    runs, cases = Study().add("none", NONE).add("block", BLOCK).tables
+    cases["volume_ml"] = 3.0
+    compare(runs, cases, reference="none")
+    cases.loc[(cases["arm"] == "block") & (cases["case_id"] == "c2"), "volume_ml"] = 3.2
+    with pytest.raises(DataError, match=r"different labels: class 'left' of the case 'c2' has 3(\.2)? ml"):
+        compare(runs, cases, reference="none")
+
+
 def test_a_run_tested_on_its_training_patients_is_refused():
     study = Study().add("none", NONE).add("block", BLOCK)
     none, block = (run["run_id"] for run in study.runs)
