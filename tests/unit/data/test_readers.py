@@ -4,9 +4,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from medvisionllama.data.readers import is_scan, read_header, read_image, read_label, stem_of
 from medvisionllama.errors import DataError
+from medvisionllama.inference.writers import write_mask
 
 SHAPE = (4, 5, 6)
 NOISE = np.random.default_rng(0).normal(size=SHAPE)
@@ -204,6 +206,28 @@ def test_a_fractional_label_is_refused_with_its_value(tmp_path, write_nifti):
     label[2, 2, 2] = 1.5
     path = write_nifti(tmp_path / "a.nii.gz", label, dtype=np.float32)
     assert "whole numbers, found 1.5" in refusal(path, read_label)
+
+
+@pytest.mark.parametrize(
+    ("unit", "factor"), [("meter", 1000.0), ("micron", 0.001), ("mm", 1.0), ("unknown", 1.0)]
+)
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_lengths_have_the_unit_of_the_header_as_itk_has_them(tmp_path, unit, factor, suffix):
+    affine = np.diag([-0.8, -0.8, 2.0, 1.0])
+    affine[:3, 3] = 5, 7, -11
+    image = nib.Nifti1Image(NOISE.astype(np.float32), np.diag([1 / factor] * 3 + [1]) @ affine)
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / f"a{suffix}")
+    found = read_image((tmp_path / f"a{suffix}",))
+    np.testing.assert_allclose(found.affine, affine, rtol=1e-6)
+    np.testing.assert_allclose(read_header(tmp_path / f"a{suffix}").affine, affine, rtol=1e-6)
+    theirs = sitk.ReadImage(str(tmp_path / f"a{suffix}"))
+    np.testing.assert_allclose(theirs.GetSpacing(), found.spacing_mm, rtol=1e-5)
+    # A mask keeps the scan's header, and so its unit.
+    write_mask(
+        tmp_path / f"mask{suffix}", np.ones(NOISE.shape, np.uint8), affine, like=tmp_path / f"a{suffix}"
+    )
+    np.testing.assert_allclose(read_label(tmp_path / f"mask{suffix}").affine, affine, rtol=1e-6)
 
 
 def test_a_label_whose_file_scales_its_values_is_read(tmp_path):

@@ -41,7 +41,7 @@ def storage_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
             message = f"{file.path}: its sform and qform place it differently; the sform is used, other programs may take the qform: set both to the right one"
             findings.append(Finding("sform-qform", message, (case.case_id,), file.path))
         if file.storage.unit in {"meter", "micron"}:
-            message = f"{file.path} gives lengths in {file.storage.unit}s; they are read as millimetres: convert the header"
+            message = f"{file.path} gives lengths in {file.storage.unit}s, and is read so: make sure that its numbers are {file.storage.unit}s"
             findings.append(Finding("spacing-unit", message, (case.case_id,), file.path))
     for case, file in files:
         shear = _shear(file)

@@ -18,6 +18,7 @@ from medvisionllama.errors import DataError
 from medvisionllama.types import AffineMatrix
 
 SUFFIXES = (".nii.gz", ".nii")
+_METRE, _MICRON = 1, 3  # NIfTI's codes; 2 are millimetres, 0 is not known
 _LONGEST = 32_767  # voxels along an axis that NIfTI-1 can count
 # First number of the header, and its length in bytes.
 _KINDS = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
@@ -77,7 +78,7 @@ def _unpack(path: Path, content: bytes, *, packed: bool) -> tuple[np.ndarray, He
         return None
     raw = _KINDS[size].header_class(head[:size])
     shape, dtype = raw.get_data_shape(), raw.get_data_dtype()
-    header = make_header(path, shape, np.asarray(raw.get_best_affine(), dtype=np.float64))
+    header = make_header(path, shape, _in_mm(raw.get_best_affine(), raw))
     _check_type(path, dtype)
     offset, declared = int(raw.get_data_offset()), math.prod(shape) * dtype.itemsize
     # No more is unpacked than the header declares: a small file may unpack to anything.
@@ -100,7 +101,15 @@ def _check_type(path: Path, dtype: np.dtype) -> None:
 
 
 def _header(path: Path, image: nib.Nifti1Image) -> Header:
-    return make_header(path, image.shape, np.asarray(image.affine, dtype=np.float64))
+    return make_header(path, image.shape, _in_mm(image.affine, image.header))
+
+
+def _in_mm(affine: np.ndarray, header: nib.Nifti1Header) -> AffineMatrix:
+    """A matrix to millimetres, of one to the header's own unit of length."""
+    unit = int(header["xyzt_units"]) & 7
+    matrix = np.array(affine, dtype=np.float64)
+    matrix[:3] *= {_METRE: 1000.0, _MICRON: 0.001}.get(unit, 1.0)
+    return matrix
 
 
 def _open(path: Path) -> nib.Nifti1Image:
