@@ -195,7 +195,7 @@ def _write_label(plan: _Plan, source: Path, image: ScanSource, target: Path, tra
     if may_be_cropped(source) and read_header(source).shape != read_header(image).shape:
         # NIfTI has no place for crops: what 3D Slicer left out is background.
         uncrop(source, image, target)
-        source, transfer = target, "copy"
+        source = target
     if plan.layout != "nnunet":
         if source != target:
             pass_on(source, target, transfer)
