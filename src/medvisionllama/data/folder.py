@@ -92,13 +92,13 @@ def index_plain(
     )
     wanted = [case for case in cases if not {case.case_id, case.patient_id} & set(exclude)]
     endings = {case.case_id: _endings(case) for case in wanted}
-    for case_id, found in endings.items():
-        case, first = next(iter(endings.items()))
-        if found != first:
+    for case_id, files in endings.items():
+        other, usual = next(iter(endings.items()))
+        if files != usual:
             raise DataError(
-                f"{root}/images: the case {case_id!r} has the channel files {', '.join(found)}, the case {case!r} {', '.join(first)}; every case needs the same"
+                f"{root}/images: the case {case_id!r} has the channel files {', '.join(files)}, the case {other!r} {', '.join(usual)}; every case needs the same"
             )
-    num_channels = max((len(found) for found in endings.values()), default=1)
+    num_channels = max((len(files) for files in endings.values()), default=1)
     if num_channels == 1 and cases:
         # One file a case may still be 4-D.
         num_channels = _channels_of_first(wanted)

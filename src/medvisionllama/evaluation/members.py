@@ -66,7 +66,7 @@ def _patients_by_part(member: RunDir, dataset: Dataset) -> dict[str, set[str]]:
     try:
         manifest = member.read_manifest()
         parts = {part: list(manifest["cases"][part]) for part in ("train", "validation")}
-        unlabelled = dict(manifest.get("unlabelled", {}))
+        unlabelled: dict[str, str] = manifest.get("unlabelled", {})
     except (KeyError, TypeError):
         raise CheckpointError(
             f"{member.manifest} does not say which cases the run has seen, so a leak cannot be excluded; restore it or leave the run out"

@@ -129,12 +129,12 @@ def check_pair(first: Repetition, second: Repetition) -> None:
         raise DataError(
             f"runs {first.run_id} (splits {a}) and {second.run_id} (splits {b}) were not tested on the same patients: patient {patient!r}, case {case_id!r}, class {name!r} is in one table only; evaluate both again"
         )
-    for name in sorted(first.volumes.keys() & second.volumes.keys()):
-        mine, other = first.volumes[name], second.volumes[name]
+    for key in sorted(first.volumes.keys() & second.volumes.keys()):
+        mine, other = first.volumes[key], second.volumes[key]
         if abs(mine - other) > 1e-5 + 1e-4 * abs(other):
-            patient, case_id, label = name
+            _, case_id, name = key
             raise DataError(
-                f"runs {first.run_id} and {second.run_id} were tested on different labels: class {label!r} of the case {case_id!r} has {mine:.4g} ml and {other:.4g} ml; evaluate both again on the same data"
+                f"runs {first.run_id} and {second.run_id} were tested on different labels: class {name!r} of the case {case_id!r} has {mine:.4g} ml and {other:.4g} ml; evaluate both again on the same data"
             )
 
 
