@@ -25,6 +25,7 @@ LAYERS = (
     {"networks"},
     {"inference"},
     {"training"},
+    {"evaluation.masks"},
     {"evaluation.evaluate"},
     {
         "evaluation.repetitions",
