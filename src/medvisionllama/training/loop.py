@@ -125,10 +125,11 @@ class TrainingLoop:
             interruptible(echo_seconds=echo) as interrupted,
             progress.track("training", 1.0) as advance,
         ):
-            # A run that ended while it made masks was saved just before: they come before the next step.
-            if self._masks_due():
-                self._relabel()
             while self.progress < 1.0 or not self.state.dices:
+                # Before a step: a run that ended while it made masks was saved without them, and begins here.
+                if self._masks_due():
+                    advance(self.progress, "segmenting the scans without labels")
+                    self._relabel()
                 loss = self._step()
                 self.state.loss_sum += loss
                 self._tick()
@@ -136,10 +137,7 @@ class TrainingLoop:
                 if self._validation_due():
                     self._validate()
                     self.save()
-                if self._masks_due():
-                    advance(self.progress, "segmenting the scans without labels")
-                    self._relabel()
-                elif time.monotonic() - self._saved_at > self.config.save_seconds:
+                if time.monotonic() - self._saved_at > self.config.save_seconds:
                     self.save()
                 if self.processes.any(interrupted()):
                     self.save()
