@@ -1,6 +1,6 @@
 """Masks and labels as files to be compared: which there are, what their classes are called, and their values."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,14 +78,14 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
         raise DataError(
             f"{dicom} names its classes and nothing says which values they have; put the labels.txt that `medvisionllama predict` wrote beside the masks"
         )
-    files = [path for pair in pairs for path in (pair.label, pair.prediction)]
-    named = _named_classes(files)
-    if named and all(_segments(path) for path in files):
+    segments = {path: _segments(path) for pair in pairs for path in (pair.label, pair.prediction)}
+    named = _named_classes(segments)
+    if named and all(segments.values()):
         return named
-    values = {int(value) for path in files for value in np.unique(read_label(path).array)} - {0}
+    values = {int(value) for path in segments for value in np.unique(read_label(path).array)} - {0}
     if not values:
         raise DataError(
-            f"all masks and labels are empty and nothing names their classes; put a labels.txt beside {files[1].parent}, or give other folders"
+            f"all masks and labels are empty and nothing names their classes; put a labels.txt beside {pairs[0].prediction.parent}, or give other folders"
         )
     return {value: named.get(value, f"class {value}") for value in sorted(values)}
 
@@ -120,28 +120,31 @@ def read_mask(path: Path, classes: dict[int, str]) -> Volume:
     return Volume(table[label.array].astype(np.uint8 if table.max() < 256 else np.uint16), label.affine)
 
 
-def _named_classes(files: Sequence[Path]) -> dict[int, str]:
+def _named_classes(segments: Mapping[Path, dict[int, str]]) -> dict[int, str]:
     """Classes by the names that 3D Slicer wrote into files, with the values of the first that has each.
+
+    Args:
+        segments: names by value in each file.
 
     Raises:
         DataError: names are exchanged and a file has none, so that its values may mean either.
     """
-    segments = {path: _segments(path) for path in files}
+    nameless = next((path for path, names in segments.items() if not names), None)
     classes: dict[int, str] = {}
+    values: dict[str, int] = {}
     for path, names in segments.items():
         for value, name in names.items():
-            known = {_plain(other): number for number, other in classes.items()}
-            number = known.get(_plain(name))
-            if number == value:
+            known = values.get(_plain(name))
+            if known == value:
                 continue
-            nameless = next((other for other, found in segments.items() if not found), None)
-            if nameless is not None and (number is not None or value in classes):
+            if nameless is not None and (known is not None or value in classes):
                 raise DataError(
                     f"{path} calls the value {value} {name}, another file has it otherwise, and {nameless} names nothing; put a labels.txt beside the masks"
                 )
-            if number is None:
+            if known is None:
                 free = value if value not in classes else max(classes) + 1
                 classes[free] = name
+                values[_plain(name)] = free
     return {value: classes[value] for value in sorted(classes)}
 
 
