@@ -21,15 +21,15 @@ def summarise(where: Path) -> pd.DataFrame:
         return pd.DataFrame()
     cells = [json.loads(path.read_text()) for path in paths]
     tables = {
-        (machine_of(cell), cell["arm"], cell["seed"]): read_table(path.with_suffix(".csv"))
+        (machine_name(cell["hardware"]), cell["arm"], cell["seed"]): read_table(path.with_suffix(".csv"))
         for path, cell in zip(paths, cells, strict=True)
     }
     dice = {cell: mean_class_dice(table) for cell, table in tables.items()}
     # The unit is the patient: two scans of one heart are no two witnesses.
     patients = pd.concat(tables.values()).groupby("case_id")["patient_id"].first()
     lines = []
-    for machine, arm in dict.fromkeys((machine_of(cell), cell["arm"]) for cell in cells):
-        own = [cell for cell in cells if (machine_of(cell), cell["arm"]) == (machine, arm)]
+    for machine, arm in dict.fromkeys((machine, arm) for machine, arm, _ in tables):
+        own = [cell for key, cell in zip(tables, cells, strict=True) if key[:2] == (machine, arm)]
         scores = pd.Series([cell["test_dice"] for cell in own])
         line = {
             "arm": arm,
@@ -58,13 +58,8 @@ def summarise(where: Path) -> pd.DataFrame:
     return pd.DataFrame(lines).sort_values(["machine", "dice"], ascending=[True, False])
 
 
-def machine_of(cell: dict[str, Any]) -> str:
-    """What a cell's minutes were spent on, such as `AMD EPYC, AVX512, 2 threads`."""
-    return machine_name(cell["hardware"])
-
-
 def machine_name(hardware: dict[str, Any]) -> str:
-    """The same, of what `machine_facts` says of a machine."""
+    """What minutes are spent on, such as `AMD EPYC, AVX512, 2 threads`, from what `machine_facts` says."""
     if hardware["gpu"]:
         return str(hardware["gpu"])
     return f"{hardware['processor']}, {hardware['instructions']}, {hardware['threads']} threads"
