@@ -3,10 +3,10 @@
 python benchmarks/few_shot.py --rows hippocampus-14 --arms no-tokens,unet-16,nnunet --seeds 0
 python benchmarks/few_shot.py --preset large    # one GPU: all cases, 30 minutes each
 
-Without --rows, --arms and --seeds it makes the whole table (107 hours with `small`). Each cell (row, arm, seed)
-runs in a process of its own on two cores (`large`: on all), writes its per-case table to results/few_shot/, and
-is skipped from then on; so the table may grow over many sessions. Arms are compared on one machine only, and each
-machine has its own cells. --minutes makes a shorter table, kept apart from the full one.
+Without --rows, --arms and --seeds it makes the whole table, which takes days with `small`; how many hours is said
+first. Each cell (row, arm, seed) runs in a process of its own on two cores (`large`: on all), writes its per-case
+table to results/few_shot/, and is skipped from then on; so the table may grow over many sessions. Arms are compared
+on one machine only, and each machine has its own cells. --minutes makes a shorter table, kept apart.
 
 A tuned rival (`unet-16-tuned`) first chooses its learning rate on the validation cases, in three runs of a
 quarter of the minutes each, which do not count.
@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from few_shot_arms import ARMS, NNUNET, ROWS, TABLES, says_nothing
-from few_shot_cell import cell_path, folder, minutes_of, run_cell
-from few_shot_summary import summarise
+from few_shot_arms import ARMS, NNUNET, RATES, ROWS, TABLES, TUNING_SHARE, says_nothing
+from few_shot_cell import INTERRUPTED, cell_path, folder, minutes_of, run_cell
+from few_shot_summary import machine_slug, summarise
 
 RESULTS = Path(__file__).parent / "results" / "few_shot"
 
@@ -35,29 +35,42 @@ def main() -> None:
     # Not above: a cell tells torch of its threads before it is imported.
     from medvisionllama.run_dir import machine_facts
 
-    hardware = machine_facts()["hardware"] | {"threads": arguments.threads}
+    arguments.machine = machine_slug(machine_facts()["hardware"] | {"threads": arguments.threads})
     rows = names(arguments.rows, ROWS, default=TABLES[arguments.preset])
     fair = [arm for arm, spec in ARMS.items() if spec.tuned or not spec.rival]
     arms = names(arguments.arms, {**ARMS, NNUNET: None}, default=[*fair, NNUNET])
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     # Seed by seed, so that stopping early leaves whole repetitions.
-    for seed in seeds:
-        for row in rows:
-            for arm in arms:
-                if says_nothing(ROWS[row], arm):
-                    continue
-                if not cell_path(arguments, row, arm, seed, hardware).is_file():
-                    print(f"{row}, {arm}, seed {seed}", flush=True)
-                    command = [sys.executable, __file__, *sys.argv[1:], "--cell", row, arm, str(seed)]
-                    # A rival that fails is missing from the table, and the others go on.
-                    if subprocess.run(command, check=False).returncode:
-                        print(f"{row}, {arm}, seed {seed} failed", flush=True)
+    due = [
+        (row, arm, seed)
+        for seed in seeds
+        for row in rows
+        for arm in arms
+        if not says_nothing(ROWS[row], arm) and not cell_path(arguments, row, arm, seed).is_file()
+    ]
+    hours = sum(training_minutes(arguments, row, arm) for row, arm, _ in due) / 60
+    print(f"{len(due)} cells to make: {hours:.1f} hours of training", flush=True)
+    for row, arm, seed in due:
+        print(f"{row}, {arm}, seed {seed}", flush=True)
+        command = [sys.executable, __file__, *sys.argv[1:], "--cell", row, arm, str(seed)]
+        code = subprocess.run(command, check=False).returncode
+        if code == INTERRUPTED:
+            raise SystemExit(INTERRUPTED)
+        # A rival that fails is missing from the table, and the others go on.
+        if code:
+            print(f"{row}, {arm}, seed {seed} failed", flush=True)
     for row in rows:
         where = folder(arguments, row)
         if not (summary := summarise(where)).empty:
             summary.to_csv(where / "summary.csv", index=False)
             print(f"\n{row}, {minutes_of(arguments, row):g} minutes on {arguments.threads} cores")
             print(summary.to_string(index=False))
+
+
+def training_minutes(arguments: argparse.Namespace, row: str, arm: str) -> float:
+    """Minutes of a cell, with those in which a rate is chosen; without the test."""
+    tuned = arm != NNUNET and ARMS[arm].tuned
+    return minutes_of(arguments, row) * (1 + TUNING_SHARE * len(RATES) * tuned)
 
 
 def names(asked: str | None, known: dict[str, Any], *, default: Sequence[str] | None = None) -> list[str]:

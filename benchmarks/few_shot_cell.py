@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from few_shot_arms import ARMS, NNUNET, RATES, ROWS, TUNING_SHARE
-from few_shot_summary import machine_name
+from few_shot_summary import machine_slug
 
 if TYPE_CHECKING:
     from medvisionllama.run_dir import RunDir
+
+INTERRUPTED = 130
+"""What a program ends with that was told to stop, as shells have it."""
 
 
 def run_cell(arguments: argparse.Namespace) -> None:
@@ -23,17 +25,18 @@ def run_cell(arguments: argparse.Namespace) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    from medvisionllama.evaluation.evaluate import mean_class_dice, write_table
+    from medvisionllama.evaluation.evaluate import mean_dice, write_table
     from medvisionllama.run_dir import machine_facts
 
     row, arm, seed = arguments.cell[0], arguments.cell[1], int(arguments.cell[2])
+    machine = machine_facts()
+    arguments.machine = machine_slug(machine["hardware"])
     started, used = time.monotonic(), os.times()
     train = train_nnunet if arm == NNUNET else train_ours
     table, facts = train(arguments, row, arm, seed)
     now = os.times()
     cores = sum(now[:4]) - sum(used[:4])
-    machine = machine_facts()
-    path = cell_path(arguments, row, arm, seed, machine["hardware"])
+    path = cell_path(arguments, row, arm, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_table(table, path.with_suffix(".csv"))
     facts = {
@@ -41,7 +44,7 @@ def run_cell(arguments: argparse.Namespace) -> None:
         "arm": arm,
         "seed": seed,
         "minutes": minutes_of(arguments, row),
-        "test_dice": round(float(mean_class_dice(table).mean()), 4),
+        "test_dice": round(mean_dice(table), 4),
         **facts,
         # Other work on the machine shows here: a quiet run of two threads uses nearly two.
         "mean_cores_used": round(cores / (time.monotonic() - started), 2),
@@ -93,13 +96,17 @@ def train_run(
     minutes: float,
     more: dict[str, Any],
 ) -> "RunDir":
-    """Train an arm for some minutes, or go on with a run that was cut off."""
+    """Train an arm for some minutes, or go on with a run that was cut off.
+
+    Raises:
+        SystemExit: it was cut off now, saved, and must not be scored.
+    """
     from medvisionllama import api
     from medvisionllama.cli._progress import TerminalProgress
     from medvisionllama.run_dir import RunDir
 
     spec, run = ARMS[arm], RunDir(path)
-    api.train(
+    result = api.train(
         arguments.data / ROWS[row].data,
         out=path,
         preset=spec.rival or arguments.preset,
@@ -118,6 +125,8 @@ def train_run(
         test=False,
         progress=TerminalProgress(),
     )
+    if not result.finished:
+        raise SystemExit(INTERRUPTED)
     return run
 
 
@@ -175,15 +184,15 @@ def folder(arguments: argparse.Namespace, row: str) -> Path:
     return arguments.results / table_name(arguments, row)
 
 
-def cell_path(arguments: argparse.Namespace, row: str, arm: str, seed: int, hardware: dict[str, Any]) -> Path:
-    """Facts of a cell; its table lies beside. Machines have a folder each, such as `amd-epyc-avx512-2-threads`."""
-    machine = re.sub("[^a-z0-9]+", "-", machine_name(hardware).lower().replace("(r)", ""))
-    return folder(arguments, row) / machine / f"{arm}-s{seed}.json"
+def cell_path(arguments: argparse.Namespace, row: str, arm: str, seed: int) -> Path:
+    """Facts of a cell; its table lies beside. Machines have a folder each."""
+    return folder(arguments, row) / arguments.machine / f"{arm}-s{seed}.json"
 
 
 def run_folder(arguments: argparse.Namespace, row: str, arm: str, seed: int) -> Path:
-    """Run folder of a cell; it stays, so that a cell that was cut off goes on."""
-    return arguments.runs.resolve() / f"few-shot-{table_name(arguments, row)}-{arm}-s{seed}"
+    """Run folder of a cell; it stays, so that a cell that was cut off goes on, on the machine that began it."""
+    name = f"few-shot-{table_name(arguments, row)}-{arm}-s{seed}"
+    return arguments.runs.resolve() / arguments.machine / name
 
 
 def table_name(arguments: argparse.Namespace, row: str) -> str:

@@ -1,6 +1,7 @@
 """The few-shot table in short: a line for each arm and machine."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ def summarise(where: Path) -> pd.DataFrame:
     steps, so machines are kept apart. Empty if no cell is there.
     """
     from medvisionllama.evaluation.evaluate import mean_class_dice, read_table
-    from medvisionllama.evaluation.statistics import bootstrap_interval
+    from medvisionllama.evaluation.statistics import bootstrap_interval, patient_means
 
     paths = sorted(where.glob("*/*-s*.json"))
     if not paths:
@@ -48,14 +49,20 @@ def summarise(where: Path) -> pd.DataFrame:
         ]
         if pairs:
             difference = pd.concat(pairs)
-            low, high = bootstrap_interval(difference.tolist(), patients[difference.index].tolist())
+            values, groups = difference.tolist(), patients[difference.index].tolist()
+            low, high = bootstrap_interval(values, groups)
             line |= {
-                "minus_no_tokens": round(difference.mean(), 4),
+                "minus_no_tokens": round(patient_means(values, groups).mean(), 4),
                 "low": round(low, 4),
                 "high": round(high, 4),
             }
         lines.append(line)
     return pd.DataFrame(lines).sort_values(["machine", "dice"], ascending=[True, False])
+
+
+def machine_slug(hardware: dict[str, Any]) -> str:
+    """A machine as a folder's name, such as `amd-epyc-avx512-2-threads`."""
+    return re.sub("[^a-z0-9]+", "-", machine_name(hardware).lower().replace("(r)", ""))
 
 
 def machine_name(hardware: dict[str, Any]) -> str:

@@ -71,8 +71,9 @@ def test_a_cell_of_another_machine_is_made_again(module, monkeypatch, tmp_path, 
     monkeypatch.setattr(sys, "argv", ["few_shot.py", *arguments])
     monkeypatch.setattr(few_shot, "summarise", lambda _: pd.DataFrame())
     monkeypatch.setattr("medvisionllama.run_dir.machine_facts", lambda: {"hardware": hardware})
-    threads = few_shot.parse().threads
-    done = few_shot.cell_path(few_shot.parse(), "acdc-4", "no-tokens", 0, FAST | {"threads": threads})
+    parsed = few_shot.parse()
+    parsed.machine = few_shot.machine_slug(FAST | {"threads": parsed.threads})
+    done = few_shot.cell_path(parsed, "acdc-4", "no-tokens", 0)
     done.parent.mkdir(parents=True)
     done.touch()
     monkeypatch.setattr(
@@ -96,7 +97,7 @@ def test_a_tuned_rival_takes_the_rate_that_validates_best(module, monkeypatch, t
 
     monkeypatch.setattr(few_shot, "train_run", train_run)
     monkeypatch.setattr(api, "evaluate", lambda *_, **__: pd.DataFrame())
-    arguments = argparse.Namespace(runs=tmp_path, preset="small", minutes=None)
+    arguments = argparse.Namespace(runs=tmp_path, preset="small", minutes=None, machine="here")
     _, facts = few_shot.train_ours(arguments, "acdc-4", arm, 0)
     assert [length for _, length, _ in trained] == minutes
     assert len({name for name, _, _ in trained}) == len(trained), "each run has a folder of its own"
@@ -111,11 +112,59 @@ def test_every_arm_trains_for_the_minutes_it_is_given(module, monkeypatch, tmp_p
     def train(data, *, out, preset, cases, max_minutes, overrides, **_):
         shortcuts = {"data.path": "d", "out": str(out), "train.max_minutes": max_minutes}
         seen.append(load_config(preset, shortcuts | overrides).train.max_minutes)
+        return SimpleNamespace(finished=True)
 
     monkeypatch.setattr(api, "train", train)
     arguments = argparse.Namespace(data=tmp_path, preset="small", minutes=None)
     few_shot.train_run(arguments, "acdc-4", arm, 0, tmp_path / "run", 5, {"train.learning_rate": 7e-4})
     assert seen == [5]
+
+
+def test_a_training_that_was_cut_off_is_not_scored(module, monkeypatch, tmp_path):
+    few_shot = module("few_shot_cell")
+    monkeypatch.setattr(api, "train", lambda *_, **__: SimpleNamespace(finished=False))
+    arguments = argparse.Namespace(data=tmp_path, preset="small", minutes=None)
+    with pytest.raises(SystemExit) as end:
+        few_shot.train_run(arguments, "acdc-4", "no-tokens", 0, tmp_path / "run", 5, {})
+    assert end.value.code == few_shot.INTERRUPTED
+
+
+def test_a_cell_that_was_cut_off_stops_the_others(module, monkeypatch, tmp_path):
+    few_shot, begun = module("few_shot"), []
+    arguments = ["--rows", "acdc-4", "--seeds", "0", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["few_shot.py", *arguments])
+    monkeypatch.setattr("medvisionllama.run_dir.machine_facts", lambda: {"hardware": FAST})
+    cut_off = SimpleNamespace(returncode=few_shot.INTERRUPTED)
+    monkeypatch.setattr(few_shot.subprocess, "run", lambda *_, **__: begun.append(1) or cut_off)
+    with pytest.raises(SystemExit):
+        few_shot.main()
+    assert len(begun) == 1
+
+
+def test_runs_of_two_machines_have_folders_of_their_own(module, tmp_path):
+    few_shot = module("few_shot_cell")
+    folders = {
+        few_shot.run_folder(
+            argparse.Namespace(runs=tmp_path, preset="small", minutes=None, machine=machine),
+            "acdc-4",
+            "block",
+            0,
+        )
+        for machine in ("fast", "slow")
+    }
+    assert len(folders) == 2
+
+
+def test_a_difference_is_the_mean_over_patients(module, tmp_path):
+    # One patient of two scans who gains nothing, one of one scan who gains 0.3.
+    for arm, dice in (("no-tokens", (0.5, 0.5, 0.5)), ("block", (0.5, 0.5, 0.8))):
+        write_cell(tmp_path, arm, 0, 0.5, FAST)
+        rows = zip(("a_1", "a_2", "b_1"), ("a", "a", "b"), dice, strict=True)
+        table = pd.DataFrame(rows, columns=["case_id", "patient_id", "dice"]).assign(empty="no")
+        table["class"] = "organ"
+        write_table(table, tmp_path / "AVX512" / f"{arm}-s0.csv")
+    summary = module("few_shot_summary").summarise(tmp_path).set_index("arm")
+    assert summary.loc["block", "minus_no_tokens"] == pytest.approx(0.15)
 
 
 @pytest.mark.usefixtures("one_thread")
