@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from medvisionllama.config import read_config
+from medvisionllama.experiments import execute as executing
 from medvisionllama.experiments import verbs
+from medvisionllama.experiments.matrix import expand
 from medvisionllama.experiments.store import Experiment, RunFiles
+from medvisionllama.progress import Silent
 
 from .conftest import TINY
 
@@ -205,6 +210,33 @@ def test_ctrl_c_saves_everything_and_the_same_command_goes_on(undisturbed, phant
     assert results(out) == results(undisturbed)
 
 
+def test_a_trained_run_is_evaluated_where_its_data_is_now(phantoms, tmp_path, monkeypatch):
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(phantoms, old / "phantoms")
+    settings = {"train.max_steps": 2, "train.num_validations": 1}
+    matrix = write(tmp_path, **{"set": settings})
+    experiment = Experiment.create(tmp_path / "out", matrix, data_root=old)
+    run = next(run for run in expand(experiment.matrix) if run.arm == "none")
+
+    def killed(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executing, "evaluate_run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            executing.execute(experiment, run, progress=Silent())
+    files = experiment.files(run.run_id)
+    trained = files.trained.read_bytes()
+    old.rename(new)
+    moved = Experiment.open(experiment.path, data_root=new)
+    assert executing.execute(moved, run, progress=Silent())
+    assert files.trained.read_bytes() == trained, "it was trained again"
+    facts = files.read_done() or {}
+    assert set(facts["test_dice"]) == {"none"}
+    # Whatever looks at the run later, as its page does, finds the scans too.
+    assert read_config(files.config).data.path == new / "phantoms"
+
+
 def test_report_and_status_read_the_folder(undisturbed, cli):
     shown = cli("experiment", "status", undisturbed)
     assert (shown.code, "3 done" in shown.out) == (0, True)
@@ -263,8 +295,6 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, said, phantoms, tmp_pa
 
 
 def test_runs_of_another_split_are_not_compared(undisturbed, phantoms, tmp_path, cli):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(undisturbed, copy)
     run = next(run for run in verbs.status(copy).runs if run.arm == "mlp")

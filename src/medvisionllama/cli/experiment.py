@@ -20,7 +20,7 @@ Matrix = Annotated[
 Out = Annotated[Path | None, typer.Option(help="Folder of the experiment; by default experiments/NAME.")]
 DataRoot = Annotated[
     Path | None,
-    typer.Option(help="Folder under which the datasets lie; by default as before, or MEDVISIONLLAMA_DATA."),
+    typer.Option(help="Folder under which the datasets lie; by default MEDVISIONLLAMA_DATA, or as before."),
 ]
 
 

@@ -133,30 +133,53 @@ def summarise_arms(
     return pd.DataFrame(rows, columns=SUMMARY)
 
 
-def average_ranks(summary: pd.DataFrame, metric: str, *, arms: Sequence[str] | None = None) -> pd.DataFrame:
+def shared_runs(runs: pd.DataFrame, arms: Collection[str]) -> pd.DataFrame:
+    """The runs of some arms in the repetitions that all of these arms have done.
+
+    A mean over a hard fold and one over an easy fold say nothing about the arms.
+    """
+    done = runs[(runs["state"] == "done") & runs["arm"].isin(arms)]
+    present = done.groupby([*CELL, "fold", "seed"])["arm"].transform("nunique")
+    return done[present == len(set(arms))]
+
+
+def average_ranks(
+    runs: pd.DataFrame,
+    cases: pd.DataFrame,
+    metric: str,
+    *,
+    arms: Collection[str] | None = None,
+    train_patients: Mapping[str, Collection[str]] | None = None,
+) -> pd.DataFrame:
     """Average rank of each arm (1 is best), for a diagram of critical differences (Demsar 2006).
 
-    Blocks are task, model and fraction; those without a mean of every arm are left out. Blocks of one task share
-    patients, so Friedman's p and the critical difference are too small unless each task makes one block.
+    Blocks are task, model and fraction; a block counts by the runs that all arms have done (`shared_runs`), and not
+    at all if there are none. Blocks of one task share patients, so Friedman's p and the critical difference are too
+    small unless each task makes one block.
 
     Args:
-        summary: a table of `summarise_arms`.
         arms: rank these only, so that an arm that few blocks have does not cost the others their blocks.
+        train_patients: see `finished`.
 
     Returns:
-        Columns arm, rank, num_blocks and friedman_p, best arm first; empty without a block.
+        Columns arm, rank, num_blocks, friedman_p and num_runs (of each arm, in all blocks), best arm first; empty
+        without a block.
+
+    Raises:
+        DataError: runs to be ranked that differ in splits or patients, or what `finished` refuses.
     """
-    chosen = summary[summary["metric"] == metric]
-    wide = chosen.pivot_table(index=CELL, columns="arm", values="mean", dropna=False)
-    if arms is not None:
-        wide = wide.reindex(columns=list(arms))
-    wide = wide.astype(float).round(DECIMALS).dropna()
-    columns = ["arm", "rank", "num_blocks", "friedman_p"]
-    if wide.empty:
+    ranked = sorted(set(runs["arm"] if arms is None else arms))
+    shared = shared_runs(runs, ranked)
+    columns = ["arm", "rank", "num_blocks", "friedman_p", "num_runs"]
+    if shared.empty:
         return pd.DataFrame(columns=columns)
-    ranks = wide.rank(axis=1, ascending=metric in LOWER_IS_BETTER)
+    done = finished(shared, cases, metrics=[metric], train_patients=train_patients)
+    means = pd.DataFrame([_block_means(cell, planned, done, metric) for cell, planned in _cells(shared)])
+    ranks = means.round(DECIMALS).rank(axis=1, ascending=metric in LOWER_IS_BETTER)
     table = ranks.mean().rename_axis("arm").rename("rank").reset_index()
-    table = table.assign(num_blocks=len(ranks), friedman_p=friedman_p(ranks.to_numpy()))
+    table = table.assign(
+        num_blocks=len(ranks), friedman_p=friedman_p(ranks.to_numpy()), num_runs=len(shared) // len(ranked)
+    )
     return table.sort_values(["rank", "arm"], ignore_index=True)[columns]
 
 
@@ -172,6 +195,18 @@ def _cells(runs: pd.DataFrame) -> list[tuple[Cell, Planned]]:
         planned = cells.setdefault((str(task), str(model), float(fraction)), {})
         planned.setdefault(str(arm), set()).add((int(fold), int(seed)))
     return sorted(cells.items())
+
+
+def _block_means(
+    cell: Cell, planned: Planned, done: Mapping[Key, Repetition], metric: str
+) -> dict[str, float]:
+    """Mean of each arm over the patients of a block, all arms of the same runs."""
+    runs = {arm: [done[(*cell, arm, *key)] for key in sorted(keys)] for arm, keys in planned.items()}
+    first, *others = runs.values()
+    for other in others:
+        for pair in zip(first, other, strict=True):
+            check_pair(*pair)
+    return {arm: float(_over_patients(members, metric).mean()) for arm, members in sorted(runs.items())}
 
 
 def _over_patients(repetitions: Sequence[Repetition], metric: str) -> pd.Series:

@@ -3,10 +3,11 @@
 import json
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 from medvisionllama._files import write_json
-from medvisionllama.config import Config, read_config
+from medvisionllama.config import Config, read_config, write_config
 from medvisionllama.data.index import open_configured
 from medvisionllama.devices import choose_device
 from medvisionllama.evaluation.evaluate import mean_dice
@@ -16,7 +17,7 @@ from medvisionllama.experiments.matrix import WITHOUT_EFFECT, PlannedRun, varian
 from medvisionllama.experiments.store import Experiment, RunFiles
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.fit import RunResult, fit
+from medvisionllama.training.fit import RunResult, fit, with_absolute_paths
 
 _TRAINED = ("steps", "seconds", "validation_dice")
 
@@ -28,7 +29,9 @@ def execute(experiment: Experiment, run: PlannedRun, *, progress: Progress) -> b
         MedVisionLlamaError: whatever training or evaluation finds wrong.
     """
     files = experiment.files(run.run_id)
-    if not files.trained.is_file():
+    if files.trained.is_file():
+        _keep_up(experiment, run, files)
+    else:
         result = _train(experiment, run, files, progress)
         if not result.finished:
             return False
@@ -52,13 +55,25 @@ def _train(experiment: Experiment, run: PlannedRun, files: RunFiles, progress: P
 
 def _begin(experiment: Experiment, run: PlannedRun, files: RunFiles) -> tuple[Config, bool]:
     """Settings of a run, and whether it goes on."""
-    data = experiment.data_of(run)
-    places = {"data.path": data, "out": files.path}
+    places = _places(experiment, run, files)
     if not files.config.is_file():
+        data = places["data.path"]
         return run.config(data=data, out=files.path, more=matched_settings(run, data=data)), False
     # What changes no result is as the matrix says now; a run may go on with another device.
     now = {key: value for key, value in run.settings.items() if key in WITHOUT_EFFECT}
     return read_config(files.config, {**now, **places}), True
+
+
+def _places(experiment: Experiment, run: PlannedRun, files: RunFiles) -> dict[str, Path]:
+    """Where the dataset and the run are now: either may have moved since the run began."""
+    return {"data.path": experiment.data_of(run), "out": files.path}
+
+
+def _keep_up(experiment: Experiment, run: PlannedRun, files: RunFiles) -> None:
+    """Write into a trained run's config.yaml where its dataset is now; all that evaluates it reads that file."""
+    now = with_absolute_paths(read_config(files.config, _places(experiment, run, files)))
+    if now != read_config(files.config):
+        write_config(now, files.config)
 
 
 def _facts(files: RunFiles, dice: dict[str, float], evaluation_seconds: float) -> dict[str, Any]:

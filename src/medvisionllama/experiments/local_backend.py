@@ -9,7 +9,7 @@ import time
 
 from medvisionllama.experiments.launch import Ended
 from medvisionllama.experiments.store import Experiment
-from medvisionllama.experiments.worker import COMMAND, CORES, SECONDS_TO_SAVE
+from medvisionllama.experiments.worker import CORES, SECONDS_TO_SAVE, command
 
 _THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -43,7 +43,7 @@ class LocalBackend:
         files.path.mkdir(parents=True, exist_ok=True)
         with files.log.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, *COMMAND, str(self.experiment.path), run_id],
+                [sys.executable, *command(self.experiment.data_root), str(self.experiment.path), run_id],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

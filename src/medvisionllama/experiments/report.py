@@ -7,14 +7,15 @@ from pathlib import Path
 import pandas as pd
 
 from medvisionllama.errors import ConfigError
-from medvisionllama.evaluation.comparison import Family, average_ranks, compare, summarise_arms
+from medvisionllama.evaluation.comparison import Family, average_ranks, compare, shared_runs, summarise_arms
+from medvisionllama.evaluation.repetitions import CELL
 from medvisionllama.evaluation.statistics import critical_difference
 from medvisionllama.experiments.collect import Frames, collect
 from medvisionllama.experiments.matrix import Matrix, PlannedRun, expand, variant_name
 from medvisionllama.experiments.store import Experiment
 from medvisionllama.progress import Progress
 from medvisionllama.reports.html import write_report
-from medvisionllama.reports.study import Study
+from medvisionllama.reports.study import Study, percent
 from medvisionllama.reports.study_page import write_study
 from medvisionllama.run_dir import RunDir
 
@@ -56,7 +57,9 @@ def _study(
     # An arm that only some models have would leave hardly a block to rank the others in.
     counts = _blocks(summary)
     everywhere = [str(name) for name, count in counts.items() if count == counts.max()]
-    ranks = average_ranks(summary, "dice", arms=everywhere)
+    ranks = average_ranks(
+        frames.runs, frames.cases, "dice", arms=everywhere, train_patients=frames.train_patients
+    )
     blocks = int(ranks["num_blocks"].max()) if len(ranks) else 0
     return Study(
         name=matrix.name,
@@ -70,7 +73,7 @@ def _study(
         arms=arm_words(matrix),
         ranks=ranks if blocks > 1 else None,
         critical_difference=critical_difference(len(ranks), blocks) if blocks > 1 else None,
-        notes=_notes(experiment, runs, frames.revisions),
+        notes=[*_notes(experiment, runs, frames.revisions), *_unranked(frames.runs, everywhere)],
         compute=_compute(frames.runs),
         links=links,
     )
@@ -90,6 +93,27 @@ def _blocks(summary: pd.DataFrame) -> pd.Series:
     """In how many cells of the matrix each arm has a mean Dice."""
     dice = summary[(summary["metric"] == "dice") & summary["mean"].notna()]
     return dice["arm"].value_counts(sort=False)
+
+
+def _unranked(runs: pd.DataFrame, arms: Sequence[str]) -> list[str]:
+    """What the mean ranks leave out of the arms that they rank, in a line; no line if it is nothing."""
+    done = runs[(runs["state"] == "done") & runs["arm"].isin(arms)]
+    shared = shared_runs(runs, arms)
+    counts = {arm: int((done["arm"] == arm).sum() - (shared["arm"] == arm).sum()) for arm in arms}
+    words = ", ".join(f"{count} of {arm}" for arm, count in counts.items() if count)
+    if not words:
+        return []
+    kept = set(shared[CELL].itertuples(index=False, name=None))
+    lost = [
+        f"{task}, {model}, {percent(fraction)}"
+        for task, model, fraction in done[CELL].drop_duplicates().itertuples(index=False, name=None)
+        if (task, model, fraction) not in kept
+    ]
+    blocks = f", and so the blocks without a run that all have: {'; '.join(lost)}" if lost else ""
+    return [
+        "Mean ranks are over the runs that all ranked arms have done. Runs that another of these arms lacks are "
+        f"left out ({words}){blocks}."
+    ]
 
 
 def _notes(experiment: Experiment, runs: Sequence[PlannedRun], revisions: frozenset[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """The folder of an experiment: which runs are done, and which run right now, by files and locks alone.
 
 matrix.yaml             the matrix
-experiment.json         where the datasets are
+experiment.json         where the last launcher had the datasets; each tells its own workers
 runs/<id>/              a run folder, as `train` makes it, and:
     lock                held by the process that works on the run; the system frees it however that process ends
     log.txt             what the run said
@@ -126,21 +126,20 @@ class Experiment:
             out: by default experiments/NAME.
         """
         if matrix_file.is_dir():
-            kept = cls.open(matrix_file)
-            return kept if data_root is None else cls(kept.path, kept.matrix, data_root)
+            return cls.open(matrix_file, data_root=data_root)
         matrix = read_matrix(matrix_file)
         folder = Path("experiments") / matrix.name if out is None else Path(out)
         return cls(folder, matrix, _root(folder, data_root))
 
     @classmethod
-    def open(cls, path: Path) -> "Experiment":
+    def open(cls, path: Path, *, data_root: Path | None = None) -> "Experiment":
         """Open a folder made by `create`."""
         kept = path / "matrix.yaml"
         if not kept.is_file():
             raise CheckpointError(
                 f"{path} holds no experiment (no matrix.yaml); begin one with: medvisionllama experiment run MATRIX.yaml --out {path}"
             )
-        return cls(path, read_matrix(kept), _root(path, None))
+        return cls(path, read_matrix(kept), _root(path, data_root))
 
     @property
     def results(self) -> Path:
@@ -195,9 +194,10 @@ class Experiment:
 
 
 def _root(folder: Path, given: Path | None) -> Path:
-    """Where datasets lie: as given, as before, MEDVISIONLLAMA_DATA, or the current folder."""
-    before = _read_facts(folder).get("data_root")
-    root = given or Path(before or os.environ.get("MEDVISIONLLAMA_DATA") or Path.cwd())
+    """Where datasets lie: as given, MEDVISIONLLAMA_DATA, as before, or the current folder."""
+    # What is remembered may be another machine's place, so it comes after what this one says.
+    told = os.environ.get("MEDVISIONLLAMA_DATA") or _read_facts(folder).get("data_root")
+    root = given or Path(told or Path.cwd())
     return root.expanduser().resolve()
 
 

@@ -23,7 +23,7 @@ def open_experiment(
 
     Args:
         out: the experiment's folder; by default experiments/NAME.
-        data: folder under which the matrix's datasets lie; by default as before, or MEDVISIONLLAMA_DATA.
+        data: folder under which the matrix's datasets lie; by default MEDVISIONLLAMA_DATA, or as before.
 
     Raises:
         ConfigError: the matrix cannot be used.
@@ -231,6 +231,7 @@ def _make_backend(
 
     if kind == "ray":
         from medvisionllama.experiments.ray_backend import RayBackend
+        from medvisionllama.experiments.worker import command
 
         if slots is not None:
             raise ConfigError("slots has no effect on a Ray cluster: its CPUs and GPUs decide; drop --slots")
@@ -240,6 +241,7 @@ def _make_backend(
             cpus_per_run=threads or 1,
             gpus_per_run=gpus_per_run or 0.0,
             folders=datasets,
+            worker=command(experiment.data_root),
         )
     if address is not None or gpus_per_run is not None:
         option = "address" if address is not None else "gpus_per_run"

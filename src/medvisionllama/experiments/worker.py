@@ -1,6 +1,6 @@
 """One run of an experiment in a process of its own: train, evaluate, write done.json.
 
-python -m medvisionllama.experiments.worker FOLDER RUN_ID
+python -m medvisionllama.experiments.worker [--data ROOT] FOLDER RUN_ID
 
 Exit codes: 0 done (perhaps long ago), 1 failed (the traceback is in failures.jsonl), 2 no such run, 3 another
 process works on it, 130 interrupted with everything saved. SIGTERM saves and ends; so does the death of the parent
@@ -27,11 +27,20 @@ CORES = "MEDVISIONLLAMA_CORES"
 """Environment variable that names the cores a worker is to stay on, as 0,1."""
 
 
+def command(data_root: Path) -> tuple[str, ...]:
+    """Arguments of Python for the workers of a launcher that has the datasets at `data_root`.
+
+    The folder is shared with launchers that may have them elsewhere, so it cannot say where this one does.
+    """
+    return (*COMMAND, f"--data={data_root}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Work on one run and return the exit code."""
     parser = argparse.ArgumentParser(description="Work on one run of an experiment.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("run_id")
+    parser.add_argument("--data", type=Path, help="folder under which the datasets lie")
     parser.add_argument("--wait", type=float, default=5.0, help="seconds to wait for another process's lock")
     given = parser.parse_args(arguments)
     _stay_on_cores(os.environ.get(CORES, ""))
@@ -40,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from medvisionllama.experiments.store import RunFiles
 
     try:
-        return _work(given.folder, given.run_id, given.wait)
+        return _work(given.folder, given.run_id, given.data, given.wait)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - whatever went wrong is the record of this run
@@ -52,12 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _work(folder: Path, run_id: str, seconds_to_wait: float) -> int:
+def _work(folder: Path, run_id: str, data_root: Path | None, seconds_to_wait: float) -> int:
     from medvisionllama._files import lock_if_free
     from medvisionllama.experiments.matrix import expand
     from medvisionllama.experiments.store import Experiment
 
-    experiment = Experiment.open(folder)
+    experiment = Experiment.open(folder, data_root=data_root)
     run = next((run for run in expand(experiment.matrix) if run.run_id == run_id), None)
     if run is None:
         _say(f"{run_id} is no run of {folder} (any more)")

@@ -408,19 +408,38 @@ def test_average_ranks_are_those_counted_by_hand_and_ties_share_theirs():
             study.add(arm, [value], task=task)
     study.add("block", [0.9], task="spleen").add("none", [0.1], task="spleen")
     study.add("random", [], task="spleen", state="failed")
-    summary = summarise_arms(*study.tables)
-    table = average_ranks(summary, "dice").set_index("arm")
+    table = average_ranks(*study.tables, "dice").set_index("arm")
     # Ranks 1 2 3, 1.5 1.5 3, 2 1 3; the spleen lacks an arm.
     assert table["rank"].to_dict() == pytest.approx({"block": 1.5, "none": 1.5, "random": 3.0})
     assert (table["num_blocks"] == 3).all()
     # Chi2 of ranks with one tie: 12 * 3 / (3 * 4) * (1.5^2 + 1.5^2 + 3^2 - 12) / (1 - 6 / 72) = 4.909.
     assert table["friedman_p"].iloc[0] == pytest.approx(math.exp(-4.5 / (1 - 6 / 72) / 2))
-    assert average_ranks(summary, "hd95_mm")["rank"].tolist() == [1.5, 1.5, 3.0]
-    two = average_ranks(summary, "dice", arms=["none", "block"])
+    assert average_ranks(*study.tables, "hd95_mm")["rank"].tolist() == [1.5, 1.5, 3.0]
+    two = average_ranks(*study.tables, "dice", arms=["none", "block"])
     assert (two["arm"].tolist(), two["rank"].tolist()) == (["block", "none"], [1.375, 1.625])
     assert critical_difference(3, 3) > 1.5
 
 
 def test_without_a_common_block_there_are_no_ranks():
     study = Study().add("none", NONE).add("block", BLOCK, task="liver")
-    assert average_ranks(summarise_arms(*study.tables), "dice").empty
+    assert average_ranks(*study.tables, "dice").empty
+
+
+def test_ranks_are_over_the_runs_that_all_ranked_arms_have_done():
+    study = Study()
+    for task in ("heart", "liver"):
+        # The block is ahead in both folds, but has not done the easy one yet.
+        study.add("none", [0.5], task=task).add("block", [0.6], task=task)
+        study.add("none", [0.9], task=task, fold=1, sha256=OTHER_SPLITS)
+        study.add("block", [], task=task, fold=1, state="running")
+    # Both are measured here, in no fold that they share.
+    study.add("none", [0.9], task="lung", fold=1).add("block", [0.4], task="lung")
+    table = average_ranks(*study.tables, "dice")
+    assert table[["arm", "rank"]].to_numpy().tolist() == [["block", 1.0], ["none", 2.0]]
+    assert (table["num_blocks"].tolist(), table["num_runs"].tolist()) == ([2, 2], [2, 2])
+
+
+def test_arms_of_other_splits_are_not_ranked():
+    study = Study().add("none", NONE).add("block", BLOCK, sha256=OTHER_SPLITS)
+    with pytest.raises(DataError, match="different splits"):
+        average_ranks(*study.tables, "dice")

@@ -24,6 +24,12 @@ def matrix(**changes: object) -> Matrix:
     return Matrix.model_validate({**MINIMAL, **changes})
 
 
+@pytest.fixture(autouse=True)
+def untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the test says where datasets are."""
+    monkeypatch.delenv("MEDVISIONLLAMA_DATA", raising=False)
+
+
 @pytest.fixture
 def write_matrix(tmp_path: Path) -> Callable[..., Path]:
     """Write a matrix file: the smallest one with changes."""

@@ -6,10 +6,11 @@ import pytest
 
 from medvisionllama._files import lock_if_free
 from medvisionllama.experiments import launch as launching
-from medvisionllama.experiments import worker
+from medvisionllama.experiments import ray_backend, verbs, worker
 from medvisionllama.experiments.launch import Ended, launch
 from medvisionllama.experiments.local_backend import LocalBackend, visible_gpus
 from medvisionllama.experiments.matrix import expand
+from medvisionllama.experiments.store import Experiment
 from medvisionllama.progress import Silent
 
 from .conftest import finish, run_ids
@@ -171,3 +172,26 @@ def test_a_worker_records_what_fails_before_its_run_begins(experiment, monkeypat
     failures = experiment.files("some-run").read_failures()
     assert "matrix.yaml" in failures[0]["error"]
     assert "Traceback" in failures[0]["traceback"]
+
+
+def test_workers_look_where_their_own_launcher_has_the_data(experiment, tmp_path, monkeypatch):
+    first, *_ = run_ids(experiment)
+    backend = LocalBackend(experiment, slots=1, threads=1)
+    # Another launcher has the datasets elsewhere, and so has the environment.
+    elsewhere = tmp_path / "elsewhere"
+    Experiment.create(experiment.path, experiment.path / "matrix.yaml", data_root=elsewhere)
+    monkeypatch.setenv("MEDVISIONLLAMA_DATA", str(elsewhere))
+    backend.start(first)
+    (ended,) = backend.wait(120)
+    assert ended.exit_code == worker.FAILED
+    (failure,) = experiment.files(first).read_failures()
+    assert f"{experiment.data_root / 'Task_A'} does not exist" in failure["error"]
+
+
+def test_a_cluster_s_workers_are_told_where_the_data_is(experiment, monkeypatch):
+    told = {}
+    monkeypatch.setattr(ray_backend, "RayBackend", lambda folder, **options: told.update(options))
+    monkeypatch.setattr(verbs, "launch", lambda *arguments, **options: None)
+    (experiment.data_root / "Task_A").mkdir()
+    verbs.run(experiment.path, backend="ray")
+    assert told["worker"] == worker.command(experiment.data_root)

@@ -130,9 +130,21 @@ def test_a_matrix_that_cannot_be_used_replaces_no_other(experiment, write_matrix
 
 
 def test_a_guessed_data_root_does_not_outlive_a_better_one(tmp_path, write_matrix, monkeypatch):
-    monkeypatch.delenv("MEDVISIONLLAMA_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
     guessed = Experiment.create(tmp_path / "out", write_matrix(), data_root=None)
     assert guessed.data_root == tmp_path.resolve()
     monkeypatch.setenv("MEDVISIONLLAMA_DATA", str(tmp_path / "real"))
     assert Experiment.open(guessed.path).data_root == (tmp_path / "real").resolve()
+
+
+def test_the_command_line_tells_where_data_is_then_the_environment_then_the_folder(
+    experiment, tmp_path, monkeypatch
+):
+    assert Experiment.open(experiment.path).data_root == tmp_path.resolve()
+    monkeypatch.setenv("MEDVISIONLLAMA_DATA", str(tmp_path / "environment"))
+    assert Experiment.open(experiment.path).data_root == tmp_path / "environment"
+    given = Experiment.open(experiment.path, data_root=tmp_path / "given")
+    assert given.data_root == tmp_path / "given"
+    monkeypatch.chdir(tmp_path)
+    looked = Experiment.look(experiment.path, data_root=Path("given"))
+    assert looked.data_root == given.data_root
