@@ -55,6 +55,7 @@ class RunDir:
         self.history = self.path / "history.jsonl"
         self.best = self.path / "best.safetensors"
         self.state = self.path / "last" / "state.safetensors"
+        self.lock = self.path / "last" / ".lock"
         self.evaluation = self.path / "evaluation.csv"
         self.report = self.path / "report.html"
         self.calibration = self.path / "calibration.json"

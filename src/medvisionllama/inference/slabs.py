@@ -44,10 +44,12 @@ def native_slabs(
 
 
 def native_mask(probabilities: Tensor, shape: Triple, plan: Plan) -> LabelArray:
-    """Bring all probabilities `[k, x, y, z]` to the scan's grid at once and take the likeliest class."""
+    """Bring probabilities `[k, x, y, z]` to the scan's grid and take the likeliest class of each voxel."""
     x, y, z = probabilities.shape[1:]
-    [slab] = native_slabs([probabilities], (x, y, z), shape, axis=0, thickness=shape[0])
-    return label_values(plan)[likeliest(slab)]
+    thickness = slab_thickness(shape, len(probabilities), axis=0)
+    slabs = native_slabs([probabilities], (x, y, z), shape, axis=0, thickness=thickness)
+    values = label_values(plan)
+    return np.concatenate([values[likeliest(slab)] for slab in slabs])
 
 
 def label_values(plan: Plan) -> np.ndarray:

@@ -32,3 +32,7 @@ def add_lora(layers: nn.Module, *, rank: int, targets: Sequence[str], family: Fa
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in layers.modules()),
     )
     inject_adapter_in_model(settings, layers)
+    for name, parameter in layers.named_parameters():
+        # PEFT takes the layer's own type, and small steps vanish in bfloat16.
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()

@@ -78,6 +78,7 @@ def build_network(
     embed: StemEmbed | PatchEmbed
     head: nn.Module
     if skips:
+        _check_stem(crop_size, strides)
         grid = grid_after(crop_size, stride)
         context = config.context_channels if has_context(grid) else None
         shared = _Skips(
@@ -96,6 +97,15 @@ def build_network(
     encoder = _transformer(config, config.insert_after, grid if first else None)
     decoder = _transformer(config, config.depth - config.insert_after, None if first else grid)
     return TokenSegmenter(embed, encoder, build_insert(config, grid=grid, seed=seed), decoder, head)
+
+
+def _check_stem(crop_size: Triple, strides: Sequence[Triple]) -> None:
+    """Raise ConfigError if the stem ends with a single cell, of which an instance norm has nothing to scale."""
+    stem = grid_after(crop_size, [math.prod(steps) for steps in zip(*strides[:2], strict=True)])
+    if math.prod(stem) == 1:
+        raise ConfigError(
+            f"the first two of data.strides={[list(steps) for steps in strides]} leave one cell of the crop {tuple(crop_size)}; choose smaller ones, or a larger data.crop_size"
+        )
 
 
 def build_meta_network(config: NetworkConfig, **shapes: Unpack[Shapes]) -> TokenSegmenter:

@@ -1,6 +1,8 @@
 """`fit`: from a configuration to a run folder. Reads top to bottom: data, network, loop."""
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
-from medvisionllama._files import write_json, write_text
+from medvisionllama._files import lock_if_free, write_json, write_text
 from medvisionllama.checkpoint import frozen, trainable
 from medvisionllama.config import Config, write_config
 from medvisionllama.data.cache import describe
@@ -105,11 +107,11 @@ def _fit(
         data = prepare_data(config, drawn=run_dir.splits if resume else config.data.splits, progress=progress)
         if resume:
             check_unchanged(run_dir, data)
+    if not run_dir.state.is_file():
+        check_time_left(config, processes.first(time.monotonic() - started), progress)
     torch.manual_seed(config.train.seed)
     network = fast_layout(build_network(config.network, **data.plan.network_sizes, seed=config.train.seed))
     facts = network_facts(network)
-    if processes.is_main:
-        write_run_files(run_dir, config, data, {"precision": accelerator.mixed_precision, "network": facts})
     loop = TrainingLoop(
         SupervisedSegmenter(
             network, num_outputs=data.plan.num_outputs, auxiliary_weight=config.train.auxiliary_weight
@@ -123,8 +125,12 @@ def _fit(
         facts=facts,
         started=started,
     )
-    loop.resume()
-    finished = loop.run(progress)
+    with alone_in(run_dir, processes):
+        if processes.is_main:
+            about = {"precision": accelerator.mixed_precision, "network": facts}
+            write_run_files(run_dir, config, data, about)
+        loop.resume()
+        finished = loop.run(progress)
     accelerator.free_memory()
     return RunResult(
         path=run_dir.path,
@@ -144,7 +150,8 @@ def with_absolute_paths(config: Config) -> Config:
 
     assert config.data.path is not None, "checked by the caller"
     assert config.out is not None, "checked by the caller"
-    data = config.data.model_copy(update={"path": absolute(config.data.path)})
+    splits = None if config.data.splits is None else absolute(config.data.splits)
+    data = config.data.model_copy(update={"path": absolute(config.data.path), "splits": splits})
     block = config.network.block
     local = Path(block.source).expanduser()
     if block.source not in CATALOG and local.exists():
@@ -155,6 +162,43 @@ def with_absolute_paths(config: Config) -> Config:
         unlabelled = unlabelled.model_copy(update={"scans": absolute(unlabelled.scans)})
     changes = {"data": data, "network": network, "unlabelled": unlabelled, "out": absolute(config.out)}
     return config.model_copy(update=changes)
+
+
+@contextmanager
+def alone_in(run_dir: RunDir, processes: Processes) -> Iterator[None]:
+    """Hold a run's folder for this run alone.
+
+    Raises:
+        CheckpointError: another one trains in it: a job that was started twice, a terminal that was forgotten.
+    """
+    with ExitStack() as stack:
+        is_free = True
+        if processes.is_main:
+            # Some disks have no locks, and must not keep anybody from training.
+            with suppress(OSError):
+                is_free = stack.enter_context(lock_if_free(run_dir.lock, seconds=1.0))
+        if processes.any(not is_free):
+            raise CheckpointError(
+                f"another process is training {run_dir.path}; wait for its end, stop it, or choose another --out"
+            )
+        yield
+
+
+def check_time_left(config: Config, seconds: float, progress: Progress) -> None:
+    """Refuse to train if preparing the scans took all the time of a run; say so if it took a good part.
+
+    Raises:
+        ConfigError: nothing would have been learned.
+    """
+    limit = config.train.max_minutes
+    if limit is None or seconds < 6 * limit:
+        return
+    words = f"preparing the scans took {seconds / 60:.2g} of the {limit:g} minutes of train.max_minutes"
+    if seconds >= 60 * limit:
+        raise ConfigError(
+            f"{words}, so none is left for training; they are kept, so give the same command again, or a larger --max-minutes"
+        )
+    progress.say(f"{words}; next time they are there")
 
 
 def check_unchanged(run_dir: RunDir, data: PreparedData) -> None:

@@ -57,7 +57,8 @@ class LoopState:
     step: int = 0
     elapsed_seconds: float = 0.0
     validation_seconds: float = 0.0
-    """Length of the last validation, kept free at the end of a limited run."""
+    """Length of the longest validation, kept free at the end of a limited run. It only grows: a shorter one would
+    set the run back behind the mark that it has just passed."""
     validated_step: int = 0
     validated_seconds: float = 0.0
     dices: list[float] = field(default_factory=list)
@@ -263,7 +264,8 @@ class TrainingLoop:
                 facts = {**self.facts, "step": self.state.step, "validation_dice": record["dice"]}
                 save_tensors(self.run_dir.best, self.parameters, facts)
         self._tick()
-        self.state.validation_seconds = self.processes.first(time.monotonic() - before)
+        took = self.processes.first(time.monotonic() - before)
+        self.state.validation_seconds = max(self.state.validation_seconds, took)
         loss = self.state.loss_sum / max(1, self.state.step - self.state.validated_step)
         self.state.loss_sum = 0.0
         self.state.validated_step, self.state.validated_seconds = self.state.step, self.state.elapsed_seconds

@@ -44,7 +44,7 @@ class SelfTraining:
         self.config = config
         self.run_dir = run_dir
         self.accelerator = accelerator
-        self.pieces = find_pieces(labelled) if unlabelled else Pieces(foreground=False, classes=frozenset())
+        self.pieces = find_pieces(labelled if unlabelled else [], merged=plan.merged)
 
     def due(self, progress: float) -> int:
         """Rounds of masks that a run should have had at this share of its course."""
@@ -121,15 +121,19 @@ class Pieces:
     """Label values."""
 
 
-def find_pieces(cases: Sequence[CachedCase]) -> Pieces:
-    """Read off the labels what is one piece; of a class that no case has, nothing is known."""
+def find_pieces(cases: Sequence[CachedCase], *, merged: bool = False) -> Pieces:
+    """Read off the labels what is one piece; of a class that no case has, nothing is known.
+
+    Args:
+        merged: masks have all classes as one, so that nothing can be said of each.
+    """
     together, apart = dict[int, bool](), dict[int, bool]()
     for case in cases:
         label = np.asarray(case.label)
         for found, mask in ((together, (label > 0).astype(np.uint8)), (apart, label)):
             for value, volumes in component_volumes_ml(mask, _UNIT).items():
                 found[value] = found.get(value, True) and volumes[0] >= _ONE_PIECE * sum(volumes)
-    whole = frozenset(value for value, is_whole in apart.items() if is_whole)
+    whole = frozenset(value for value, is_whole in apart.items() if is_whole and not merged)
     return Pieces(foreground=together.get(1, False), classes=whole)
 
 

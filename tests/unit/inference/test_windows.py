@@ -131,6 +131,13 @@ def test_masks_come_back_to_the_scans_own_grid():
     assert (mask[4:] == 2).all()
 
 
+def test_masks_of_a_few_planes_at_a_time_are_those_of_all_at_once(monkeypatch):
+    probabilities = torch.rand(3, 7, 6, 5, generator=torch.Generator().manual_seed(0)).softmax(dim=0)
+    whole = native_mask(probabilities, (17, 9, 8), _plan())
+    monkeypatch.setattr("medvisionllama.inference.slabs._SLAB_BYTES", 1)
+    assert np.array_equal(native_mask(probabilities, (17, 9, 8), _plan()), whole)
+
+
 def _all_at_once(network, image, overlap, axis):
     """Every window, weighted by Gaussians that never vanish across a row nor along it, added up and divided."""
 

@@ -70,6 +70,13 @@ def test_with_lora_only_the_update_trains(folder):
     assert not torch.allclose(block(_tokens()), output)
 
 
+def test_an_update_of_a_bfloat16_block_is_trained_in_float32(folder):
+    block = FrozenBlock.from_pretrained(folder, lora_rank=2, dtype=torch.bfloat16)
+    trained = {parameter.dtype for parameter in block.parameters() if parameter.requires_grad}
+    assert trained == {torch.float32}
+    assert block(torch.zeros(1, 3, block.width, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_lora_changes_neither_hash_nor_output_before_training(folder):
     plain, updated = FrozenBlock.from_pretrained(folder), FrozenBlock.from_pretrained(folder, lora_rank=4)
     assert plain.sha256() == updated.sha256()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from medvisionllama.config import NetworkConfig
+from medvisionllama.errors import ConfigError
 from medvisionllama.networks.context import ContextDown, ContextUp, has_context
 from medvisionllama.networks.factory import build_network
 
@@ -94,3 +95,8 @@ def test_a_single_token_has_no_context():
 def test_without_it_the_network_is_the_one_of_before():
     names = [name for name, _ in build(context_channels=None, tokens=False).named_parameters()]
     assert not any("context" in name or "from_tokens" in name or "out_tokens" in name for name in names)
+
+
+def test_a_stem_that_ends_with_one_cell_is_refused():
+    with pytest.raises(ConfigError, match=r"leave one cell of the crop \(16, 16, 16\).*data.crop_size"):
+        build((16, 16, 16), ((4, 4, 4), (4, 4, 4), (1, 1, 1)))

@@ -48,6 +48,15 @@ def test_classes_that_touch_are_one_piece_together():
     assert find_pieces([]) == Pieces(foreground=False, classes=frozenset())
 
 
+def test_merged_masks_are_not_cut_to_the_piece_that_one_class_makes():
+    # Two organs, each in one piece: as one foreground they are two.
+    organs = np.concatenate([bar(12), bar(20, value=2)])
+    pieces = find_pieces([labelled(organs)], merged=True)
+    assert pieces == Pieces(foreground=False, classes=frozenset())
+    merged = (organs > 0).astype(np.uint8)
+    assert np.array_equal(keep_pieces(merged, pieces), merged)
+
+
 def test_pieces_are_kept_of_those_classes_alone():
     mask = np.concatenate([bar(9, 3), bar(9, 3, value=2)], axis=1)
     kept = keep_pieces(mask, Pieces(foreground=False, classes=frozenset({1})))

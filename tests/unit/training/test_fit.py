@@ -1,0 +1,54 @@
+"""What `fit` refuses before it trains."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from medvisionllama.config import load_config
+from medvisionllama.errors import CheckpointError, ConfigError
+from medvisionllama.run_dir import RunDir
+from medvisionllama.training.fit import alone_in, check_time_left, with_absolute_paths
+
+ONE_PROCESS = SimpleNamespace(is_main=True, any=bool)
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path):
+    run_dir = RunDir(tmp_path / "run")
+    with (
+        alone_in(run_dir, ONE_PROCESS),
+        pytest.raises(CheckpointError, match="another process is training"),
+        alone_in(run_dir, ONE_PROCESS),
+    ):
+        raise AssertionError("two at a time")
+    with alone_in(run_dir, ONE_PROCESS):
+        pass
+
+
+def test_a_disk_without_locks_keeps_nobody_from_training(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr("medvisionllama.training.fit.lock_if_free", refuse)
+    with alone_in(RunDir(tmp_path / "run"), ONE_PROCESS):
+        pass
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(2, 0), (20, 1)])
+def test_a_run_says_if_its_minutes_went_into_preparing(seconds, said):
+    lines: list[str] = []
+    config = load_config("small", {"train.max_minutes": 1})
+    check_time_left(config, seconds, SimpleNamespace(say=lines.append))
+    assert len(lines) == said
+
+
+def test_a_run_without_time_to_train_is_refused():
+    config = load_config("small", {"train.max_minutes": 1})
+    with pytest.raises(ConfigError, match=r"took 1 of the 1 minutes.*--max-minutes"):
+        check_time_left(config, 61, SimpleNamespace(say=print))
+    check_time_left(load_config("small", {"train.epochs": 1, "train.max_minutes": None}), 1e6, None)
+
+
+def test_the_path_of_a_splits_file_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    chosen = {"data.path": "d", "out": "o", "data.splits": "~/s.json"}
+    assert with_absolute_paths(load_config("small", chosen)).data.splits == tmp_path / "s.json"
