@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +13,7 @@ from medvisionllama import Predictor, api
 from medvisionllama.data.formats.dicom import open_series
 from medvisionllama.data.formats.dicom_labels import read_seg, segment_labels
 from medvisionllama.data.readers import read_header
+from medvisionllama.errors import DataError
 from medvisionllama.evaluation.evaluate import read_table
 
 from .conftest import TINY
@@ -192,3 +194,20 @@ def test_a_damaged_series_beside_a_scan_stops_only_itself(run, phantoms, tmp_pat
     assert outcome.code == 2
     assert "damaged or truncated" in outcome.err
     assert (tmp_path / "m" / "phantom_000.nii.gz").is_file()
+
+
+@pytest.mark.parametrize("old", [".nii.gz", ".dcm"])
+def test_the_mask_of_before_goes_when_it_was_the_other_kind_of_file(run, tmp_path, monkeypatch, old):
+    save(classic(np.random.default_rng(0).integers(0, 500, (8, 16, 16)).astype(np.int16)), tmp_path / "CT")
+    before = tmp_path / "m" / f"CT{old}"
+    before.parent.mkdir()
+    before.touch()
+    if old == ".dcm":
+
+        def refuse(*_):
+            raise DataError("a header that the standard does not like")
+
+        monkeypatch.setattr("medvisionllama.inference.batch.write_seg", refuse)
+    [record] = api.predict(run, tmp_path / "CT", out=tmp_path / "m", overwrite=True)
+    assert {path for path in before.parent.iterdir() if path.name != "labels.txt"} == {Path(record["mask"])}
+    assert Path(record["mask"]) != before

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from medvisionllama import api
+from medvisionllama.config import load_config
 from medvisionllama.errors import CheckpointError, ConfigError
 
 from .conftest import TINY
@@ -104,6 +105,17 @@ def test_a_scan_without_a_label_is_scored_against_the_prediction_and_says_so(run
     assert "look at this: stranger: no true mask is known" in outcome.err
     assert {row["truth"] for row in json.loads(outcome.out)["scores"]} == {"prediction"}
     assert "no true mask is known" in (tmp_path / "out" / "explain.html").read_text()
+
+
+def test_the_prediction_it_is_scored_against_is_cleaned_as_predict_does(run, scan, tmp_path, monkeypatch):
+    used = []
+    choice = load_config("small").inference.model_copy(update={"largest_component": True})
+    monkeypatch.setattr("medvisionllama.evaluation.explain.job.cleaning_of", lambda *_: (choice, "chosen"))
+    monkeypatch.setattr(
+        "medvisionllama.evaluation.explain.job.clean", lambda mask, how: used.append(how) or mask
+    )
+    api.explain(run, scan, out=tmp_path / "out", control="none", maps=False)
+    assert used == [choice]
 
 
 def test_a_label_that_is_given_counts(run, scan, phantoms, tmp_path):

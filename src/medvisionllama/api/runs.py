@@ -159,13 +159,14 @@ def evaluate(
     predictions: Path | str,
     labels: Path | str | None = None,
     *,
-    split: str = "test",
+    split: str | None = None,
     also: Sequence[Path | str] = (),
     block_removed: bool = False,
     choose_cleaning: bool = False,
     calibration: bool = False,
     merged: bool = False,
     tolerance_mm: float | None = None,
+    patient_pattern: str | None = None,
     out: Path | str | None = None,
     progress: Progress | None = None,
 ) -> "pd.DataFrame":
@@ -173,7 +174,7 @@ def evaluate(
 
     Args:
         predictions: a folder of masks; or, without `labels`, a run folder.
-        split: `test` or `validation`, of a run.
+        split: `test` (by default) or `validation`, of a run.
         also: further runs of the task; the mean of all probabilities is measured on the first run's split. None may
             have seen its patients. The table is evaluation-SPLIT-with-NAMES.csv.
         block_removed: leave the frozen block out of a trained run: what does it lose?
@@ -183,6 +184,8 @@ def evaluate(
             the bins behind them) to calibration.json for the validation split, else calibration-SPLIT.json.
         merged: the masks know one foreground only; the labels' classes are merged before comparing.
         tolerance_mm: of NSD; by default 1, or a run's own setting.
+        patient_pattern: a regular expression whose first group is the patient in a mask's file name; a run has its
+            own. Means and intervals are over patients.
         out: where to write the table; a run's goes to its folder too.
 
     Returns:
@@ -195,10 +198,22 @@ def evaluate(
     from medvisionllama.evaluation.evaluate_run import evaluate_run
     from medvisionllama.reports.html import write_report
 
-    _check_choice("split", split, ("test", "validation"))
-    for name, given in {"also": also, "choose_cleaning": choose_cleaning, "calibration": calibration}.items():
+    _check_choice("split", split or "test", ("test", "validation"))
+    if tolerance_mm is not None and not 0 <= tolerance_mm < float("inf"):
+        raise ConfigError(f"tolerance_mm={tolerance_mm} must be 0 or more millimetres")
+    of_run = {
+        "split": split,
+        "also": also,
+        "block_removed": block_removed,
+        "choose_cleaning": choose_cleaning,
+        "calibration": calibration,
+    }
+    for name, given in of_run.items():
         if labels is not None and given:
             raise ConfigError(f"{name} needs a run folder, not masks and labels; leave out the labels")
+    for name, given in {"merged": merged, "patient_pattern": patient_pattern}.items():
+        if labels is None and given:
+            raise ConfigError(f"{name} is for masks and labels, a run has its own; leave it out")
     if labels is None:
         part: Split = "validation" if split == "validation" else "test"
         table = evaluate_run(
@@ -217,6 +232,7 @@ def evaluate(
             Path(predictions),
             Path(labels),
             merged=merged,
+            patient_pattern=patient_pattern,
             tolerance_mm=1.0 if tolerance_mm is None else tolerance_mm,
             progress=progress,
         )

@@ -13,7 +13,7 @@ Data = Annotated[Path, typer.Argument(help=DATA_HELP)]
 Preset = Annotated[
     str,
     typer.Option(
-        help="small (default), paper, reference, or a rival: unet, unet++, dynunet, segresnet, unetr, swin_unetr."
+        help="small (default), large (one GPU), paper, reference, or a rival: unet, unet++, dynunet, segresnet, unetr, swin_unetr."
     ),
 ]
 PatientPattern = Annotated[

@@ -6,13 +6,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from medvisionllama.cli._options import Json
+from medvisionllama.cli._options import Json, PatientPattern
 
 
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder of masks; or a run folder, without LABELS.")],
     labels: Annotated[Path | None, typer.Argument(help="Folder of labels with the same file names.")] = None,
-    split: Annotated[Literal["test", "validation"], typer.Option(help="Which cases of a run.")] = "test",
+    split: Annotated[
+        Literal["test", "validation"] | None, typer.Option(help="Which cases of a run; by default test.")
+    ] = None,
     also: Annotated[
         list[Path] | None,
         typer.Option(
@@ -58,6 +60,7 @@ def evaluate(
         float | None,
         typer.Option(min=0.0, help="Distance within which NSD counts a surface as matched; default 1."),
     ] = None,
+    patient_pattern: PatientPattern = None,
     out: Annotated[Path | None, typer.Option(help="Write the table of cases here as CSV.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -66,6 +69,8 @@ def evaluate(
     Examples:
 
     medvisionllama evaluate masks/ labels/ --out table.csv
+
+    medvisionllama evaluate masks/ labels/ --patient-pattern '^(.{4})'
 
     medvisionllama evaluate runs/hip --split test
 
@@ -91,10 +96,11 @@ def evaluate(
         calibration=calibration,
         merged=merged,
         tolerance_mm=tolerance_mm,
+        patient_pattern=patient_pattern,
         out=out,
         progress=TerminalProgress(),
     )
-    run_dir = RunDir(predictions)
+    run_dir, split = RunDir(predictions), split or "test"
     choice = read_choice(run_dir) if choose_cleaning else None
     calibrated = calibration_file(run_dir, split, also=also or [], block_removed=block_removed)
     if as_json:

@@ -12,6 +12,7 @@ from medvisionllama._files import write_json
 from medvisionllama.data.index import Case
 from medvisionllama.data.labels import label_on_grid
 from medvisionllama.data.planning import Plan
+from medvisionllama.data.readers import read_label
 from medvisionllama.evaluation.calibration import (
     NUM_BINS,
     Reliability,
@@ -21,7 +22,6 @@ from medvisionllama.evaluation.calibration import (
     tally,
 )
 from medvisionllama.evaluation.evaluate import merged_foreground
-from medvisionllama.evaluation.masks import read_mask
 from medvisionllama.inference.predictor import PreparedScan
 from medvisionllama.inference.slabs import label_values
 from medvisionllama.run_dir import RunDir
@@ -68,7 +68,7 @@ class CalibrationTally:
     def _truth(self, case: Case, scan: PreparedScan) -> np.ndarray:
         """Index of the true class of each voxel, on the scan's grid in RAS; values of no class are background."""
         assert case.label is not None, "datasets list labelled cases"
-        label = read_mask(case.label, self.plan.mask_classes)
+        label = read_label(case.label)
         label = label_on_grid(case.label, label, scan.ras_shape, scan.ras_affine)
         if self.plan.merged:
             return merged_foreground(label).array

@@ -14,7 +14,7 @@ from medvisionllama.data.index import patient_of
 from medvisionllama.data.labels import may_be_cropped, on_one_grid, whole_label
 from medvisionllama.data.volume import Volume, same_place, to_ras
 from medvisionllama.errors import DataError
-from medvisionllama.evaluation.masks import Pair, by_name, classes_of, read_mask
+from medvisionllama.evaluation.masks import Pair, by_name, classes_of, read_mask, read_truth
 from medvisionllama.evaluation.metrics import measure
 from medvisionllama.progress import Progress, Silent
 
@@ -59,7 +59,7 @@ def read_pair(pair: Pair, classes: dict[int, str], *, merged: bool = False) -> t
         DataError: a prediction on another grid than its label.
     """
     # A label may be stored with other axes than its image, and the mask has the image's.
-    predicted, truth = (to_ras(read_mask(path, classes)) for path in (pair.prediction, pair.label))
+    predicted, truth = to_ras(read_mask(pair.prediction, classes)), to_ras(read_truth(pair, classes))
     # The mask lies on its scan's grid; either may be stored as the part that holds segments.
     truth = whole_label(pair.label, truth, predicted.shape, predicted.affine)
     predicted = whole_label(pair.prediction, predicted, truth.shape, truth.affine)
@@ -91,6 +91,7 @@ def evaluate_folders(
     *,
     merged: bool = False,
     tolerance_mm: float = 1.0,
+    patient_pattern: str | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Measure masks against labels of the same names.
@@ -99,9 +100,10 @@ def evaluate_folders(
 
     Args:
         merged: the masks know one foreground only, as those of the presets `paper` and `reference`.
+        patient_pattern: finds the patient in a file's name; by default frames, visits and the like are one patient.
 
     Raises:
-        DataError: no file in common, or a prediction without a label.
+        DataError: no file in common, a prediction without a label, or a name that the pattern does not match.
     """
     predicted, truth = by_name(predictions), by_name(labels)
     missing = sorted(predicted.keys() - truth.keys())
@@ -111,7 +113,10 @@ def evaluate_folders(
         )
     if not predicted:
         raise DataError(f"{predictions} holds no mask; give the folder that `medvisionllama predict` wrote")
-    pairs = [Pair(name, patient_of(name), predicted[name], truth[name]) for name in sorted(predicted)]
+    pairs = [
+        Pair(name, patient_of(name, patient_pattern), predicted[name], truth[name])
+        for name in sorted(predicted)
+    ]
     left_out = len(truth.keys() - predicted.keys())
     if left_out and progress:
         progress.say(f"{left_out} labels in {labels} have no prediction and are left out")

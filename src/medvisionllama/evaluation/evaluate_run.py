@@ -80,7 +80,7 @@ def evaluate_run(
             on_slab = None if tally is None else tally.watch(case, scan)
             mask = clean(predictor.segment(scan, on_slab=on_slab).mask, cleaning)
             write_mask(path, mask.array, mask.affine, like=case.images[0])
-            pairs.append(Pair(case.case_id, case.patient_id, path, case.label))
+            pairs.append(Pair(case.case_id, case.patient_id, path, case.label, by_value=True))
             advance(number)
     if tally is not None:
         file = calibration_file(run_dir, split, also=also, block_removed=block_removed)

@@ -23,6 +23,8 @@ class Pair:
     patient_id: str
     prediction: Path
     label: Path
+    by_value: bool = False
+    """Whether the label's values are the classes' own whatever names it has, as in the dataset of a run."""
 
 
 def by_name(folder: Path) -> dict[str, Path]:
@@ -88,6 +90,15 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
             f"all masks and labels are empty and nothing names their classes; put a labels.txt beside {pairs[0].prediction.parent}, or give other folders"
         )
     return {value: named.get(value, f"class {value}") for value in sorted(values)}
+
+
+def read_truth(pair: Pair, classes: dict[int, str]) -> Volume:
+    """Read the label of a pair with the values of `classes`.
+
+    Raises:
+        DataError: see `read_mask`.
+    """
+    return read_label(pair.label) if pair.by_value else read_mask(pair.label, classes)
 
 
 def read_mask(path: Path, classes: dict[int, str]) -> Volume:

@@ -1,7 +1,7 @@
 """Many scans in turn: the next is read while the networks work on this one, and a bad one stops nobody."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -160,22 +160,35 @@ def predict_scans(
                 advance(before + 0.98 * share, name)
 
             try:
-                prepared = future.result()
-                prediction = predictor.segment(
-                    prepared,
-                    probabilities=outputs.probabilities,
-                    uncertainty=outputs.uncertainty,
-                    on_share=on_share,
-                )
-                record = _finish(predictor, scan, prepared, prediction, outputs, cleaning)
+                record = _segment(predictor, scan, future, outputs, cleaning, on_share)
             except (MedVisionLlamaError, MemoryError, RuntimeError) as error:
                 ours = isinstance(error, MedVisionLlamaError)
                 if not keep_going or not (ours or is_out_of_memory(error)):
                     raise
                 record = {"case": scan.case_id, "error": str(error) if ours else OUT_OF_MEMORY}
+            del future  # which holds the scan
             records.append({**record, "seconds": round(time.monotonic() - started, 2)})
             advance(number + 1, scan.case_id)
     return records
+
+
+def _segment(
+    predictor: Predictor,
+    scan: Scan,
+    coming: Future[PreparedScan],
+    outputs: Outputs,
+    cleaning: InferenceConfig,
+    on_share: Callable[[float], None],
+) -> dict[str, Any]:
+    """Segment one scan and write its files; nothing of it is held when the next one is read."""
+    prepared = coming.result()
+    prediction = predictor.segment(
+        prepared,
+        probabilities=outputs.probabilities,
+        uncertainty=outputs.uncertainty,
+        on_share=on_share,
+    )
+    return _finish(predictor, scan, prepared, prediction, outputs, cleaning)
 
 
 def _finish(
@@ -206,6 +219,10 @@ def _finish(
             warnings.append(f"written as NIfTI: {error}")
     if not files["mask"].name.endswith(".dcm"):
         write_mask(files["mask"], mask.array, mask.affine, like=first, classes=names)
+    # Whoever overwrites may have had the other of the two before, and two masks of one scan are one too many.
+    for other in (outputs.mask(scan), outputs.fallback(scan)):
+        if other and other != files["mask"]:
+            other.unlink(missing_ok=True)
     if not outputs.has_table(names):
         write_text(outputs.table, label_table(names))
     volumes = prediction.volumes_ml

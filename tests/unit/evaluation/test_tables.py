@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 
 from medvisionllama import api
-from medvisionllama.errors import DataError
-from medvisionllama.evaluation.evaluate import mean_dice, summarise
+from medvisionllama.errors import ConfigError, DataError
+from medvisionllama.evaluation.evaluate import evaluate_files, mean_dice, summarise
+from medvisionllama.evaluation.masks import Pair
+from medvisionllama.inference.writers import write_mask
 
 
 @pytest.fixture
@@ -66,3 +68,43 @@ def test_masks_of_nothing_that_nobody_named_are_refused(masks):
 def test_the_table_says_the_tolerance(masks, tolerance):
     table = api.evaluate(*masks(np.pad(np.ones((2, 2, 2)), 1)), tolerance_mm=tolerance)
     assert set(table["tolerance_mm"]) == {tolerance}
+
+
+@pytest.mark.parametrize("tolerance", [float("inf"), float("nan"), -1.0])
+def test_a_tolerance_that_is_no_length_is_refused(masks, tolerance):
+    with pytest.raises(ConfigError, match="must be 0 or more millimetres"):
+        api.evaluate(*masks(np.ones((4, 4, 4))), tolerance_mm=tolerance)
+
+
+@pytest.mark.parametrize("option", [{"split": "test"}, {"block_removed": True}])
+def test_what_only_a_run_has_is_refused_for_masks(masks, option):
+    with pytest.raises(ConfigError, match=f"{next(iter(option))} needs a run folder"):
+        api.evaluate(*masks(np.ones((4, 4, 4))), **option)
+
+
+@pytest.mark.parametrize("option", [{"merged": True}, {"patient_pattern": "^(.)"}])
+def test_what_a_run_has_of_its_own_is_refused(tmp_path, option):
+    with pytest.raises(ConfigError, match=f"{next(iter(option))} is for masks and labels"):
+        api.evaluate(tmp_path / "run", **option)
+
+
+def test_patients_of_masks_are_found_by_a_pattern(tmp_path, write_nifti):
+    for folder in ("masks", "labels"):
+        for name in ("anna_x", "anna_y", "bert_x"):
+            write_nifti(tmp_path / folder / f"{name}.nii.gz", np.ones((4, 4, 4)), dtype=np.uint8)
+    table = api.evaluate(tmp_path / "masks", tmp_path / "labels", patient_pattern="^(.{4})")
+    assert set(table["patient_id"]) == {"anna", "bert"}
+    with pytest.raises(DataError, match="does not match"):
+        api.evaluate(tmp_path / "masks", tmp_path / "labels", patient_pattern="^(c.*)")
+
+
+def test_labels_that_trained_by_their_values_are_measured_by_them(tmp_path):
+    # Slicer's own name for a segment that nobody named, beside one that is a class's.
+    array, label = np.indices((4, 4, 4))[0].astype(np.uint8) // 2 + 1, tmp_path / "l" / "a.seg.nrrd"
+    write_mask(label, array, np.eye(4), classes={1: "liver", 2: "Segment_2"})
+    write_mask(tmp_path / "a.nii.gz", array, np.eye(4))
+    pair, classes = Pair("a", "a", tmp_path / "a.nii.gz", label), {1: "liver", 2: "tumour"}
+    with pytest.raises(DataError, match="Segment_2 is none of liver, tumour"):
+        evaluate_files([pair], classes, tolerance_mm=1.0)
+    trained = Pair("a", "a", tmp_path / "a.nii.gz", label, by_value=True)
+    assert evaluate_files([trained], classes, tolerance_mm=1.0)["dice"].tolist() == [1.0, 1.0, 1.0]

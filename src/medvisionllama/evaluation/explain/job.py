@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from medvisionllama.config import InferenceConfig
 from medvisionllama.data.readers import read_image
 from medvisionllama.data.volume import Volume, from_ras, to_ras
 from medvisionllama.devices import choose_device
@@ -17,10 +18,12 @@ from medvisionllama.evaluation.explain.notes import notes_on
 from medvisionllama.evaluation.explain.targets import ScanToExplain, read_truth
 from medvisionllama.evaluation.pointing import Target, make_target, peak, score
 from medvisionllama.inference.activations import MapName, native_maps, token_size
+from medvisionllama.inference.cleaning import cleaning_of
 from medvisionllama.inference.controls import with_random_block
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.predictor import Member, Predictor, check_alike
 from medvisionllama.inference.writers import write_map
+from medvisionllama.run_dir import RunDir
 from medvisionllama.types import AffineMatrix, LabelArray
 
 TRAINED, RANDOM, OTHER = "trained", "random block", "other run"
@@ -33,6 +36,8 @@ class Networks:
 
     members: dict[str, Member]
     notes: tuple[str, ...]
+    cleaning: InferenceConfig
+    """Its settings on components hold for the run's own masks, as in `predict`."""
 
     @property
     def trained(self) -> Member:
@@ -81,7 +86,8 @@ def open_networks(run: Path, *, random_block: bool, against: Path | None, device
     if against is not None:
         members[OTHER] = _open(against, where)
         notes += [f"Other run ({against.name}): {note}" for note in notes_on(members[OTHER])]
-    return Networks(members, tuple(notes))
+    cleaning, _ = cleaning_of(RunDir(run), members[TRAINED].config.inference)
+    return Networks(members, tuple(notes), cleaning)
 
 
 def _open(run: Path, device: Any) -> Member:
@@ -109,10 +115,10 @@ def explain_scan(
     image = to_ras(volume)
     prepared = Predictor([members[name] for name in (TRAINED, OTHER) if name in members]).prepare(volume)
     del volume
-    plan, config = networks.trained.plan, networks.trained.config
+    plan = networks.trained.plan
     if scan.label is None:
         predicted = Predictor([networks.trained]).segment(prepared).mask
-        truth = to_ras(clean(predicted, config.inference)).array
+        truth = to_ras(clean(predicted, networks.cleaning)).array
     else:
         truth = read_truth(scan, image, plan)
     masks = [(name, truth == value) for value, name in plan.mask_classes.items()]
