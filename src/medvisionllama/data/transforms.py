@@ -224,6 +224,9 @@ def _blur(image: Tensor, strength: float, _: int) -> Tensor:
         shape[2 + axis] = 5
         padding = [2 if other == axis else 0 for other in range(3)]
         blurred = F.conv3d(blurred, kernel.view(shape), padding=padding)
+        # At the ends less of the kernel lies in the crop, and of an axis of one voxel its middle alone.
+        inside = F.conv1d(torch.ones(1, 1, image.shape[1 + axis]), kernel.view(1, 1, 5), padding=2)
+        blurred = blurred / inside.view([-1 if size == 5 else 1 for size in shape])
     return blurred[:, 0]
 
 

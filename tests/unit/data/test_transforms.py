@@ -319,3 +319,9 @@ def test_an_axis_of_one_voxel_is_not_bent():
     field = elastic_field(made.draw(np.random.default_rng(0)).elastic, (12, 10, 1))
     assert field[2].abs().max() == 0
     assert field[:2].abs().max() > 0
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 9, 9), (2, 12, 7, 1), (1, 16, 16, 3)])
+def test_blur_leaves_what_is_even_as_it_is(shape):
+    even = torch.full(shape, 3.0)
+    assert torch.allclose(apply_intensity(even, still(effects={"blur": 1.0})), even, atol=1e-5)
