@@ -32,6 +32,7 @@ from .damage import (
     pair,
     place,
     plain_without,
+    rename,
     rotated,
     same_label,
     scale_all,
@@ -258,6 +259,17 @@ ERRORS: dict[str, Broken] = {
     ),
 }
 WARNINGS: dict[str, Broken] = {
+    "two sides of one patient": Broken(
+        lambda r: rename(r, [f"A1{n // 2}_{'LR'[n % 2]}" for n in range(6)]),
+        "patients-alike",
+        "as A10_L and A10_R; if those are one patient",
+    ),
+    "patients taken for one": Broken(
+        lambda r: rename(r, [*(f"LiTS17_scan_{n:03d}" for n in range(10)), "p1", "p2", "p3"]),
+        "patient-crowded",
+        "10 scans count as one patient, LiTS17",
+        num_cases=13,
+    ),
     "empty label": Broken(lambda r: empty(r, [CASE]), "label-empty", f"{CASE}.nii.gz: no voxel is labelled"),
     "class that is never there": Broken(
         lambda r: edit_json(r, labels={"0": "background", "1": "Anterior", "2": "Posterior", "3": "tumour"}),

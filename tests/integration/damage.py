@@ -127,6 +127,14 @@ def copy_case(root: Path, source: str, target: str) -> None:
         shutil.copyfile(a, b)
 
 
+def rename(root: Path, names: Sequence[str]) -> None:
+    for case, name in zip(cases(root), names, strict=True):
+        for path in pair(root, case):
+            path.rename(path.with_name(f"{name}.nii.gz"))
+    paths = [(f"imagesTr/{name}.nii.gz", f"labelsTr/{name}.nii.gz") for name in names]
+    edit_json(root, training=[{"image": image, "label": label} for image, label in paths])
+
+
 def copy_as_stored_otherwise(root: Path, source: str, target: str) -> None:
     """The same scan with other axes and another type of numbers."""
     image = nib.load(scan(root, source))

@@ -53,6 +53,36 @@ def test_layers_that_are_none_are_refused(text):
         load_config("small", [f"network.block.layers={text}"])
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("exclude=001", ("001",)),
+        ("exclude=2024-01-05", ("2024-01-05",)),
+        ("exclude=no, 1e3,patient 7 #2", ("no", "1e3", "patient 7 #2")),
+        ("exclude=[001,002]", ("001", "002")),
+        ("exclude=['a,b', \"001\"]", ("a,b", "001")),
+        ("exclude=scan[1],it's,", ("scan[1]", "it's")),
+        ("modality=1", ("1",)),
+        ("modality=null", None),
+        ("patient_pattern=[0-9]{3}", "[0-9]{3}"),
+        (r"patient_pattern=[A-Z]+_(\d+)", r"[A-Z]+_(\d+)"),
+        (r"patient_pattern=(\w+) #x", r"(\w+) #x"),
+        ("patient_pattern='^(.{4})'", "^(.{4})"),
+        ("patient_pattern=007", "007"),
+        ("patient_pattern=null", None),
+        ("patient_pattern=", None),
+    ],
+)
+def test_names_and_patterns_are_texts_whatever_they_look_like(text, value):
+    data = load_config("small", [f"data.{text}"]).data
+    assert getattr(data, text.partition("=")[0]) == value
+
+
+@pytest.mark.parametrize("value", ["[a", "a,,b", ","])
+def test_a_list_of_texts_with_a_gap_is_refused(value):
+    assert "not readable" in refusal(f"data.exclude={value}")
+
+
 def test_other_lists_are_typed_in_the_same_way():
     data = load_config("small", ["data.crop_size=32,40,32", "data.modality=CT", "data.spacing_mm=null"]).data
     assert (data.crop_size, data.modality, data.spacing_mm) == ((32, 40, 32), ("CT",), None)
@@ -111,6 +141,18 @@ def test_paths_may_be_given_as_paths():
 def test_null_takes_a_setting_back():
     config = load_config("small", ["train.epochs=5", "train.max_minutes=null"])
     assert (config.train.epochs, config.train.max_minutes) == (5, None)
+
+
+@pytest.mark.parametrize("limit", ["epochs", "max_steps"])
+def test_a_limit_that_is_asked_for_takes_the_place_of_the_preset_s_minutes(limit):
+    assert load_config("small", {f"train.{limit}": 5}).train.max_minutes is None
+    assert load_config("small", [f"train.{limit}=5", "train.max_minutes=3"]).train.max_minutes == 3
+    assert load_config("small", {f"train.{limit}": None}).train.max_minutes == 20
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+def test_a_number_that_is_none_is_refused(value):
+    assert "finite number" in refusal(f"train.max_minutes={value}")
 
 
 def test_a_configuration_is_frozen():

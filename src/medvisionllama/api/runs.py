@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medvisionllama.config import Config, load_config, read_config
-from medvisionllama.config.load import parse_overrides
+from medvisionllama.config.load import limits_as_asked, parse_overrides
 from medvisionllama.errors import ConfigError
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir
@@ -64,9 +64,7 @@ def train(
     }
     chosen |= {key: value for key, value in parts.items() if value is not None}
     chosen |= parse_overrides(overrides)
-    if any(chosen.get(limit) is not None for limit in ("train.epochs", "train.max_steps")):
-        # A limit that the user did not ask for would cut the run short.
-        chosen.setdefault("train.max_minutes", None)
+    chosen = limits_as_asked(chosen)
     if resume:
         RunDir(out).check_resumable()
         config = read_config(RunDir(out).config, chosen)

@@ -16,14 +16,19 @@ from medvisionllama.config.presets import preset_settings
 from medvisionllama.config.schema import Config
 from medvisionllama.errors import ConfigError
 
+_NOTHING = {"", "~", "null", "Null", "NULL"}
+# One text of a list and what ends it; a comma within quotes ends nothing.
+_ITEM = re.compile(r"""\s*("[^"]*"|'[^']*'|[^,]*?)\s*(,|$)""")
+
 
 def load_config(preset: str = "small", overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
     """Build a configuration from a preset and overrides.
 
     Args:
         preset: a name of `PRESETS`.
-        overrides: `["network.insert=none"]` as on the command line (words as they are, all else read as YAML;
-            several values as `a,b` or `[a,b]`), or a mapping from dotted keys to values.
+        overrides: `["network.insert=none"]` as on the command line (words and patterns as they are, all else read
+            as YAML; several values as `a,b` or `[a,b]`), or a mapping from dotted keys to values. A limit in epochs
+            or steps takes the place of the preset's minutes.
 
     Raises:
         ConfigError: an unknown preset or key, a value of the wrong type, or values that contradict each other.
@@ -31,7 +36,7 @@ def load_config(preset: str = "small", overrides: Sequence[str] | Mapping[str, A
     >>> load_config("small", ["network.insert=none", "train.epochs=3"]).network.insert
     'none'
     """
-    parsed = parse_overrides(overrides)
+    parsed = limits_as_asked(parse_overrides(overrides))
     return _validated(
         apply_overrides(preset_settings(preset), parsed), where=f"preset {preset}: ", given=parsed
     )
@@ -57,6 +62,17 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, A
     if isinstance(overrides, Mapping):
         return {key: _plain(value) for key, value in overrides.items()}
     return dict(_split_override(text) for text in overrides)
+
+
+def limits_as_asked(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Add that minutes are not limited if epochs or steps are and minutes are not spoken of.
+
+    A limit that nobody asked for would cut the run short.
+    """
+    others = (overrides.get(limit) for limit in ("train.epochs", "train.max_steps"))
+    if all(limit is None for limit in others):
+        return dict(overrides)
+    return {"train.max_minutes": None, **overrides}
 
 
 def write_config(config: Config, path: Path) -> None:
@@ -106,6 +122,11 @@ def _split_override(text: str) -> tuple[str, Any]:
     kind = _known_types(Config).get(key)
     if kind is str:
         return key, value.strip()
+    # YAML would make a number of the case 001, a date of 2024-01-05 and a list of the pattern [0-9]{3}.
+    if kind == str | None:
+        return key, _text_or_none(value)
+    if kind == tuple[str, ...]:
+        return key, _texts_or_none(text, value)
     if get_origin(kind) is tuple:
         # YAML reads 28:30 as minutes and seconds, here it is a range or a window.
         if not {"'", '"'} & set(value):
@@ -116,6 +137,37 @@ def _split_override(text: str) -> tuple[str, Any]:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text!r}: the value is not readable: {_one_line(error)}") from None
+
+
+def _text_or_none(value: str) -> str | None:
+    value = value.strip()
+    return None if value in _NOTHING else _unquoted(value)
+
+
+def _texts_or_none(override: str, value: str) -> list[str] | None:
+    """Texts between commas, each as it is; brackets around all of them and quotes around one are taken off."""
+    value = value.strip()
+    if value in _NOTHING:
+        return None
+    if value.startswith("["):
+        if not value.endswith("]"):
+            raise ConfigError(f"--set {override!r}: the value is not readable: a ']' is missing at its end")
+        value = value[1:-1].strip()
+    items, place = [], 0
+    while place < len(value):
+        found = _ITEM.match(value, place)
+        if found is None or not found[1]:
+            raise ConfigError(
+                f"--set {override!r}: the value is not readable: write texts as a,b (a comma within one: 'a,b')"
+            )
+        items.append(_unquoted(found[1]))
+        place = found.end()
+    return items
+
+
+def _unquoted(text: str) -> str:
+    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
+    return text[1:-1] if quoted else text
 
 
 def _check_key(key: str) -> None:

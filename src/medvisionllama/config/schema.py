@@ -62,7 +62,11 @@ class Section(BaseModel):
     """A group of settings: unknown keys refused, values frozen once built, docstrings under fields kept as help."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.check.findings import raise_first
 from medvisionllama.data.check.headers import check_headers
+from medvisionllama.data.grid_rules import round_mm
 from medvisionllama.data.index import Dataset
 from medvisionllama.types import SpacingMm, Triple
 
@@ -27,7 +28,7 @@ class Fingerprint:
 
     @property
     def median_spacing_mm(self) -> SpacingMm:
-        x, y, z = (round(float(value), 4) for value in np.median(list(self.spacings_mm.values()), axis=0))
+        x, y, z = (round_mm(float(value)) for value in np.median(list(self.spacings_mm.values()), axis=0))
         return (x, y, z)
 
     @property

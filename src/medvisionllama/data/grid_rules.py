@@ -38,11 +38,20 @@ def thick_axis(spacing_mm: SpacingMm, shape: Sequence[float]) -> int | None:
     return worst if longer and fewer else None
 
 
+def round_mm(length_mm: float) -> float:
+    """Round to a tenth of a micron, but keep four digits of what is shorter: microscopes have voxels of nanometres.
+
+    >>> round_mm(1.23456), round_mm(0.0000080001)
+    (1.2346, 8e-06)
+    """
+    return round(length_mm, _places(length_mm, digits=4, at_least=4))
+
+
 def median_or_thinner(spacings_mm: Sequence[SpacingMm], axis: int | None, percentile: float) -> SpacingMm:
     """Median spacing; a thick axis takes a percentile instead, but stays the longest."""
-    median = [round(float(value), 4) for value in np.median(spacings_mm, axis=0)]
+    median = [round_mm(float(value)) for value in np.median(spacings_mm, axis=0)]
     if axis is not None:
-        wanted = round(float(np.percentile([spacing[axis] for spacing in spacings_mm], percentile)), 4)
+        wanted = round_mm(float(np.percentile([spacing[axis] for spacing in spacings_mm], percentile)))
         median[axis] = max(wanted, *(median[other] for other in range(3) if other != axis))
     x, y, z = median
     return (x, y, z)
@@ -76,7 +85,8 @@ def raise_spacing(
         level = (voxel_mm3 / math.prod(order[count:])) ** (1 / count)
         if count == 3 or level <= order[count]:
             break
-    level = min(math.ceil(level * 100) / 100, coarsest_mm)
+    steps_per_mm = 10 ** _places(level, digits=2, at_least=2)
+    level = min(math.ceil(level * steps_per_mm) / steps_per_mm, coarsest_mm)
     x, y, z = (max(edge, level) for edge in spacing_mm)
     return (x, y, z)
 
@@ -128,3 +138,8 @@ def plan_crop(extent_mm: SpacingMm, spacing_mm: SpacingMm, unit: Triple, max_vox
         crop[longest] -= unit[longest]
     x, y, z = crop
     return (x, y, z)
+
+
+def _places(length_mm: float, *, digits: int, at_least: int) -> int:
+    """Decimal places that keep so many digits of a length."""
+    return max(at_least, digits - 1 - math.floor(math.log10(length_mm)))

@@ -17,9 +17,24 @@ from medvisionllama.errors import DataError
 if TYPE_CHECKING:
     from medvisionllama.data.check.findings import Finding
 
-# What may follow a patient's name in a file name: cardiac frames and phases, visits, sessions, time points,
-# scans of one study. Two volumes that differ only there are one patient.
-_SUFFIXES = r"(?:[_-](?:frame|ph|phase|t|time|tp|visit|ses|session|scan|run|ed|es)[-_]?\d*)+$"
+# BIDS: the label of the subject ends at the next underscore.
+_BIDS = re.compile(r"sub-[a-z0-9]+(?=_|$)", re.IGNORECASE)
+# What may follow a patient's name in a file name: cardiac frames and phases, visits, sessions, time points, scans
+# of one study. Volumes that differ only from there on are one patient.
+_MARK = re.compile(
+    r"[_. -](?:(?P<sure>frame|phase|ph|time[_. -]?point|time|tp|visit|session|ses)(?:[_. -]?\d+[a-z]?)?"
+    r"|(?:t|scan|run|ed|es)(?:[_. -]?(?P<number>\d+))?)(?=[_. -]|$)",
+    re.IGNORECASE,
+)
+# What may follow a mark that is a common word or a sequence of MR too: words, none of them a patient's number.
+_WORDS = re.compile(r"(?:[_. -](?:[a-z]+|t[12][a-z]*))*", re.IGNORECASE)
+_PERSON = re.compile(r"[_. -](?:patient|pat|pt|subject|subj|sub|case|p|s)[_. -]?\d", re.IGNORECASE)
+# Numbered, but nobody: `site2_scan_001` is the first patient of a site, not the first scan of a patient.
+PLACE = re.compile(
+    r"(?:\D*[_. -])?(?:(?:site|cent(?:er|re)|hospital|clinic|cohort|dataset|vendor|scanner)[_. -]?\d+"
+    r"|[1-9]t|[234]d|t[12][a-z]*)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -144,13 +159,14 @@ def _index(
 def patient_of(case_id: str, pattern: str | None = None) -> str:
     """Name the patient of a case.
 
-    >>> patient_of("patient003_frame15"), patient_of("SC-HF-I-02_ph06"), patient_of("hippocampus_003")
-    ('patient003', 'SC-HF-I-02', 'hippocampus_003')
+    Args:
+        pattern: regular expression whose first group is the patient, or the whole match if it has none.
+
+    >>> patient_of("patient003_frame15"), patient_of("sub-01_ses-2_T1w"), patient_of("hippocampus_003")
+    ('patient003', 'sub-01', 'hippocampus_003')
     """
     if pattern is None:
-        stripped = re.sub(_SUFFIXES, "", case_id, flags=re.IGNORECASE)
-        # What is left must still number somebody: scan_001 and scan_002 are two patients, not one called "scan".
-        return stripped if re.search(r"\d", stripped) else case_id
+        return _patient_by_rule(case_id)
     try:
         match = re.search(pattern, case_id)
     except re.error as error:
@@ -161,3 +177,25 @@ def patient_of(case_id: str, pattern: str | None = None) -> str:
             f"data.patient_pattern={pattern!r} does not match the case {case_id!r}; every case needs a patient"
         )
     return patient
+
+
+def _patient_by_rule(case_id: str) -> str:
+    """The part before the first mark of a frame, phase, visit or time point; the whole name if there is none."""
+    if subject := _BIDS.match(case_id):
+        return subject[0]
+    cuts = (found.start() for found in _MARK.finditer(case_id) if _ends_patient(case_id, found))
+    return case_id[: next(cuts, len(case_id))]
+
+
+def _ends_patient(case_id: str, mark: re.Match[str]) -> bool:
+    """What comes before a mark numbers somebody, and what comes after it nobody else."""
+    stem, rest = case_id[: mark.start()], _MARK.sub("", case_id[mark.end() :])
+    # scan_001 and scan_002 are two patients, not one called "scan".
+    if not re.search(r"\d", stem):
+        return False
+    if PLACE.fullmatch(stem):
+        return bool(mark["sure"]) and not re.search(r"\d", rest)
+    if mark["sure"]:
+        return not _PERSON.search(rest)
+    # Three digits number the scans of a study rather than those of a patient: LiTS17_scan_001_ct.
+    return not rest or (len(mark["number"] or "") <= 2 and bool(_WORDS.fullmatch(rest)))

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Container
 from typing import Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict
@@ -15,6 +16,7 @@ from medvisionllama.data.grid_rules import (
     plan_crop,
     plan_strides,
     raise_spacing,
+    round_mm,
     seen_share,
     thick_axis,
     total_stride,
@@ -34,6 +36,12 @@ __all__ = [
     "plan_strides",
     "total_stride",
 ]
+
+
+# Words that only look as if they told a side.
+_NO_SIDES = {"leftover", "leftovers", "cleft", "righteous"} | {
+    f"{start}right" for start in ("al", "b", "birth", "copy", "down", "f", "forth", "out", "playw", "up", "w")
+}
 
 
 class NetworkSizes(TypedDict):
@@ -227,7 +235,7 @@ def _spacing(found: Fingerprint, data: DataConfig) -> tuple[SpacingMm, str]:
     if data.geometry == "resize":
         assert data.crop_size is not None, "checked with the configuration"
         # Voxels of a squeezed scan are this large, and rotations must know it.
-        x, y, z = (round(length / size, 4) for length, size in zip(extent, data.crop_size, strict=True))
+        x, y, z = (round_mm(length / size) for length, size in zip(extent, data.crop_size, strict=True))
         return (x, y, z), f"follows from squeezing the median scan of {why.lengths(extent)}"
     if data.spacing_mm is not None:
         return data.spacing_mm, f"{why.BY_HAND} (data.spacing_mm)"
@@ -264,8 +272,30 @@ def is_ct(channel: str) -> bool:
 
 
 def _tells_sides(classes: dict[int, str]) -> str | None:
-    """The first class name with a word for a side."""
+    """The first class name that tells a side."""
     # "left ventricle" and "right ventricle" differ in shape and wall, not by mirroring alone, but a network that
     # has seen mirrored hearts has lost the position that tells them apart in an unclear scan.
-    sides = r"(?<![a-z])(left|right|l|r|lt|rt|lv|rv|la|ra|lh|rh)(?![a-z])"
-    return next((name for name in classes.values() if re.search(sides, name.lower())), None)
+    names = {_spelt(name): name for name in classes.values()}
+    return next(
+        (name for spelt, name in names.items() if _names_side(spelt) or _has_twin(spelt, names)), None
+    )
+
+
+def _spelt(name: str) -> str:
+    """Words in small letters: `KidneyRight` and `LKidney` are two words each, but `LNs` (lymph nodes) is one."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})", " ", name).lower()
+
+
+def _names_side(spelt: str) -> bool:
+    # Vertebrae are called L1, and margins R0.
+    if re.search(r"(?<![a-z])([lr](?!\d)|lt|rt|lv|rv|la|ra|lh|rh)(?![a-z])", spelt):
+        return True
+    words = set(re.findall("[a-z]+", spelt)) - _NO_SIDES
+    return any(word.startswith(("left", "right")) or word.endswith(("left", "right")) for word in words)
+
+
+def _has_twin(spelt: str, others: Container[str]) -> bool:
+    """Another class has this name but for the side, as `rib_L1` and `rib_R1`, or `lkidney` and `rkidney`."""
+    letters = re.finditer(r"(?<![a-z])l|l(?![a-z])", spelt)
+    twins = [f"{spelt[: found.start()]}r{spelt[found.end() :]}" for found in letters]
+    return any(twin in others for twin in [*twins, spelt.replace("left", "right")] if twin != spelt)

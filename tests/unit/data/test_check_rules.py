@@ -3,15 +3,16 @@ import pytest
 
 from medvisionllama.data.check.case_rules import value_findings
 from medvisionllama.data.check.findings import TITLES, Finding, raise_first
-from medvisionllama.data.check.listing import patient_findings, scans_in
+from medvisionllama.data.check.listing import scans_in
 from medvisionllama.data.check.outliers import find_outliers
+from medvisionllama.data.check.patients import patient_findings, patient_name_findings
 from medvisionllama.data.check.rules import (
     class_findings,
     duplicate_findings,
     intensity_findings,
     outlier_findings,
 )
-from medvisionllama.data.index import Case
+from medvisionllama.data.index import Case, patient_of
 from medvisionllama.errors import DataError
 
 
@@ -122,8 +123,64 @@ def test_classes_that_are_never_met_are_named_once(case_facts):
     ],
 )
 def test_names_that_differ_in_their_ending_may_be_one_patient(names, alike):
-    found = patient_findings([Case(name, name, (), None) for name in names])
-    assert codes(found) == (["patient-names"] if alike else [])
+    assert codes(patient_name_findings(cases_of(names))) == (["patient-names"] if alike else [])
+
+
+def cases_of(names, patient=lambda name: name):
+    return [Case(name, patient(name), (), None) for name in names]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["P07_LEFT", "P07_RIGHT", "P08_LEFT"],
+        ["left_07", "right_07", "left_08"],
+        ["SC-HF-07_L", "SC-HF-07_R", "SC-HF-08_L"],
+        ["A12_baseline_ct", "A12_followup_ct", "A13_baseline_ct"],
+        ["A12-week-0", "A12-week-12", "A13-week-0"],
+        ["A12_1_ct", "A12_2_ct", "A13_1_ct", "A13_2_ct"],
+        ["A12_T1w", "A12_T2w", "A13_T1w", "A13_T2w"],
+    ],
+)
+def test_names_that_differ_in_a_side_or_a_visit_are_rather_one_patient(names):
+    (found,) = patient_name_findings(cases_of(names))
+    assert (found.code, found.severity) == ("patients-alike", "warning")
+    assert f"as {names[0]} and {names[1]};" in found.message
+    assert "--set data.patient_pattern" in found.message
+    assert {names[0], names[1]} <= set(found.cases)
+    pattern = found.message.rsplit("as '", 1)[1].removesuffix("'")
+    joined = [patient_of(name, pattern) for name in names]
+    assert joined[0] == joined[1] != joined[2 if len(names) == 3 else -1]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"OAS1_{n:04d}_MR1" for n in range(1, 40)],
+        [f"site{site}_{n:03d}_T1w" for site in (1, 2, 3) for n in range(3)],
+        [f"ct_train_{n}" for n in range(5)] + [f"mr_train_{n}" for n in range(5)],
+        ["liver_left", "liver_right", "spleen_1"],
+        [f"brats_2013_pat{n:04d}_1" for n in range(6)],
+    ],
+)
+def test_names_that_number_patients_are_no_sides_or_visits(names):
+    assert "patients-alike" not in codes(patient_name_findings(cases_of(names)))
+
+
+def test_a_patient_with_far_more_scans_than_others_may_be_several():
+    study = [f"LiTS17_scan_{n:03d}" for n in range(12)]
+    others = ["p01_scan_1", "p01_scan_2", "p02_scan_1", "p03_scan_1"]
+    (found,) = patient_name_findings(cases_of([*study, *others], patient_of))
+    assert (found.code, found.cases) == ("patient-crowded", tuple(study))
+    assert "12 scans count as one patient, LiTS17 (LiTS17_scan_000" in found.message
+    assert "--set data.patient_pattern" in found.message
+    frames = [f"p{patient}_frame{n}" for patient in range(3) for n in range(30)]
+    assert patient_name_findings(cases_of(frames, patient_of)) == []
+
+
+def test_fewer_than_three_patients_cannot_be_divided():
+    assert codes(patient_findings(cases_of(["a1", "a2"]))) == ["too-few-patients"]
+    assert patient_findings(cases_of(["a1", "a2", "a3"])) == []
 
 
 def test_every_code_has_one_severity_and_errors_raise():

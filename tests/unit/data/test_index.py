@@ -244,6 +244,31 @@ def test_a_dataset_json_that_is_no_json_is_refused(files, content):
         ("treated_12", "treated_12"),
         ("scan_07", "scan_07"),
         ("_frame01", "_frame01"),
+        # BIDS: whatever follows the subject.
+        ("sub-01_ses-01_T1w", "sub-01"),
+        ("sub-anna_T1w", "sub-anna"),
+        ("sub-01-ses-02_T1w", "sub-01"),
+        # A modality or a word after the visit.
+        ("patient01_visit1_ct", "patient01"),
+        ("P001_tp1_flair", "P001"),
+        ("P001_t1_flair", "P001"),
+        ("p1_timepoint2_ct", "p1"),
+        ("p1_time-point-2_x", "p1"),
+        ("patient1_ses-pre_T1w", "patient1"),
+        ("patient12_phase_arterial", "patient12"),
+        ("patient001_ED_crop", "patient001"),
+        ("patient01_scan1_ct", "patient01"),
+        ("patient01_scan_001", "patient01"),
+        # Numbers of a site or a study come before the patient's.
+        ("site2_scan_001", "site2_scan_001"),
+        ("site2_scan_001_frame02", "site2_scan_001"),
+        ("site2_visit1_patient03", "site2_visit1_patient03"),
+        ("site2_frame01", "site2"),
+        ("3T_scan_001", "3T_scan_001"),
+        ("mri_scan_001_frame02", "mri_scan_001"),
+        ("brats2020_t1_001", "brats2020_t1_001"),
+        ("2019_visit1_patient03", "2019_visit1_patient03"),
+        ("LiTS17_scan_001_ct", "LiTS17_scan_001_ct"),
     ],
 )
 def test_the_patient_is_the_name_without_frame_phase_or_visit(case, patient):

@@ -113,15 +113,43 @@ def test_merged_classes_have_one_output(tmp_path):
     assert (plan.num_outputs, plan.output_values) == (1, (1,))
 
 
-@pytest.mark.parametrize("names", [("Anterior", "Posterior"), ("tumour",), ("liver", "clear rim")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Anterior", "Posterior"),
+        ("tumour",),
+        ("liver", "clear rim"),
+        ("vertebra L1", "vertebra_L2", "tumour grade R0"),
+        ("bright rim", "upright", "cleft"),
+        ("LNs", "RNA", "LGE"),
+        ("colon", "ribs"),
+    ],
+)
 def test_left_and_right_are_mirrored_where_classes_do_not_tell(tmp_path, names):
     assert plan_of(tmp_path, *names).flip_axes == (0,)
     assert plan_of(tmp_path, *names, flip=False).flip_axes == ()
 
 
-@pytest.mark.parametrize("name", ["left ventricle", "Kidney_Right", "hippocampus L", "lung-r", "Rt femur"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("left ventricle", "Kidney_Right", "hippocampus L", "lung-r", "Rt femur", "rib_left_1", "LV"),
+        # A side written together with its organ.
+        *("LeftKidney", "KidneyRight", "LeftLung", "leftlung", "lungright", "LKidney", "kidneyL", "LEFTLUNG"),
+    ],
+)
 def test_left_and_right_are_not_mirrored_where_a_class_tells(tmp_path, name):
-    assert plan_of(tmp_path, "liver", name).flip_axes == ()
+    plan = plan_of(tmp_path, "liver", name)
+    assert plan.flip_axes == ()
+    assert f"the class {name!r} tells left from right" in plan.reasons["flip_axes"]
+
+
+@pytest.mark.parametrize(
+    "names", [("rib_L1", "rib_R1"), ("lkidney", "rkidney"), ("RCA", "LCA"), ("upleftlobe", "uprightlobe")]
+)
+def test_two_classes_that_differ_in_their_side_only_tell_it(tmp_path, names):
+    assert plan_of(tmp_path, *names).flip_axes == ()
+    assert plan_of(tmp_path, names[0]).flip_axes == plan_of(tmp_path, names[1]).flip_axes == (0,)
 
 
 def test_a_plan_survives_json(tmp_path):
@@ -195,6 +223,24 @@ def test_a_given_crop_keeps_the_spacing_of_the_scans(tmp_path):
     found = of_spacings((0.8, 0.8, 0.8), shape=(512, 512, 512))
     assert planned(tmp_path, found).spacing_mm == (2.0, 2.0, 2.0)
     assert planned(tmp_path, found, crop_size=(64, 64, 64)).spacing_mm == (0.8, 0.8, 0.8)
+
+
+@pytest.mark.parametrize("edge", [8e-6, 8e-4, 0.0123456, 0.8])
+def test_scans_of_a_microscope_keep_their_spacing(tmp_path, edge):
+    found = of_spacings((edge, edge, edge), shape=(40, 40, 40))
+    plan = planned(tmp_path, found)
+    assert plan.spacing_mm == found.median_spacing_mm == pytest.approx((edge,) * 3, rel=5e-4)
+    assert plan.crop_size == (40, 40, 40)
+    whole = planned(tmp_path, found, geometry="resize", crop_size=(16, 16, 16))
+    assert whole.spacing_mm == pytest.approx((40 / 16 * edge,) * 3, rel=5e-4)
+
+
+@pytest.mark.parametrize("edge", [8e-6, 8e-4, 0.08])
+def test_a_raised_spacing_is_no_coarser_than_the_view_needs(tmp_path, edge):
+    plan = planned(tmp_path, of_spacings((edge, edge, edge), shape=(128, 128, 128)))
+    # 1.26 times as long shows an eighth; two digits round that up.
+    assert plan.spacing_mm == pytest.approx((1.26 * edge,) * 3, rel=0.1)
+    assert plan.spacing_mm[0] >= 1.259 * edge
 
 
 def test_what_is_set_by_hand_is_obeyed_and_said(tmp_path):

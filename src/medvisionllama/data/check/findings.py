@@ -42,6 +42,8 @@ _ERRORS = {
     "splits-leak": "the same image in training and test",
 }
 _WARNINGS = {
+    "patients-alike": "names that look like one patient's",
+    "patient-crowded": "patients with far more scans than the others",
     "label-empty": "labels without a labelled voxel",
     "class-unseen": "classes that no label holds",
     "image-nearly-constant": "images almost of one value",

@@ -1,8 +1,6 @@
 """Rules on a dataset's list of files, before any is opened."""
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +14,6 @@ from medvisionllama.data.readers import is_scan, stem_of
 from medvisionllama.errors import DataError
 
 _FOLDERS = ("imagesTr", "labelsTr")
-_ENDING = re.compile(r"(?:[_.-][a-z]?\d{1,3}|[_.-][a-z]|(?<=\d)[a-z])$", re.IGNORECASE)
 
 
 def listing_findings(dataset: Dataset) -> list[Finding]:
@@ -69,32 +66,6 @@ def name_findings(dataset: Dataset) -> list[Finding]:
                 f"{folder}: no case uses {len(unlisted)} of its files ({shown}); list them or move them away"
             )
             findings.append(Finding("unlisted-file", message, file=folder))
-    return findings
-
-
-def patient_findings(cases: Sequence[Case]) -> list[Finding]:
-    """Too few patients, and names that differ in their ending only yet count as different patients."""
-    patients = {case.patient_id for case in cases}
-    findings = []
-    if len(patients) < 3:
-        message = f"a split needs at least 3 patients (train, validation, test), found {len(patients)}; label more patients, or check data.patient_pattern (--patient-pattern)"
-        findings.append(Finding("too-few-patients", message))
-    groups: dict[str, list[str]] = defaultdict(list)
-    for patient in sorted(patients):
-        base = _ENDING.sub("", patient)
-        # Without a digit it is the name of the study, not of a patient.
-        if base != patient and re.search(r"\d", base):
-            groups[base].append(patient)
-    # A name with many endings is a study's or a site's; a patient comes a few times.
-    alike = {base: names for base, names in groups.items() if 2 <= len(names) <= 6}
-    if len(alike) >= 2:
-        base, names = next(iter(alike.items()))
-        count = sum(map(len, alike.values()))
-        message = f"{count} patients differ from another in the ending of their name only, as {', '.join(names[:3])}; if those are one patient, name it with --patient-pattern, as '^(.+?)[_.-]?[^_.-]+$'"
-        members = tuple(
-            case.case_id for case in cases if any(case.patient_id in names for names in alike.values())
-        )
-        findings.append(Finding("patient-names", message, members))
     return findings
 
 

@@ -14,11 +14,11 @@ from medvisionllama.data.check.headers import channel_findings, grid_findings, r
 from medvisionllama.data.check.listing import (
     listing_findings,
     name_findings,
-    patient_findings,
     present,
     scans_in,
 )
 from medvisionllama.data.check.mirrors import label_mirror_findings
+from medvisionllama.data.check.patients import patient_findings, patient_name_findings
 from medvisionllama.data.check.places import (
     axis_order_findings,
     identity_findings,
@@ -110,7 +110,10 @@ def check_dataset(
 
 def dataset_findings(facts: Sequence[CaseFacts], dataset: Dataset) -> list[Finding]:
     """Every rule that looks at all cases together."""
+    # Scans without labels are not divided.
+    labelled = [case for case in dataset.cases if case.label is not None]
     return [
+        *patient_name_findings(labelled),
         *class_findings(facts, dataset.classes),
         *duplicate_findings(facts),
         *intensity_findings(facts, dataset.channels),

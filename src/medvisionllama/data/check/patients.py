@@ -1,0 +1,158 @@
+"""Rules on the names of patients: one who counts as several, and several who count as one.
+
+Which scans are one patient's is read from file names (`patient_of` in `data/index.py`). A name that the rule does
+not know puts a patient into training and test at once, and nothing in the results tells.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from medvisionllama.data.check.findings import Finding
+from medvisionllama.data.index import PLACE, Case
+
+_ENDING = re.compile(r"(?:[_.-][a-z]?\d{1,3}|[_.-][a-z]|(?<=\d)[a-z])$", re.IGNORECASE)
+_SEPARATOR = re.compile(r"[_. -]+")
+# Two names that differ in one of these alone are one patient's.
+_TELLING = re.compile(
+    r"left|right|lt|rt|l|r|pre|post|baseline|follow-?up\d*|fu\d*|(?:day|week|month|year|visit|ses|session|tp)\d+"
+)
+# A name that many follow is a study's or a site's; a patient comes a few times.
+_MOST_SCANS = 6
+# A patient with this many scans, and this many times as many as the others, may be several.
+_CROWD, _CROWD_RATIO = 10, 5.0
+_STEP = "name the patient by --patient-pattern here and by --set data.patient_pattern in train"
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """Patients whose names are equal but for one part."""
+
+    place: int
+    names: tuple[str, ...]
+    parts: tuple[str, ...]
+    rest: tuple[str, ...]
+
+    @property
+    def pattern(self) -> str:
+        """A `data.patient_pattern` that joins them."""
+        if not self.place:
+            return "^[^_. -]+[_. -]+(.+)$"
+        more = f"(?:[_. -]+[^_. -]+){{{self.place - 1}}}" if self.place > 1 else ""
+        return f"^([^_. -]+{more})"
+
+
+def patient_findings(cases: Sequence[Case]) -> list[Finding]:
+    """Too few patients for a split."""
+    found = len({case.patient_id for case in cases})
+    if found >= 3:
+        return []
+    message = f"a split needs at least 3 patients (train, validation, test), found {found}; label more patients, or check data.patient_pattern (--patient-pattern)"
+    return [Finding("too-few-patients", message)]
+
+
+def patient_name_findings(cases: Sequence[Case]) -> list[Finding]:
+    """Names that look like one patient's but count as several, and patients with far more scans than others."""
+    return [*(_apart(cases) or _endings(cases)), *_crowds(cases)]
+
+
+def _apart(cases: Sequence[Case]) -> list[Finding]:
+    groups = _suspicious(sorted({case.patient_id for case in cases}))
+    if not groups:
+        return []
+    example, names = groups[0], {name for group in groups for name in group.names}
+    shown = " and ".join(example.names[:2])
+    message = f"{len(names)} patients differ from another in a side, a visit or the like only, as {shown}; if those are one patient, who would be trained on and tested, {_STEP}, as {example.pattern!r}"
+    members = tuple(case.case_id for case in cases if case.patient_id in names)
+    return [Finding("patients-alike", message, members)]
+
+
+def _suspicious(patients: Sequence[str]) -> list[_Alike]:
+    """Groups of names that differ in a word that tells, or in one of a few parts that come again and again."""
+    by_place: dict[int, list[_Alike]] = defaultdict(list)
+    for group in _groups(patients):
+        by_place[group.place].append(group)
+    found = []
+    for _, groups in sorted(by_place.items()):
+        telling = [one for group in groups if (one := _telling(group)) is not None]
+        common = [group for group in groups if _numbers_somebody(group)]
+        # Few visits of many patients, and not few sites of many patients.
+        few = len({part for group in common for part in group.parts}) <= len(common)
+        found += telling or (common if few and len(common) > 1 else [])
+    return found
+
+
+def _groups(patients: Sequence[str]) -> list[_Alike]:
+    members: dict[tuple[int, tuple[str, ...]], list[tuple[str, str]]] = defaultdict(list)
+    for name in patients:
+        parts = _SEPARATOR.split(name.lower())
+        for place, part in enumerate(parts):
+            rest = (*parts[:place], *parts[place + 1 :])
+            members[place, rest].append((name, part))
+    return [
+        _Alike(place, tuple(name for name, _ in found), tuple(part for _, part in found), rest)
+        for (place, rest), found in members.items()
+        if len(found) > 1
+    ]
+
+
+def _telling(group: _Alike) -> _Alike | None:
+    """What of a group differs in words that tell, if the rest numbers somebody."""
+    # "week-4" is two parts.
+    before = group.rest[group.place - 1] if group.place else ""
+    found = [
+        (name, part)
+        for name, part in zip(group.names, group.parts, strict=True)
+        if _TELLING.fullmatch(before + part if part.isdigit() else part)
+    ]
+    if len(found) < 2 or not re.search(r"\d", " ".join(group.rest)):
+        return None
+    return _Alike(group.place, tuple(name for name, _ in found), tuple(part for _, part in found), group.rest)
+
+
+def _numbers_somebody(group: _Alike) -> bool:
+    """What comes before the differing part is a patient's number, and that part is not one."""
+    before = " ".join(group.rest[: group.place])
+    last = group.place == len(group.rest)
+    return (
+        2 <= len(group.names) <= _MOST_SCANS
+        and bool(re.search(r"\d", before))
+        and not PLACE.fullmatch(before)
+        and (not last or all(re.match("[a-z]{2}|t[12]", part) for part in group.parts))
+    )
+
+
+def _endings(cases: Sequence[Case]) -> list[Finding]:
+    """Names that differ in a number or a letter at their end only, which may as well be the patient's."""
+    patients = {case.patient_id for case in cases}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for patient in sorted(patients):
+        base = _ENDING.sub("", patient)
+        # Without a digit it is the name of the study, not of a patient.
+        if base != patient and re.search(r"\d", base):
+            groups[base].append(patient)
+    alike = {base: names for base, names in groups.items() if 2 <= len(names) <= _MOST_SCANS}
+    if len(alike) < 2:
+        return []
+    names = next(iter(alike.values()))
+    count = sum(map(len, alike.values()))
+    message = f"{count} patients differ from another in the ending of their name only, as {', '.join(names[:3])}; if those are one patient, {_STEP}, as '^(.+?)[_.-]?[^_.-]+$'"
+    members = tuple(
+        case.case_id for case in cases if any(case.patient_id in names for names in alike.values())
+    )
+    return [Finding("patient-names", message, members)]
+
+
+def _crowds(cases: Sequence[Case]) -> list[Finding]:
+    """Patients with far more scans than the others: `LiTS17_scan_001` is rather a patient of that set."""
+    counts = Counter(case.patient_id for case in cases)
+    usual = median(counts.values()) if counts else 0.0
+    findings = []
+    for patient, count in counts.items():
+        if count >= _CROWD and count >= _CROWD_RATIO * usual:
+            members = tuple(case.case_id for case in cases if case.patient_id == patient)
+            message = f"{count} scans count as one patient, {patient} ({', '.join(members[:2])} and more), while others have {usual:g}; if they are of several, {_STEP}, as '^(.+)$' for a patient each"
+            findings.append(Finding("patient-crowded", message, members))
+    return findings
