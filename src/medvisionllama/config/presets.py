@@ -13,7 +13,7 @@ Settings = dict[str, Any]
 def small() -> Settings:
     """Native resolution, a thin convolutional stem and skip head around the tokens; minutes on two CPU cores."""
     return {
-        "augment": {"elastic": 0.05},
+        "augment": {"elastic": 0.05, "bias_field": 0.6},
         "network": {"gate": "zero", "context_channels": [96, 192]},
         "train": {"max_minutes": 20.0, "gate_learning_rate_scale": 5.0},
     }
@@ -23,7 +23,7 @@ def large() -> Settings:
     """`small` in the widths of one GPU: crops up to four times as large, five times the trained parameters."""
     return {
         "data": {"max_crop_voxels": 524_288},
-        "augment": {"elastic": 0.05},
+        "augment": {"elastic": 0.05, "bias_field": 0.6},
         "network": {
             "gate": "zero",
             "stem_channels": [32, 64, 128],

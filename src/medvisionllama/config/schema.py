@@ -154,6 +154,10 @@ class AugmentConfig(Section):
     elastic: Share = 0.0
     """Largest standard deviation of an elastic displacement, as a share of the crop; above 0.05 scans may fold."""
     elastic_probability: Share = 0.5
+    bias_field: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """Largest standard deviation of the logarithm of a smooth gain, such as MR coils have, over about 70 mm; for
+    channels that are normalised scan by scan."""
+    bias_field_probability: Share = 0.5
     flip: Literal["auto", "none"] = "auto"
     """`auto` mirrors left and right unless the class names tell left from right."""
     intensity_probability: Share = 0.3

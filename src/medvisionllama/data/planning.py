@@ -104,6 +104,11 @@ class Plan(BaseModel):
             for name, rule in zip(self.channels, asked, strict=True)
         )
 
+    @property
+    def unitless_channels(self) -> tuple[int, ...]:
+        """Channels whose intensities have no unit (MR), so that each scan is normalised by its own."""
+        return tuple(number for number, rule in enumerate(self.channel_rules) if rule == "image")
+
     def with_normalisation(self, rules: tuple[Normalisation, ...], num_cases: int) -> "Plan":
         """Add what was measured on the cases that train."""
         reasons = {

@@ -52,7 +52,9 @@ class BatchSampler:
         self.seed = seed
         self.rank = rank
         self.num_ranks = num_ranks
-        self.augmentation = Augmentation(augment, plan.spacing_mm, plan.crop_size, plan.flip_axes)
+        self.augmentation = Augmentation(
+            augment, plan.spacing_mm, plan.crop_size, plan.flip_axes, plan.unitless_channels
+        )
         margin = 0.0 if plan.resize or not augment.enabled else _MARGIN
         # Equal whole margins on both sides, or an unmoved crop would fall between voxels and blur.
         x, y, z = (size + 2 * math.ceil(size * margin / 2) for size in plan.crop_size)

@@ -3,6 +3,8 @@
 Parameters are drawn first, from a generator that the caller seeds; applying them is deterministic.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,8 +17,10 @@ from medvisionllama.config import AugmentConfig
 from medvisionllama.types import ImageBatch, LabelBatch, SpacingMm, Triple
 
 _IN_PLANE_RATIO = 3.0
-_CONTROL_POINTS = 6
+_ELASTIC_SPANS = 3
 """Of an elastic displacement along each axis: a cubic spline over thirds of the crop."""
+_BIAS_SPAN_MM = 70.0
+"""A bias field changes over about the size of a coil's element; a small crop sees little more than its slope."""
 _EFFECTS = ("brightness", "contrast", "gamma", "noise", "blur", "low_resolution")
 
 
@@ -33,15 +37,27 @@ class Parameters:
     noise_seed: int
     elastic: np.ndarray | None = None
     """Displacements `[3, 6, 6, 6]` in voxels at a spline's control points."""
+    bias_field: np.ndarray | None = None
+    """Logarithms of a gain `[x, y, z]` at a spline's control points."""
 
 
 class Augmentation:
-    """Draws parameters and applies them to a batch of regions, giving crops."""
+    """Draws parameters and applies them to a batch of regions, giving crops.
+
+    Args:
+        unitless_channels: those normalised scan by scan, as in MR; others are not changed by a bias field.
+    """
 
     def __init__(
-        self, config: AugmentConfig, spacing_mm: SpacingMm, crop_size: Triple, flip_axes: tuple[int, ...]
+        self,
+        config: AugmentConfig,
+        spacing_mm: SpacingMm,
+        crop_size: Triple,
+        flip_axes: tuple[int, ...],
+        unitless_channels: tuple[int, ...] = (),
     ) -> None:
         self.config = config
+        self.unitless_channels = unitless_channels
         self.spacing_mm = np.asarray(spacing_mm)
         self.crop_size = crop_size
         self.flip_axes = flip_axes
@@ -65,8 +81,16 @@ class Augmentation:
         if not self.config.enabled:
             return _middle(images, self.crop_size), _middle(labels, self.crop_size)
         images, labels = apply_spatial(images, labels, parameters, self.crop_size)
-        changed = [apply_intensity(image, drawn) for image, drawn in zip(images, parameters, strict=True)]
+        changed = [
+            apply_intensity(self._through_coil(image, drawn), drawn)
+            for image, drawn in zip(images, parameters, strict=True)
+        ]
         return torch.stack(changed), labels
+
+    def _through_coil(self, image: Tensor, drawn: Parameters) -> Tensor:
+        if drawn.bias_field is None:
+            return image
+        return apply_bias_field(image, drawn.bias_field, self.unitless_channels)
 
     def draw(self, rng: np.random.Generator) -> Parameters:
         """Draw one case's parameters."""
@@ -90,7 +114,10 @@ class Augmentation:
             for name in _EFFECTS
             if rng.random() < config.intensity_probability
         }
-        return Parameters(matrix, shift, effects, int(rng.integers(2**31)), self._draw_elastic(rng))
+        noise_seed = int(rng.integers(2**31))
+        return Parameters(
+            matrix, shift, effects, noise_seed, self._draw_elastic(rng), self._draw_bias_field(rng)
+        )
 
     def _draw_elastic(self, rng: np.random.Generator) -> np.ndarray | None:
         config = self.config
@@ -99,7 +126,17 @@ class Augmentation:
             return None
         deviation = rng.uniform(0.3, 1.0) * config.elastic * np.asarray(self.crop_size)
         deviation[self.flat_axes] = 0.0
-        return rng.standard_normal((3, *[_CONTROL_POINTS] * 3)) * deviation[:, None, None, None]
+        return rng.standard_normal((3, *[_ELASTIC_SPANS + 3] * 3)) * deviation[:, None, None, None]
+
+    def _draw_bias_field(self, rng: np.random.Generator) -> np.ndarray | None:
+        config = self.config
+        if config.bias_field == 0 or not self.unitless_channels:
+            return None
+        if rng.random() >= config.bias_field_probability:
+            return None
+        extent_mm = np.asarray(self.crop_size) * self.spacing_mm
+        points = [math.ceil(length / _BIAS_SPAN_MM) + 3 for length in extent_mm]
+        return rng.standard_normal(points) * rng.uniform(0, config.bias_field)
 
     def _axis_freedom(self) -> np.ndarray:
         """Share of the full angle allowed about each axis: turning thick slices into the plane makes stairs."""
@@ -118,35 +155,56 @@ def apply_spatial(
     to_unit = torch.tensor([2 / size for size in images.shape[2:]])
     for points, drawn in zip(grid, parameters, strict=True):
         if drawn.elastic is not None:
-            field = elastic_field(drawn.elastic, crop).movedim(0, -1) * to_unit
+            field = spline_field(drawn.elastic, crop).movedim(0, -1) * to_unit
             points += field.flip(-1).to(points)
     moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return moved, _sample_labels(labels, grid)
 
 
-def elastic_field(control_points: np.ndarray, crop: Triple) -> Tensor:
-    """Displacement `[3, x, y, z]` by free-form deformation (Rueckert et al. 1999), as large as its control points.
+def spline_field(control_points: np.ndarray, size: Sequence[int]) -> Tensor:
+    """Smooth field `[k, x, y, z]` by the splines of free-form deformation (Rueckert et al. 1999).
 
-    A spline flattens what is drawn at its points; that is made up for, so that deviations of the points are those
-    of the displacement.
+    A spline flattens what is drawn at its points; that is made up for, so that the field deviates as they do.
+
+    Args:
+        control_points: `[k, i, j, l]`, along each axis three more than the spline has spans.
     """
     field = torch.from_numpy(control_points).float()
-    for size in crop:
+    for length, points in zip(size, control_points.shape[1:], strict=True):
         # The axis in front goes to the end: after three turns x, y and z stand as before.
-        field = torch.tensordot(field, _spline(size), dims=([1], [1]))
+        field = torch.tensordot(field, _spline(length, points - 3), dims=([1], [1]))
     return field
 
 
 @lru_cache(maxsize=16)
-def _spline(size: int) -> Tensor:
-    """Weights `[size, 6]` of the control points at each voxel of an axis."""
+def _spline(size: int, spans: int) -> Tensor:
+    """Weights `[size, spans + 3]` of the control points at each voxel of an axis."""
     from scipy.interpolate import BSpline
 
-    spans = _CONTROL_POINTS - 3
-    # Knots go on past the ends, or the displacement would be largest there.
+    # Knots go on past the ends, or the field would be largest there.
     knots = np.arange(-3, spans + 4) / spans
     weights = BSpline.design_matrix((np.arange(size) + 0.5) / size, knots, 3).toarray()
     return torch.from_numpy(weights / np.sqrt((weights**2).sum(axis=1).mean())).float()
+
+
+def apply_bias_field(image: Tensor, control_points: np.ndarray, channels: Sequence[int]) -> Tensor:
+    """Brighten one side of `[c, x, y, z]` and darken another, as the coils of an MR scanner do.
+
+    The gain multiplies what is above the darkest voxel, which stands for no signal. Mean and deviation stay, since
+    each scan is normalised by its own.
+
+    Args:
+        control_points: logarithms of the gain `[i, j, l]`, for `spline_field`.
+        channels: those to change; one field for all, as they come from one scanner.
+    """
+    gain = spline_field(control_points[None], image.shape[1:]).exp()
+    changed = image.clone()
+    for channel in channels:
+        before = image[channel]
+        after = (before - before.min()) * gain[0]
+        scale = before.std(correction=0) / after.std(correction=0).clamp_min(1e-6)
+        changed[channel] = (after - after.mean()) * scale + before.mean()
+    return changed
 
 
 def apply_intensity(image: Tensor, drawn: Parameters) -> Tensor:

@@ -257,6 +257,7 @@ def test_what_is_set_by_hand_is_obeyed_and_said(tmp_path):
     assert (plan.spacing_mm, plan.crop_size, plan.strides) == ((2, 2, 2), (16, 16, 16), strides)
     assert plan.flip_axes == (0, 2)
     assert plan.channel_rules == ("-160:240",)
+    assert plan.unitless_channels == ()
     by_hand = {key: reason for key, reason in plan.reasons.items() if "set by you" in reason}
     assert by_hand.keys() == {"spacing_mm", "crop_size", "strides", "flip_axes", "normalisation of MRI"}
     assert "'left' tells left from right" in by_hand["flip_axes"]
@@ -276,6 +277,8 @@ def test_a_rule_for_each_channel_or_none(tmp_path):
 def test_auto_follows_the_name_of_the_channel(tmp_path):
     plan = plan_of(tmp_path, normalisation=("auto",)).model_copy(update={"channels": ("CT",)})
     assert plan.channel_rules == ("dataset",)
+    assert plan.unitless_channels == ()
+    assert plan_of(tmp_path).unitless_channels == (0,)
 
 
 def test_the_reason_of_ct_names_its_measured_limits(tmp_path):

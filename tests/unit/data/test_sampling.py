@@ -83,7 +83,12 @@ def test_an_epoch_shows_every_case_once_in_a_new_order(sampler):
 
 
 @pytest.mark.parametrize(
-    "augment", [OFF, AugmentConfig(), AugmentConfig(elastic=0.05, elastic_probability=1)]
+    "augment",
+    [
+        OFF,
+        AugmentConfig(),
+        AugmentConfig(elastic=0.05, elastic_probability=1, bias_field=0.6, bias_field_probability=1),
+    ],
 )
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_shares_of_a_batch_are_the_batch_of_one_process(sampler, augment, num_ranks):

@@ -7,9 +7,10 @@ from medvisionllama.config import AugmentConfig
 from medvisionllama.data.transforms import (
     Augmentation,
     Parameters,
+    apply_bias_field,
     apply_intensity,
     apply_spatial,
-    elastic_field,
+    spline_field,
 )
 
 CROP = (12, 10, 8)
@@ -284,7 +285,7 @@ def test_without_elastic_the_draws_are_those_of_before():
 def test_elastic_displacement_is_a_share_of_the_crop():
     made = augmentation(elastic=0.1, elastic_probability=1.0)
     rng = np.random.default_rng(0)
-    fields = torch.stack([elastic_field(made.draw(rng).elastic, CROP) for _ in range(400)])
+    fields = torch.stack([spline_field(made.draw(rng).elastic, CROP) for _ in range(400)])
     # The strength is even between 0.3 and 1, whose mean square is 0.463.
     expected = 0.1 * np.asarray(CROP) * 0.463**0.5
     assert fields.shape[1:] == (3, *CROP)
@@ -295,7 +296,7 @@ def test_equal_control_points_shift_the_crop():
     shift = np.array([2.0, -1.0, 1.0])
     points = np.broadcast_to(shift[:, None, None, None], (3, 6, 6, 6))
     # The field is as much larger as makes up for what the spline flattens.
-    points = points / float(elastic_field(np.ones((3, 6, 6, 6)), CROP).mean())
+    points = points / float(spline_field(np.ones((3, 6, 6, 6)), CROP).mean())
     images, labels = random_batch()
     by_field, by_field_classes = apply_spatial(images, labels, [still(elastic=points)], CROP)
     shifted, shifted_classes = apply_spatial(images, labels, [still(shift=shift)], CROP)
@@ -309,14 +310,14 @@ def test_elastic_displacement_does_not_fold_the_scan():
     )
     rng = np.random.default_rng(0)
     for _ in range(10):
-        field = elastic_field(made.draw(rng).elastic, (40, 56, 32))
+        field = spline_field(made.draw(rng).elastic, (40, 56, 32))
         slopes = torch.stack([torch.stack(torch.gradient(part)) for part in field])
         assert torch.linalg.det(slopes.permute(2, 3, 4, 0, 1) + torch.eye(3)).min() > 0
 
 
 def test_an_axis_of_one_voxel_is_not_bent():
     made = Augmentation(AugmentConfig(elastic=0.1, elastic_probability=1.0), (1.0, 1.0, 1.0), (12, 10, 1), ())
-    field = elastic_field(made.draw(np.random.default_rng(0)).elastic, (12, 10, 1))
+    field = spline_field(made.draw(np.random.default_rng(0)).elastic, (12, 10, 1))
     assert field[2].abs().max() == 0
     assert field[:2].abs().max() > 0
 
@@ -325,3 +326,74 @@ def test_an_axis_of_one_voxel_is_not_bent():
 def test_blur_leaves_what_is_even_as_it_is(shape):
     even = torch.full(shape, 3.0)
     assert torch.allclose(apply_intensity(even, still(effects={"blur": 1.0})), even, atol=1e-5)
+
+
+def test_without_a_bias_field_the_draws_are_those_of_before():
+    before = augmentation(elastic=0.05, elastic_probability=1.0)
+    after = Augmentation(
+        AugmentConfig(elastic=0.05, elastic_probability=1.0, bias_field=0.6, bias_field_probability=1.0),
+        (1.0, 1.0, 1.0),
+        CROP,
+        (),
+        unitless_channels=(0,),
+    )
+    drawn = [made.draw(np.random.default_rng(3)) for made in (before, after)]
+    assert drawn[0].bias_field is None
+    assert drawn[1].bias_field is not None
+    np.testing.assert_array_equal(drawn[0].elastic, drawn[1].elastic)
+    assert drawn[0].noise_seed == drawn[1].noise_seed
+
+
+def bias_field(crop, spacing=(1.0, 1.0, 1.0), channels=(0,)) -> Augmentation:
+    config = AugmentConfig(
+        bias_field=0.6, bias_field_probability=1.0, spatial_probability=0.0, intensity_probability=0.0
+    )
+    return Augmentation(config, spacing, crop, (), unitless_channels=channels)
+
+
+def test_a_bias_field_is_a_gain_on_what_is_above_no_signal():
+    crop = (20, 16, 12)
+    points = np.random.default_rng(0).standard_normal((4, 4, 4)) * 0.5
+    gain = spline_field(points[None], crop)[0].exp()
+    image = torch.full((1, *crop), -1.5)
+    image[:, 4:] += 2.0
+    changed = apply_bias_field(image, points, channels=(0,))
+    dark, bright = changed[0, :4], changed[0, 4:]
+    assert dark.max() - dark.min() < 1e-5
+    risen = (bright - dark.mean()) / gain[4:]
+    torch.testing.assert_close(risen, torch.full_like(risen, float(risen[0, 0, 0])))
+    # As a scan's own normalisation would bring them back.
+    torch.testing.assert_close(changed.mean(), image.mean())
+    torch.testing.assert_close(changed.std(), image.std())
+    assert gain.max() / gain.min() > 1.5
+
+
+def test_a_bias_field_changes_over_millimetres_not_over_crops():
+    small, large = bias_field((40, 40, 40)), bias_field((100, 100, 10), (2.1, 2.1, 10.0))
+    assert small.draw(np.random.default_rng(0)).bias_field.shape == (4, 4, 4)
+    assert large.draw(np.random.default_rng(0)).bias_field.shape == (6, 6, 5)
+
+    def spread(made: Augmentation) -> float:
+        rng = np.random.default_rng(1)
+        fields = [spline_field(made.draw(rng).bias_field[None], made.crop_size) for _ in range(200)]
+        return float(torch.stack([field.std() for field in fields]).square().mean().sqrt())
+
+    assert spread(small) < 0.6 * spread(large)
+    # The strength is even between 0 and 0.6, whose mean square is 0.12; the field's mean over the crop is taken off.
+    assert 0.8 < spread(large) / 0.12**0.5 < 1.0
+
+
+def test_only_channels_without_a_unit_have_a_bias_field():
+    images, labels = random_batch()
+    made = bias_field(CROP, channels=(1,))
+    changed, classes = made(images, labels, np.random.default_rng(0))
+    assert torch.equal(classes, middle(labels))
+    pairs = zip(changed[0], middle(images)[0], strict=True)
+    different = [not torch.allclose(after, before, atol=1e-4) for after, before in pairs]
+    assert different == [False, True, False, False]
+    assert bias_field(CROP, channels=()).draw(np.random.default_rng(0)).bias_field is None
+
+
+def test_a_bias_field_leaves_what_is_even_as_it_is():
+    even = torch.full((1, 9, 8, 1), 3.0)
+    assert torch.equal(apply_bias_field(even, np.ones((4, 4, 4)), channels=(0,)), even)
