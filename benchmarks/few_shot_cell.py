@@ -117,6 +117,7 @@ def train_run(
             # Few validations: those of a slow network would eat a good part of its minutes.
             "train.num_validations": 4,
             **spec.overrides,
+            "data.exclude": list(ROWS[row].exclude),
             "data.split_seed": seed,
             "train.seed": seed,
             **more,
@@ -157,6 +158,7 @@ def train_nnunet(
     table, result, selection = nnunet_train.train_and_score(
         arguments.data / ROWS[row].data,
         cases=ROWS[row].cases,
+        exclude=ROWS[row].exclude,
         minutes=minutes_of(arguments, row),
         work=run_folder(arguments, row, arm, seed),
         environment=arguments.nnunet,

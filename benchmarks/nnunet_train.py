@@ -66,6 +66,7 @@ def train_and_score(
     environment: Path,
     threads: int,
     seed: int,
+    exclude: Sequence[str] = (),
     bf16: bool = False,
 ) -> "tuple[pd.DataFrame, NnunetResult, Selection]":
     """Divide the cases as our own training would, train nnU-Net on them and measure its masks of the test cases.
@@ -73,6 +74,7 @@ def train_and_score(
     Args:
         cases: training cases, by whole patients; by default the whole fold.
         seed: of the split and of the training.
+        exclude: cases or patients to leave out.
 
     Raises:
         NnunetError: another request's folder, or a part that failed.
@@ -83,7 +85,12 @@ def train_and_score(
     from medvisionllama.evaluation.evaluate import evaluate_folders
     from medvisionllama.training.prepare import divide
 
-    chosen = {"data.path": str(data), "data.num_cases": cases, "data.split_seed": seed}
+    chosen = {
+        "data.path": str(data),
+        "data.num_cases": cases,
+        "data.split_seed": seed,
+        "data.exclude": list(exclude),
+    }
     _, _, selection = divide(load_config(overrides=chosen), drawn=None)
     result = train_and_predict(
         data,

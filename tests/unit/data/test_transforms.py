@@ -379,7 +379,7 @@ def test_a_bias_field_changes_over_millimetres_not_over_crops():
         return float(torch.stack([field.std() for field in fields]).square().mean().sqrt())
 
     assert spread(small) < 0.6 * spread(large)
-    # The strength is even between 0 and 0.6, whose mean square is 0.12; the field's mean over the crop is taken off.
+    # The strength is even between 0 and 0.6, with a mean square of 0.12; what is even over the crop does not count.
     assert 0.8 < spread(large) / 0.12**0.5 < 1.0
 
 
