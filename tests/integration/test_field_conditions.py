@@ -131,6 +131,15 @@ def test_a_numbered_series_keeps_its_names(tmp_path, write_nifti):
     ]
 
 
+def test_names_of_one_stored_file_are_scans_of_their_own(tmp_path, write_nifti):
+    stored = write_nifti(tmp_path / "store" / "x.nii.gz", np.zeros((4, 4, 4), np.float32))
+    (tmp_path / "scans").mkdir()
+    for name in ("p1", "p2"):
+        (tmp_path / "scans" / f"{name}.nii.gz").symlink_to(stored)
+    twice = [tmp_path / "scans", tmp_path / "scans" / ".." / "scans" / "p1.nii.gz"]
+    assert [scan.case_id for scan in collect_scans(twice, channels=["MRI"])] == ["p1", "p2"]
+
+
 def test_channel_files_are_put_in_order_and_gaps_are_refused(tmp_path, write_nifti, run, cli):
     paths = [write_nifti(tmp_path / f"a_{n:04d}.nii.gz", np.zeros((4, 4, 4), np.float32)) for n in (1, 0, 2)]
     [scan] = collect_scans(paths[:2], channels=["T1", "T2"])

@@ -33,6 +33,7 @@ def index(root: Path, content: dict[str, Any], patient_pattern: str | None) -> D
     entries = content["training"]
     if not isinstance(entries, list):
         raise DataError(f"{root / 'dataset.json'}: 'training' must be a list of image and label pairs")
+    channels = _channels(root, content.get("modality", {"0": "image"}))
     cases = []
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or not all(
@@ -41,14 +42,26 @@ def index(root: Path, content: dict[str, Any], patient_pattern: str | None) -> D
             raise DataError(f"{root / 'dataset.json'}: training[{number}] needs the keys 'image' and 'label'")
         image, label = (inside(root, entry[key]) for key in ("image", "label"))
         case_id = stem_of(image)
-        cases.append(Case(case_id, patient_of(case_id, patient_pattern), (image,), label))
+        images = _files_of(image, len(channels))
+        cases.append(Case(case_id, patient_of(case_id, patient_pattern), images, label))
     return Dataset(
         name=str(content.get("name") or root.name),
         root=root,
         cases=tuple(cases),
-        channels=_channels(root, content.get("modality", {"0": "image"})),
+        channels=channels,
         classes=_classes(root, content.get("labels", {})),
     )
+
+
+def _files_of(image: Path, num_channels: int) -> tuple[Path, ...]:
+    """The file of a case; or one for each channel, as nnU-Net's first version lists CASE where CASE_0000 lies."""
+    case_id = stem_of(image)
+    by_channel = tuple(
+        image.with_name(f"{case_id}_{number:04d}{image.name.removeprefix(case_id)}")
+        for number in range(num_channels)
+    )
+    listed = image.exists() or not all(path.exists() for path in by_channel)
+    return (image,) if listed else by_channel
 
 
 def inside(root: Path, relative: str) -> Path:

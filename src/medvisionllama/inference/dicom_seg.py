@@ -140,9 +140,11 @@ def _complete(file: Path, dataset: Any, distance_mm: float) -> None:
     for keyword in _MAY_BE_EMPTY:
         if keyword not in dataset or not _sound(keyword, str(dataset.get(keyword) or "")):
             setattr(dataset, keyword, "")
-    if not dataset.get("SliceThickness") and "SharedFunctionalGroupsSequence" not in dataset:
+    if "SharedFunctionalGroupsSequence" not in dataset:
+        # Some scanners write the gap between slices, or nothing; the mask repeats it and is read by it.
+        dataset.SpacingBetweenSlices = distance_mm
         # May be empty in a scan, not in a mask; the distance of the slices is what is known of it.
-        dataset.SliceThickness = distance_mm
+        dataset.SliceThickness = dataset.get("SliceThickness") or distance_mm
     if dataset.PatientSex not in {"M", "F", "O"}:
         dataset.PatientSex = ""  # highdicom takes the standard's values only
 

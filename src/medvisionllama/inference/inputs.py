@@ -39,7 +39,9 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
         DataError: nothing there, two scans of one name, or another number of channels.
     """
     named = [source for path in inputs for source in _sources(path)]
-    files = list({path.resolve(): path for path in named if isinstance(path, Path)}.values())
+    # Two names of one stored file are two scans, as where equal files are links into a store.
+    by_name = {path.parent.resolve() / path.name: path for path in named if isinstance(path, Path)}
+    files = list(by_name.values())
     numbered = Counter((path.parent, _base(path)) for path in files)
     groups: dict[tuple[Path, str], list[ScanSource]] = {}
     for path in files:

@@ -1,6 +1,8 @@
 """Masks out: the scan's own grid and header, whole numbers, whole files."""
 
+import errno
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -131,4 +133,15 @@ def _write_itk(path: Path, mask: LabelArray, affine: AffineMatrix, classes: Mapp
             for key, text in {**facts, "Layer": "0"}.items():
                 image.SetMetaData(f"Segment{index}_{key}", text)
     with atomic_path(path) as temporary:
-        sitk.WriteImage(image, str(temporary), useCompression=True)
+        try:
+            sitk.WriteImage(image, str(temporary), useCompression=True)
+        except RuntimeError as error:
+            # ITK says why in words alone, and not always.
+            if shutil.disk_usage(temporary.parent).free < mask.nbytes:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path)) from None
+            raise DataError(f"{path} cannot be written ({_last_line(error)}); check the disk") from None
+
+
+def _last_line(error: RuntimeError) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else "no reason given"

@@ -129,6 +129,15 @@ def test_an_absent_file_of_an_msd_folder_is_refused_by_name(files, missing):
     assert missing in refusal(root)
 
 
+def test_the_lists_of_nnunet_s_first_version_name_cases_and_not_files(files):
+    names = [f"imagesTr/a_{n:04d}.nii.gz" for n in (0, 1)]
+    content = msd("a", modality={"0": "T1", "1": "T2"})
+    dataset = open_dataset(files(*names, "labelsTr/a.nii.gz", content=content))
+    (case,) = dataset.cases
+    assert (case.case_id, dataset.channels) == ("a", ("T1", "T2"))
+    assert [path.name for path in case.images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
+
+
 def test_an_absent_channel_of_an_nnunet_folder_is_refused_by_name(files):
     content = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "a": 1}}
     assert "a_0001" in refusal(files("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", content=content))

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom import dcmread
 
-from dicom_files import PATIENT, classic, enhanced, rotation, save
+from dicom_files import PATIENT, classic, ds, enhanced, rotation, save
 from medvisionllama.colours import OKABE_ITO
 from medvisionllama.data.formats.dicom import read_header, read_voxels
 from medvisionllama.data.formats.dicom_grid import grid_of
@@ -482,3 +482,33 @@ def test_names_that_differ_behind_the_64th_character_stay_apart(tmp_path):
     mask.flat[:3] = 1, 2, 3
     write_seg(tmp_path / "mask.dcm", mask, series, classes)
     np.testing.assert_array_equal(read_seg(tmp_path / "mask.dcm", grid_of(series), classes), mask)
+
+
+@pytest.mark.parametrize(("spacing", "digits"), [((1, 1, 0.625), 2), ((1, 1, 1.25), 1), ((1, 1, 3.33), 1)])
+@pytest.mark.parametrize("slices", [slice(None), slice(1, 4)])
+def test_masks_of_scans_with_rounded_positions_are_read_back(tmp_path, spacing, digits, slices):
+    datasets = classic(stored(), spacing=spacing)
+    for dataset in datasets:
+        dataset.ImagePositionPatient = ds(*np.round([float(v) for v in dataset.ImagePositionPatient], digits))
+    assert_comes_back(datasets, tmp_path, slices)
+
+
+@pytest.mark.parametrize("written", ["0", "1", "3"])
+def test_a_wrong_distance_of_slices_in_the_scan_is_not_repeated_in_the_mask(tmp_path, written):
+    datasets = classic(stored(), spacing=(1, 1, 5))
+    for dataset in datasets:
+        dataset.SpacingBetweenSlices = written
+    assert_comes_back(datasets, tmp_path, slice(None))
+    volume = segread(tmp_path / "mask.dcm").get_volume(combine_segments=True)
+    assert volume.shape[0] == len(datasets)
+    assert volume.spacing == pytest.approx((5, 1, 1))
+
+
+def assert_comes_back(datasets, folder, slices):
+    save(datasets, folder / "scan")
+    (series,) = find_series(folder / "scan")
+    header = grid_of(series)
+    mask = np.zeros(header.shape, np.uint8)
+    mask[:, :, slices] = random_mask(header.shape)[:, :, slices]
+    write_seg(folder / "mask.dcm", mask, series, CLASSES)
+    np.testing.assert_array_equal(read_seg(folder / "mask.dcm", header, CLASSES), mask)

@@ -1,5 +1,7 @@
 """Masks and maps come back as they were written, in the place they were written for."""
 
+from types import SimpleNamespace
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -108,3 +110,15 @@ def test_the_label_table_is_read_back():
     classes = {1: "left ventricle", 12: "Ödem, 2"}
     assert read_label_table(label_table(classes)) == classes
     assert read_label_table("mine\n1 2 3") == {}
+
+
+@pytest.mark.parametrize(("free", "error"), [(0, OSError), (1 << 40, DataError)])
+def test_a_disk_that_takes_no_more_is_said_and_nothing_is_left(tmp_path, monkeypatch, free, error):
+    def refuse(*_, **__):
+        raise RuntimeError("Exception thrown in SimpleITK ImageFileWriter_Execute:\nReason: no room")
+
+    monkeypatch.setattr(sitk, "WriteImage", refuse)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(error, match=r"No space left|Reason: no room"):
+        write_mask(tmp_path / "a.seg.nrrd", np.ones((4, 4, 4), np.uint8), np.eye(4), classes={1: "liver"})
+    assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from medvisionllama.data.formats.itk import LPS_TO_RAS
 from medvisionllama.errors import DataError
 
 _MAX_TILT_DEGREES = 0.1
-_MAX_SHARE_OF_STEP = 0.1
+MAX_SHARE_OF_STEP = 0.1
 # Closer than this, two slices are at one place.
 _SAME_PLACE_MM = 1e-3
 
@@ -148,7 +148,7 @@ def _check_gaps(series: Series, positions: np.ndarray, heights: np.ndarray, step
     usual = float(np.median(gaps))
     multiples = np.rint(gaps / usual)
     holes = np.flatnonzero(
-        (multiples > 1) & (np.abs(gaps - multiples * usual) <= 2 * _MAX_SHARE_OF_STEP * usual)
+        (multiples > 1) & (np.abs(gaps - multiples * usual) <= 2 * MAX_SHARE_OF_STEP * usual)
     )
     if len(holes):
         index = int(holes[0])
@@ -161,7 +161,7 @@ def _check_gaps(series: Series, positions: np.ndarray, heights: np.ndarray, step
         )
     even = positions[0] + np.arange(len(positions))[:, None] * step
     misplaced = np.linalg.norm(positions - even, axis=1)
-    if misplaced.max() > _MAX_SHARE_OF_STEP * float(np.linalg.norm(step)):
+    if misplaced.max() > MAX_SHARE_OF_STEP * float(np.linalg.norm(step)):
         index = int(misplaced.argmax())
         raise DataError(
             f"slices of {series} are unevenly spaced: {gaps.min():.4g} to {gaps.max():.4g} mm apart, {_where(series.slices[index])} is {misplaced[index]:.2g} mm from its place; resample the scan to even slices first"

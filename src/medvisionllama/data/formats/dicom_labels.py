@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from medvisionllama._optional import require
+from medvisionllama.data.formats.dicom_grid import MAX_SHARE_OF_STEP
 from medvisionllama.data.formats.dicom_header import read_dataset, reading, reason_of
 from medvisionllama.data.formats.header import Header, make_header
 from medvisionllama.data.formats.itk import LPS_TO_RAS
@@ -122,7 +123,7 @@ def _labels(path: Path) -> tuple[np.ndarray, AffineMatrix]:
                 f"{path} holds probabilities (FRACTIONAL); allowed: BINARY or LABELMAP, export it so"
             )
         try:
-            volume = mask.get_volume(combine_segments=True)
+            volume = mask.get_volume(combine_segments=True, rtol=MAX_SHARE_OF_STEP)
         except RuntimeError as error:
             # The failed reading still holds highdicom's tables, so open the file anew.
             raise _no_volume(path, error, _open(path)) from None
@@ -146,7 +147,9 @@ def _no_volume(path: Path, error: RuntimeError, mask: Any) -> DataError:
     labels = {int(segment.SegmentNumber): segment.SegmentLabel for segment in mask.SegmentSequence}
     seen: np.ndarray | None = None
     for number in labels:
-        own = mask.get_volume(segment_numbers=[number], combine_segments=True).array > 0
+        own = (
+            mask.get_volume(segment_numbers=[number], combine_segments=True, rtol=MAX_SHARE_OF_STEP).array > 0
+        )
         seen = np.zeros(own.shape, np.uint16) if seen is None else seen
         both = own & (seen > 0)
         if both.any():
