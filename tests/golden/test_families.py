@@ -52,7 +52,10 @@ def _tokens():
 
 def _plain(model, tokens, layers, *, rotary, causal, final_norm):
     for layer in layers:
-        cos, sin = native_angles(model.config, NUM_TOKENS, layer=layer) if rotary else (None, None)
+        cos, sin = native_angles(model.config, NUM_TOKENS, layer=layer)
+        if not rotary and cos is not None:
+            # All tokens in one place, where angles are zero; what the family multiplies products by stays.
+            cos, sin = cos[:1], sin[:1]
         mask = native_mask(model.config, NUM_TOKENS, layer=layer) if causal else None
         tokens = plain_layer(
             model.family, model.weights[layer], model.config, tokens, layer=layer, cos=cos, sin=sin, mask=mask
@@ -165,3 +168,14 @@ def test_in_bfloat16_the_block_stays_close(language_model, name, native, way):
     assert output.isfinite().all()
     error = (output.float() - exact).norm() / exact.norm()
     assert 1e-4 < error < 0.05
+
+
+@every_model
+def test_without_rotary_all_tokens_are_in_one_place(language_model, name):
+    model, places = language_model(name), torch.zeros(NUM_TOKENS, dtype=torch.long)
+    without, at_origin = (
+        FrozenBlock.from_pretrained(model.folder, layers=(0, 1), rotary=rotary) for rotary in (False, True)
+    )
+    with torch.no_grad():
+        # What a family multiplies products by for a longer text is no position.
+        torch.testing.assert_close(without(_tokens()), at_origin(_tokens(), positions=places))

@@ -43,7 +43,8 @@ def test_every_preset_is_valid_and_survives_its_file(preset, tmp_path):
     ],
 )
 def test_words_and_lists_are_typed_as_they_are(text, value):
-    block = load_config("small", [f"network.block.{text}"]).network.block
+    rank = ["network.block.lora_rank=2"] if "q_proj" in text else []
+    block = load_config("small", [f"network.block.{text}", *rank]).network.block
     assert getattr(block, text.partition("=")[0]) == value
 
 
@@ -238,7 +239,14 @@ def test_a_value_that_can_only_fail_later_is_refused_now(override):
     [
         (["network.width=10", "network.num_heads=4"], ("width=10", "num_heads=4")),
         (["network.depth=2", "network.insert_after=3"], ("insert_after=3", "depth=2")),
-        (["network.insert_mlp_ratio=0.005"], ("insert_mlp_ratio=0.005", "width=192")),
+        (["network.insert=mlp", "network.insert_mlp_ratio=0.005"], ("insert_mlp_ratio=0.005", "width=192")),
+        (["network.insert_mlp_ratio=2"], ("insert_mlp_ratio", "insert=mlp")),
+        (["network.mlp_ratio=0.001"], ("mlp_ratio=0.001", "width=192")),
+        (["network.mapper_rank=16"], ("mapper_rank", "mapper=linear")),
+        (["network.block.lora_targets=q_proj"], ("lora_targets", "lora_rank")),
+        (["network.block.weights=identity", "network.block.rotary=3d"], ("weights=identity", "rotary")),
+        (["network.block.weights=identity", "network.block.causal=true"], ("weights=identity", "causal")),
+        (["preset=paper"], ("preset", "--preset")),
         (["network.tokens=false", "network.head=linear"], ("tokens=false", "head=linear")),
         (["data.geometry=resize"], ("data.geometry=resize", "data.crop_size")),
         (["network.head=linear", "data.crop_size=[16, 16, 12]"], ("crop_size=(16, 16, 12)", "patch_size=8")),

@@ -171,6 +171,9 @@ def _unquoted(text: str) -> str:
 
 
 def _check_key(key: str) -> None:
+    if key == "preset":
+        # Over the settings of one preset it would be no more than the name of another.
+        raise ConfigError("a preset is no setting among others; choose it by --preset")
     known = list(_known_types(Config))
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)

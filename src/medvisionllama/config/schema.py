@@ -224,12 +224,19 @@ class BlockConfig(Section):
             )
         if self.prompt_control != "text" and not self.prompt.strip():
             raise ValueError("prompt_control has no effect without prompt; give both")
+        if self.lora_targets and not self.lora_rank:
+            raise ValueError("lora_targets has no effect without lora_rank; give both")
         altered = self.lora_rank or self.prompt or self.storage == "int8" or not self.frozen
-        if self.weights == "identity" and altered:
+        if self.weights == "identity" and (altered or self.rotary or self.causal):
             raise ValueError(
-                "weights=identity has no layer for lora_rank, prompt, storage=int8 or frozen=false"
+                "weights=identity has no layer for lora_rank, prompt, rotary, causal, storage=int8 or frozen=false"
             )
         return self
+
+
+_MAPPER_RANK = 4
+_WIDTHS = {"segresnet": 8, "swin_unetr": 12}
+"""What the first stage's channels must be a multiple of: groups of a norm, heads of attention."""
 
 
 class NetworkConfig(Section):
@@ -246,7 +253,7 @@ class NetworkConfig(Section):
     mapper: Literal["linear", "lora", "linear+lora"] = "linear"
     """VD1 and VD2: trained in full; a frozen random matrix plus a low-rank update, as in the reference code; or a
     trained matrix plus a low-rank update."""
-    mapper_rank: Positive = 4
+    mapper_rank: Positive = _MAPPER_RANK
     gate: Literal["none", "zero"] = "none"
     """`zero` multiplies the insert by a trained vector that starts at zero, so training starts at the baseline."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
@@ -291,9 +298,10 @@ class NetworkConfig(Section):
             raise ValueError(
                 f"architecture={self.architecture} has no tokens and no insert; take it with --preset {self.architecture}, or set network.tokens=false and network.insert=none with it"
             )
-        if self.architecture == "swin_unetr" and (self.base_channels or 12) % 12:
+        multiple = _WIDTHS.get(self.architecture, 1)
+        if (self.base_channels or multiple) % multiple:
             raise ValueError(
-                f"base_channels={self.base_channels} is no multiple of 12, which swin_unetr needs"
+                f"base_channels={self.base_channels} is no multiple of {multiple}, which {self.architecture} needs"
             )
         return self
 
@@ -303,6 +311,14 @@ class NetworkConfig(Section):
             raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
         if self.insert_after > self.depth:
             raise ValueError(f"insert_after={self.insert_after} is more than depth={self.depth}")
+        if self.width * self.mlp_ratio < 1:
+            raise ValueError(
+                f"mlp_ratio={self.mlp_ratio} leaves no hidden channel; width={self.width} needs at least {1 / self.width:.4g}"
+            )
+        if self.insert_mlp_ratio is not None and self.insert != "mlp":
+            raise ValueError("insert_mlp_ratio has no effect without insert=mlp; give both")
+        if self.mapper == "linear" and self.mapper_rank != _MAPPER_RANK:
+            raise ValueError("mapper_rank has no effect with mapper=linear; set mapper=lora or linear+lora")
         if self.insert_mlp_ratio is not None and self.width * self.insert_mlp_ratio < 1:
             raise ValueError(
                 f"insert_mlp_ratio={self.insert_mlp_ratio} leaves the insert no hidden channel; width={self.width} needs at least {1 / self.width:.4g}"

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medvisionllama.autocast import autocast_dtype
 from medvisionllama.errors import BlockError
-from medvisionllama.llm.controls import NEEDS_CHECKPOINT, WEIGHTS, Weights
+from medvisionllama.llm.controls import NEEDS_CHECKPOINT, WEIGHTS, Weights, stream
 from medvisionllama.llm.families import Family, family_of
 from medvisionllama.llm.filling import empty_layers, filled_layers, initialised_layers
 from medvisionllama.llm.int8 import store_as_int8
@@ -27,8 +27,8 @@ from medvisionllama.llm.rotary import (
     Angles,
     Rotary,
     axial_angles,
+    cosine_at_origin,
     no_angles,
-    rotary_width,
     sequence_angles,
 )
 from medvisionllama.llm.sources import open_source, resolve_layers
@@ -72,8 +72,9 @@ class FrozenBlock(nn.Module):
         self._windows = [family.window(config, position) if causal else None for position in positions]
         self._kinds = [family.rotary_kind(config, position) for position in positions]
         with family.refusing_nonsense():
-            kind = family.rotary_kind(config, 0)
-            self._rotary_width = 0 if rotary is None else rotary_width(rotary, kind)
+            self._at_origin = (
+                {} if rotary is None else {kind: cosine_at_origin(rotary, kind) for kind in self._kinds}
+            )
 
     @classmethod
     def from_pretrained(
@@ -166,7 +167,10 @@ class FrozenBlock(nn.Module):
         )
         block.requires_grad_(not frozen)
         if lora_rank and modules:
-            add_lora(block.layers, rank=lora_rank, targets=lora_targets, family=family)
+            # With random numbers of its own, so that everything else begins as it does without LoRA.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(stream(seed, "lora"))
+                add_lora(block.layers, rank=lora_rank, targets=lora_targets, family=family)
         if storage == "int8":
             store_as_int8(block.layers)
         return block.to(device).train(block.training)
@@ -226,13 +230,13 @@ class FrozenBlock(nn.Module):
 
     def _angles(self, tokens: Tensor, positions: Tensor | None) -> dict[str | None, Angles]:
         """Angles for each kind of layer; empty for families that have none."""
-        if not self._rotary_width:
+        if not self._at_origin:
             return {}
         # Angles in the products' precision keep queries and keys in it.
         dtype = autocast_dtype(tokens.device.type) or tokens.dtype
         like = tokens.new_empty(0, dtype=dtype)
         if self.rotary is None:
-            return dict.fromkeys(self._kinds, no_angles(self._rotary_width, like))
+            return {kind: no_angles(cosine, like) for kind, cosine in self._at_origin.items()}
         if positions is None:
             if self.needs_positions:
                 raise ValueError(
@@ -289,6 +293,10 @@ def _check_options(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise BlockError(
             f"dtype={dtype!r} cannot hold a block; give torch.float32, bfloat16, float16 or float64"
+        )
+    if storage == "int8" and dtype == torch.float16:
+        raise BlockError(
+            "products with 8-bit integers overflow float16; give torch.bfloat16 or storage='full'"
         )
     if lora_rank < 0:
         raise BlockError(f"lora_rank={lora_rank} is negative; 0 leaves LoRA out")

@@ -22,6 +22,8 @@ from medvisionllama.llm.vocabulary import parse_tokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_SAME = "give the same command once while online"
+
 
 class FetchedSource:
     """Answers from the cache, and opens the original only for what is missing there."""
@@ -71,7 +73,8 @@ class FetchedSource:
                 self.cache.keep(layer_file(position), tensors.layers[0])
             self.cache.note(checkpoint_bytes=original.checkpoint_bytes())
 
-        self._ensure(missing, bring, f"--layers {','.join(map(str, positions))}")
+        command = f"medvisionllama llm pull {self.name} --layers {','.join(map(str, positions))}"
+        self._ensure(missing, bring, what="its block is", remedy=f"run `{command}` while online")
         layers = tuple(self.cache.tensors(layer_file(position), dtype) for position in positions)
         return LayerTensors(layers, self.cache.tensors(NORM, dtype))
 
@@ -90,7 +93,7 @@ class FetchedSource:
             rows = original.embedding_rows(lacking, family)
             self.cache.keep_rows(kept | dict(zip(lacking, rows, strict=True)))
 
-        self._ensure(missing, bring, "", what="the embeddings of these words are")
+        self._ensure(missing, bring, what="the embeddings of these words are", remedy=_SAME)
         kept, _ = self.cache.rows(token_ids)
         return torch.stack([kept[token] for token in token_ids]).float()
 
@@ -107,7 +110,7 @@ class FetchedSource:
         def bring(original: Source) -> None:
             self.cache.keep(TOKENIZER, original.tokenizer().to_str().encode())
 
-        self._ensure(missing, bring, "", what="its tokenizer is")
+        self._ensure(missing, bring, what="its tokenizer is", remedy=_SAME)
         return parse_tokenizer(self.cache.content(TOKENIZER), str(self.cache.folder / TOKENIZER))
 
     def checkpoint_bytes(self) -> int | None:
@@ -119,17 +122,14 @@ class FetchedSource:
         self,
         missing: Callable[[], object],
         bring: Callable[[Source], None],
-        options: str,
         *,
-        what: str = "its block is",
+        what: str,
+        remedy: str,
     ) -> None:
         if not missing():
             return
         if is_offline(self._offline):
-            command = f"medvisionllama llm pull {self.name} {options}".strip()
-            raise BlockError(
-                f"{self.name}: {what} not in the cache and downloads are off; run `{command}` while online"
-            )
+            raise BlockError(f"{self.name}: {what} not in the cache and downloads are off; {remedy}")
         with one_at_a_time():
             # Another process may have kept it while this one waited.
             if not missing():

@@ -62,10 +62,11 @@ class GgufSource:
         """Dequantise some layers and the last norm, to float32 unless `dtype` says otherwise.
 
         Raises:
-            BlockError: a tensor is missing, or its quantisation unknown.
+            BlockError: a tensor is missing, its quantisation unknown, or a layer has biases and its family none.
         """
         layers = []
         for position in positions:
+            self._refuse_unknown_biases(family, position)
             names = wanted or self._layer_names(family, position)
             layers.append({name: self._named(f"model.layers.{position}.{name}", dtype) for name in names})
         return LayerTensors(tuple(layers), {"weight": self._named("model.norm.weight", dtype)})
@@ -102,6 +103,23 @@ class GgufSource:
         with torch.device("meta"):
             layer = family.make_layer(family.make_config(self.settings), position)
         return [name for name, _ in layer.named_parameters()]
+
+    def _refuse_unknown_biases(self, family: Family, position: int) -> None:
+        """Without them the layer would compute something else, in silence: metadata do not tell of them."""
+        prefix = f"blk.{position}."
+        read = {
+            self._stored_name(f"model.layers.{position}.{name}")
+            for name in self._layer_names(family, position)
+        }
+        others = sorted(
+            name
+            for name in self._tensors
+            if name.startswith(prefix) and name.endswith(".bias") and name not in read
+        )
+        if others:
+            raise BlockError(
+                f"{self.path} holds {others[0]}, which {self._architecture} layers here have not; use the checkpoint in safetensors"
+            )
 
     def _named(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """Read a tensor by the name that transformers gives it."""

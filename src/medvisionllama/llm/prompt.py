@@ -21,6 +21,7 @@ from medvisionllama.llm.sources import Source, open_source
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_ATTEMPTS = 50
 PromptControl = Literal["text", "shuffled", "random"]
 PromptRows = Float[Tensor, "token width"]
 
@@ -37,7 +38,7 @@ def embed_prompt(
         seed: of the control.
 
     Raises:
-        BlockError: nothing to embed, no tokenizer, or embeddings narrower than the layers.
+        BlockError: nothing to embed or to shuffle, no tokenizer, or embeddings narrower than the layers.
 
     >>> embed_prompt("smollm2-135m", "left ventricle in cardiac MRI").shape  # doctest: +SKIP
     torch.Size([5, 576])
@@ -50,8 +51,7 @@ def embed_prompt(
     tokenizer = opened.tokenizer()
     ids = _token_ids(tokenizer, text)
     if control == "shuffled":
-        nonsense = tokenizer.encode(shuffled(text.strip(), seed=seed), add_special_tokens=False).ids
-        ids = [nonsense[place % len(nonsense)] for place in range(len(ids))]
+        ids = _nonsense_ids(tokenizer, text, ids, seed=seed)
     rows = opened.embedding_rows(ids, family)
     if rows.shape[1] != config.hidden_size:
         raise BlockError(
@@ -82,13 +82,28 @@ def _token_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
     return ids
 
 
-def shuffled(text: str, *, seed: int) -> str:
+def _nonsense_ids(tokenizer: "Tokenizer", text: str, ids: list[int], *, seed: int) -> list[int]:
+    """As many tokens of the text's letters in random order, and not the text's own."""
+    for attempt in range(_ATTEMPTS):
+        nonsense = tokenizer.encode(
+            shuffled(text.strip(), seed=seed, attempt=attempt), add_special_tokens=False
+        ).ids
+        found = [nonsense[place % len(nonsense)] for place in range(len(ids))]
+        if found != ids:
+            return found
+    raise BlockError(
+        f"the letters of {text!r} in another order are the same tokens; write more words, or take prompt_control=random"
+    )
+
+
+def shuffled(text: str, *, seed: int, attempt: int = 0) -> str:
     """Put a text's letters into random order; blanks stay where they are.
 
     >>> sorted(shuffled("left atrium", seed=0)) == sorted("left atrium")
     True
     """
     letters = [letter for letter in text if not letter.isspace()]
-    random.Random(hashlib.sha256(f"{seed}/{text}".encode()).digest()).shuffle(letters)
+    drawn_by = f"{seed}/{text}/{attempt}" if attempt else f"{seed}/{text}"
+    random.Random(hashlib.sha256(drawn_by.encode()).digest()).shuffle(letters)
     rest = iter(letters)
     return "".join(letter if letter.isspace() else next(rest) for letter in text)

@@ -17,16 +17,20 @@ SequencePositions = Integer[Tensor, " token"]
 AxisPositions = Integer[Tensor, "token axis=3"]
 
 
-def rotary_width(rotary: nn.Module, kind: str | None) -> int:
-    """How many of a head's channels a family rotates."""
+def cosine_at_origin(rotary: nn.Module, kind: str | None) -> Tensor:
+    """Cosine `[1, 1, r]` of the first place in a text.
+
+    It tells how many of a head's channels a family rotates, and is 1 unless the family makes up for a longer text
+    by larger products (YaRN, LongRoPE).
+    """
     cosine, _ = sequence_angles(rotary, torch.zeros(1, dtype=torch.long), torch.zeros(1), kind)
-    return cosine.shape[-1]
+    return cosine
 
 
-def no_angles(width: int, like: Tensor) -> Angles:
-    """Angles of zero, which leave queries and keys as they are."""
-    shape = (1, 1, width)
-    return like.new_ones(shape), like.new_zeros(shape)
+def no_angles(at_origin: Tensor, like: Tensor) -> Angles:
+    """Angles of zero, which turn neither queries nor keys, and scale them as the family does."""
+    cosine = at_origin.to(like)
+    return cosine, torch.zeros_like(cosine)
 
 
 def sequence_angles(

@@ -127,6 +127,21 @@ def test_shuffling_keeps_letters_and_blanks():
     assert shuffled(text, seed=0) != text
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_short_prompt_is_shuffled_into_another(folder, seed):
+    text, nonsense = (
+        embed_prompt(folder, "MRI", control=control, seed=seed) for control in ("text", "shuffled")
+    )
+    assert text.shape == nonsense.shape
+    assert not torch.equal(text, nonsense)
+
+
+@pytest.mark.parametrize("text", ["a", "bb"])
+def test_letters_that_have_one_order_alone_are_refused(folder, text):
+    with pytest.raises(BlockError, match="prompt_control=random"):
+        embed_prompt(folder, text, control="shuffled")
+
+
 def test_a_prompt_without_a_token_is_refused(folder):
     with pytest.raises(BlockError, match="has no token"):
         embed_prompt(str(folder), "  ")
@@ -251,6 +266,7 @@ def test_an_unfrozen_block_excludes_what_needs_a_frozen_one(folder, settings):
         ({"dtype": torch.int8}, "cannot hold a block"),
         ({"layers": "-1"}, "give numbers"),
         ({"lora_rank": -1}, "is negative"),
+        ({"storage": "int8", "dtype": torch.float16}, "overflow float16"),
     ],
 )
 def test_a_slip_of_the_pen_is_refused_and_not_another_experiment(folder, options, reason):
@@ -263,6 +279,21 @@ def test_one_layer_and_one_target_need_no_list(folder):
     assert {name.split(".lora_")[0] for name, p in block.named_parameters() if p.requires_grad} == {
         "layers.0.self_attn.q_proj"
     }
+
+
+def test_lora_leaves_the_random_numbers_of_everything_else_alone(folder):
+    drawn = []
+    for rank in (0, 2):
+        torch.manual_seed(0)
+        FrozenBlock.from_pretrained(folder, lora_rank=rank)
+        drawn.append(torch.rand(4))
+    assert torch.equal(*drawn)
+    first, second, other = (
+        FrozenBlock.from_pretrained(folder, lora_rank=2, seed=seed).state_dict() for seed in (0, 0, 1)
+    )
+    name = next(name for name in first if "lora_A" in name)
+    assert torch.equal(first[name], second[name])
+    assert not torch.equal(first[name], other[name])
 
 
 @pytest.mark.parametrize("shape", [(12, 32), (2, 12, 31), (1, 2, 12, 32)])

@@ -100,6 +100,15 @@ def test_a_block_from_gguf_equals_the_block_from_safetensors(written):
         assert ours.sha256() == FrozenBlock.from_pretrained(path.parent / "qwen3", layers=(0, 2)).sha256()
 
 
+def test_biases_that_the_metadata_do_not_tell_of_are_not_passed_over(tmp_path):
+    path = tmp_path / "llama.gguf"
+    # With biases of attention and MLP.
+    model = save_tiny_model(tmp_path / "llama31", "llama31", rope_scaling=None)
+    write_gguf(path, model, "llama", rope__freq_base=100.0)
+    with pytest.raises(BlockError, match=r"holds blk\.0\..*bias"):
+        FrozenBlock.from_pretrained(path, layers=(0,))
+
+
 def test_only_the_tensors_asked_for_are_read(written, monkeypatch):
     from medvisionllama.llm import gguf
 

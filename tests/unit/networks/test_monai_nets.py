@@ -125,6 +125,7 @@ def test_preset_of_a_rival_builds_it_and_counts_it():
         ("unet", {"network.insert": "llm"}, "no tokens and no insert"),
         ("small", {"network.base_channels": 16}, "no effect with architecture=tokens"),
         ("swin_unetr", {"network.base_channels": 16}, "no multiple of 12"),
+        ("segresnet", {"network.base_channels": 12}, "no multiple of 8"),
         ("unet", {"train.shard_block": True}, "no effect without a frozen block"),
     ],
 )
