@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from medvisionllama.evaluation.evaluate import mean_dice, read_table, summarise
@@ -17,7 +18,7 @@ def print_choice(choice: Choice, where: Path) -> None:
     shown = Table(title=f"mean class Dice over {choice.num_cases} validation cases", title_justify="left")
     shown.add_column("cleaning")
     for name in ("all", *choice.candidates[0].dice_per_class):
-        shown.add_column(name, justify="right")
+        shown.add_column(escape(name), justify="right")
     for candidate in choice.candidates:
         scores = (candidate.dice, *candidate.dice_per_class.values())
         shown.add_row(candidate.words, *(f"{score:.4f}" for score in scores))
@@ -42,7 +43,7 @@ def print_summary(source: Path | pd.DataFrame) -> None:
         shown.add_column(name, justify="left" if name == "class" else "right")
     for row in summarise(table).to_dict(orient="records"):
         shown.add_row(
-            str(row["class"]),
+            escape(str(row["class"])),
             f"{row['dice_mean']:.3f} ({_interval(row)})",
             f"{row['dice_median']:.3f} ({row['dice_q1']:.3f}–{row['dice_q3']:.3f})",
             f"{row['nsd_median']:.3f}",

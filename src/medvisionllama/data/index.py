@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from medvisionllama.config import DataConfig
 from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.formats.dicom_series import Series
+from medvisionllama.data.labels import check_class_names
 from medvisionllama.errors import DataError
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def index_dataset(
     excluded = tuple(case for case in dataset.cases if {case.case_id, case.patient_id} & set(exclude))
     kept = tuple(case for case in dataset.cases if case not in excluded)
     dataset, found = name_segments(replace(dataset, cases=kept, excluded=excluded))
+    check_class_names(dataset.classes, dataset.root)
     return dataset, [*findings, *found]
 
 

@@ -1,5 +1,6 @@
-"""Labels whose format stores only the part of a scan that holds segments, put onto the scan's own grid."""
+"""Names of classes; and labels that store only the part of a scan with segments, put onto the scan's own grid."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,33 @@ from medvisionllama.data.volume import Volume, same_place, spacing_of, to_ras
 from medvisionllama.errors import DataError
 from medvisionllama.types import AffineMatrix, Triple
 
+FOREGROUND = "foreground"
+"""Name of all classes together, in tables and where they are merged."""
 _TOLERANCE_VOXELS = 0.1
 _LARGEST_UNION = 64
+
+
+def check_class_names(classes: Mapping[int, str], where: Path) -> None:
+    """Refuse names that tables could not tell apart.
+
+    Args:
+        classes: names by label value, without the background.
+        where: what declares them.
+
+    Raises:
+        DataError: two classes of one name, or one of several has the name of all together.
+    """
+    values: dict[str, int] = {}
+    for value, name in classes.items():
+        if name in values:
+            raise DataError(
+                f"{where}: the values {values[name]} and {value} are both called {name!r}; rename one"
+            )
+        values[name] = value
+    if FOREGROUND in values and len(values) > 1:
+        raise DataError(
+            f"{where}: a class beside others is called {FOREGROUND!r}, as all of them together are; rename it"
+        )
 
 
 def may_be_cropped(path: ScanSource) -> bool:

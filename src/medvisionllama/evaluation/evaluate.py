@@ -11,15 +11,14 @@ import pandas as pd
 
 from medvisionllama._files import write_text
 from medvisionllama.data.index import patient_of
-from medvisionllama.data.labels import may_be_cropped, on_one_grid, whole_label
+from medvisionllama.data.labels import FOREGROUND, may_be_cropped, on_one_grid, whole_label
 from medvisionllama.data.volume import Volume, same_place, to_ras
 from medvisionllama.errors import DataError
-from medvisionllama.evaluation.masks import Pair, by_name, classes_of, read_mask, read_truth
+from medvisionllama.evaluation.masks import Pair, by_name, check_values, classes_of, read_mask, read_truth
 from medvisionllama.evaluation.metrics import measure
 from medvisionllama.progress import Progress, Silent
 
 Split = Literal["test", "validation"]
-FOREGROUND = "foreground"
 """Name of the row in which all classes are one, as published."""
 
 
@@ -56,7 +55,7 @@ def read_pair(pair: Pair, classes: dict[int, str], *, merged: bool = False) -> t
     """Read a predicted mask and the true one, in RAS and on one grid.
 
     Raises:
-        DataError: a prediction on another grid than its label.
+        DataError: a prediction on another grid than its label, or a value that is no class's.
     """
     # A label may be stored with other axes than its image, and the mask has the image's.
     predicted, truth = to_ras(read_mask(pair.prediction, classes)), to_ras(read_truth(pair, classes))
@@ -66,6 +65,11 @@ def read_pair(pair: Pair, classes: dict[int, str], *, merged: bool = False) -> t
     if may_be_cropped(pair.prediction) and may_be_cropped(pair.label):
         predicted, truth = on_one_grid(predicted, truth)
     _same_grid(pair, predicted, truth)
+    if not merged:
+        check_values(pair.prediction, predicted, classes)
+        # A dataset that declares no classes has those of the cases that trained, and its others may have more.
+        if not pair.by_value:
+            check_values(pair.label, truth, classes)
     return predicted, merged_foreground(truth) if merged else truth
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from medvisionllama.data.formats.dicom_labels import read_classes
 from medvisionllama.data.formats.itk import segment_names
+from medvisionllama.data.labels import check_class_names
 from medvisionllama.data.msd import read_dataset_json
 from medvisionllama.data.readers import is_scan, read_label, stem_of
 from medvisionllama.data.volume import Volume
@@ -53,12 +54,17 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
     """Names of the classes: from the dataset of the labels, the table beside the masks, the files, or the values.
 
     Raises:
-        DataError: DICOM-SEG without such a dataset or table, or names in the files that contradict each other.
+        DataError: DICOM-SEG without such a dataset or table, names in the files that contradict each other, or
+            classes that cannot be measured: regions, voxels to ignore, two of one name.
     """
     description = labels.parent / "dataset.json"
     if description.is_file():
         declared = read_dataset_json(description).get("labels", {})
         by_value = {}
+        if isinstance(declared, dict) and "ignore" in declared:
+            raise DataError(
+                f"{description}: the label 'ignore' is not supported; give those voxels a class, or leave the cases out"
+            )
         for key, value in declared.items() if isinstance(declared, dict) else ():
             if isinstance(value, list):
                 raise DataError(
@@ -69,9 +75,11 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
             if str(number).isdigit():
                 by_value[int(number)] = str(name)
         if named := {value: by_value[value] for value in sorted(by_value) if value}:
+            check_class_names(named, description)
             return named
     table = pairs[0].prediction.parent / "labels.txt"
     if table.is_file() and (named := read_label_table(table.read_text(errors="replace"))):
+        check_class_names(named, table)
         return named
     dicom = next(
         (path for pair in pairs for path in (pair.prediction, pair.label) if _is_dicom_mask(path)), None
@@ -129,6 +137,18 @@ def read_mask(path: Path, classes: dict[int, str]) -> Volume:
             )
         table[value] = values[_plain(name)]
     return Volume(table[label.array].astype(np.uint8 if table.max() < 256 else np.uint16), label.affine)
+
+
+def check_values(path: Path, mask: Volume, classes: Mapping[int, str]) -> None:
+    """Raise DataError for a value that is no class's: it would be measured as background, without a word."""
+    known = np.zeros(max(int(mask.array.max(initial=0)), *classes) + 1, dtype=bool)
+    known[[0, *classes]] = True
+    if not known[mask.array].all():
+        value = int(mask.array[~known[mask.array]].min())
+        names = ", ".join(f"{number} {name}" for number, name in classes.items())
+        raise DataError(
+            f"{path} holds the value {value}, which is no class's (0 background, {names}); correct the file, or name the class in dataset.json or labels.txt"
+        )
 
 
 def _named_classes(segments: Mapping[Path, dict[int, str]]) -> dict[int, str]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from medvisionllama.data.labels import FOREGROUND
 from medvisionllama.errors import DataError
-from medvisionllama.evaluation.evaluate import FOREGROUND
 
 CELL = ["task", "model", "fraction"]
 """What is held fixed when arms are compared."""

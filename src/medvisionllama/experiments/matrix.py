@@ -301,15 +301,15 @@ def _settings(matrix: Matrix, task: str, model: str, arm: Arm, where: str) -> Se
         config = load_config(matrix.models[model].preset, settings)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    _check_runnable(matrix, arm, config, where)
+    _check_runnable(matrix, arm, settings, config, where)
     return settings
 
 
-def _check_runnable(matrix: Matrix, arm: Arm, config: Config, where: str) -> None:
+def _check_runnable(matrix: Matrix, arm: Arm, settings: Settings, config: Config, where: str) -> None:
     """Refuse what only a run would find out, after hours."""
     if arm.spec.also and not config.network.has_block:
         raise ConfigError(f"{where}: there is no block that `also` could leave out; drop also")
-    if matrix.split_per_seed and (config.data.splits or "data.split_seed" in arm.settings):
+    if matrix.split_per_seed and (config.data.splits or "data.split_seed" in settings):
         raise ConfigError(
             f"{where}: split_per_seed draws the splits; leave data.splits and data.split_seed out"
         )

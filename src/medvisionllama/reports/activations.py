@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from medvisionllama import __version__
 from medvisionllama._files import write_text
 from medvisionllama.colours import colour_of
-from medvisionllama.evaluation.evaluate import FOREGROUND
+from medvisionllama.data.labels import FOREGROUND
 from medvisionllama.evaluation.explain.job import Explained
 from medvisionllama.evaluation.explain.targets import PREDICTION
 from medvisionllama.evaluation.pointing import peak

@@ -26,7 +26,7 @@ class Cell:
     verdict: str
     """better or worse than the reference after Holm's correction, else open."""
     partial: bool
-    """Of fewer runs than another arm of this column."""
+    """Without a run that another arm of this column has: splits differ in how hard they are."""
     num_runs: int
     source: str
 
@@ -94,6 +94,7 @@ def _measure_table(
     study: Study, rows: pd.DataFrame, model: str, name: str, verdicts: Mapping[tuple[Any, ...], str]
 ) -> MeasureTable:
     metric = metric_of(name)
+    repetitions = _repetitions(study, model)
     pairs = rows[["task", "fraction"]].drop_duplicates()
     tasks = list(dict.fromkeys(rows["task"]))
     columns = [
@@ -104,12 +105,13 @@ def _measure_table(
     }
     for place, (task, fraction) in enumerate(columns):
         column = rows[(rows["task"] == task) & (rows["fraction"] == fraction)]
-        full = column["num_runs"].max()
-        whole = column.loc[column["num_runs"] == full, "mean"]
+        done = {arm: repetitions.get((task, fraction, arm), frozenset()) for arm in column["arm"]}
+        every = frozenset().union(*done.values())
+        whole = column.loc[[done[arm] == every for arm in column["arm"]], "mean"]
         # As rounded, so that of two cells that show the same number both are bold or none.
         best = number(whole.min() if metric.lower_is_better else whole.max(), metric.decimals)
         for row in column[column["num_runs"] > 0].to_dict(orient="records"):
-            partial = bool(row["num_runs"] < full)
+            partial = done[row["arm"]] != every
             by_arm[row["arm"]][place] = Cell(
                 mean=number(row["mean"], metric.decimals),
                 sd=number(row["seed_sd"], metric.decimals),
@@ -120,6 +122,15 @@ def _measure_table(
                 source=_cell_source(row, metric),
             )
     return MeasureTable(model, metric, name, columns, list(by_arm.items()))
+
+
+def _repetitions(study: Study, model: str) -> dict[tuple[Any, ...], frozenset[tuple[Any, ...]]]:
+    """Fold and seed of every run that is done, by task, fraction and arm."""
+    done = study.runs[(study.runs["state"] == "done") & (study.runs["model"] == model)]
+    return {
+        key: frozenset(zip(group["fold"], group["seed"], strict=True))
+        for key, group in done.groupby(["task", "fraction", "arm"])
+    }
 
 
 def _cell_source(row: Mapping[Any, Any], metric: Metric) -> str:

@@ -51,6 +51,48 @@ def masks(tmp_path, write_nifti):
     return write
 
 
+@pytest.mark.parametrize("spoilt", ["masks", "labels"])
+@pytest.mark.parametrize("value", [2, 255])
+def test_a_value_that_is_no_class_is_refused_and_not_measured_as_background(
+    masks, write_nifti, spoilt, value
+):
+    predictions, labels = masks(np.ones((4, 4, 4)))
+    (labels.parent / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "liver"}}))
+    assert set(api.evaluate(predictions, labels)["dice"]) == {1.0}
+    folder = predictions if spoilt == "masks" else labels
+    write_nifti(folder / "a.nii.gz", np.full((4, 4, 4), value), dtype=np.uint8)
+    with pytest.raises(DataError, match=rf"{spoilt}/a.nii.gz holds the value {value}, .*1 liver"):
+        api.evaluate(predictions, labels)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"1": "foreground", "2": "lesion"}, "called 'foreground'"),
+        ({"1": "kidney", "2": "kidney"}, "values 1 and 2 are both called 'kidney'"),
+        ({"a": 1, "ignore": 2}, "'ignore' is not supported"),
+    ],
+)
+def test_classes_that_tables_could_not_tell_apart_are_refused(masks, names, message):
+    predictions, labels = masks(np.ones((4, 4, 4)))
+    (labels.parent / "dataset.json").write_text(json.dumps({"labels": names}))
+    with pytest.raises(DataError, match=message):
+        api.evaluate(predictions, labels)
+
+
+def test_a_lone_class_may_be_called_foreground(masks):
+    predictions, labels = masks(np.ones((4, 4, 4)))
+    (labels.parent / "dataset.json").write_text(json.dumps({"labels": {"1": "foreground"}}))
+    assert mean_dice(api.evaluate(predictions, labels)) == 1.0
+
+
+def test_names_in_brackets_are_printed_as_they_are(uneven, capsys):
+    from medvisionllama.cli._tables import print_summary
+
+    print_summary(uneven.assign(**{"class": "tumour [/core]"}))
+    assert "tumour [/core]" in capsys.readouterr().out
+
+
 def test_regions_of_nnunet_are_refused(masks):
     predictions, labels = masks(np.ones((4, 4, 4)))
     regions = {"labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3]}}

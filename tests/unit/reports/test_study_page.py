@@ -362,14 +362,30 @@ def test_the_best_arm_is_bold_and_signs_follow_holm(written):
 
 
 def test_an_arm_with_fewer_runs_is_marked_and_not_bold(study, tmp_path):
-    summary = study.summary.copy()
-    fewer = (summary["arm"] == "pretrained") & (summary["task"] == "Task04")
-    summary.loc[fewer, "num_runs"] = 1
-    page = write_study(replace(study, summary=summary), tmp_path).read_text()
+    page = write_study(without_runs(study, pretrained=[1]), tmp_path).read_text()
+    assert "†" in first_cell(page, "pretrained")
+    assert "<b>" not in first_cell(page, "pretrained")
+    assert "†" not in first_cell(page, "none")
+
+
+def test_arms_with_as_many_other_runs_are_not_ranked_by_bold(study, tmp_path):
+    page = write_study(without_runs(study, none=[0], pretrained=[1]), tmp_path).read_text()
+    for arm in ("none", "pretrained"):
+        assert "†" in first_cell(page, arm)
+        assert "<b>" not in first_cell(page, arm)
+    assert "<b>" in first_cell(page, "random")
+
+
+def without_runs(study, **failed):
+    runs = study.runs.copy()
+    for arm, seeds in failed.items():
+        runs.loc[(runs["arm"] == arm) & runs["seed"].isin(seeds), "state"] = "failed"
+    return replace(study, runs=runs)
+
+
+def first_cell(page: str, arm: str) -> str:
     table = page[page.index('id="tables"') :]
-    cell = table[table.index("metric=dice, arm=pretrained") :].partition("</td>")[0]
-    assert "†" in cell
-    assert "<b>" not in cell
+    return table[table.index(f"metric=dice, arm={arm}") :].partition("</td>")[0]
 
 
 def test_patients_are_means_over_classes_and_runs_without_the_merged_foreground(written):

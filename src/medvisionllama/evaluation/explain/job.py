@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 
 from medvisionllama.config import InferenceConfig
+from medvisionllama.data.labels import FOREGROUND
 from medvisionllama.data.readers import read_image
 from medvisionllama.data.volume import Volume, from_ras, to_ras
 from medvisionllama.devices import choose_device
 from medvisionllama.errors import ConfigError
-from medvisionllama.evaluation.evaluate import FOREGROUND
 from medvisionllama.evaluation.explain.notes import notes_on
 from medvisionllama.evaluation.explain.targets import ScanToExplain, read_truth
 from medvisionllama.evaluation.pointing import Target, make_target, peak, score
