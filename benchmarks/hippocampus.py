@@ -29,12 +29,13 @@ def main() -> None:
     tables = {}
     for arm, overrides in ARMS.items():
         run = RunDir(arguments.runs / f"hippocampus-{arm}")
-        if not run.config.is_file():
-            api.train(
-                arguments.data, out=run.path, max_minutes=arguments.minutes, overrides=overrides, test=False,
-                progress=TerminalProgress(),
-            )  # fmt: skip
         if not run.evaluation.is_file():
+            trained = api.train(
+                arguments.data, out=run.path, max_minutes=arguments.minutes, overrides=overrides, test=False,
+                resume=run.config.is_file(), progress=TerminalProgress(),
+            )  # fmt: skip
+            if not trained.finished:
+                raise SystemExit(130)
             api.evaluate(run.path, progress=TerminalProgress())
         tables[arm] = read_table(run.evaluation)
         RESULTS.mkdir(parents=True, exist_ok=True)

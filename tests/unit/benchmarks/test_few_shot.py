@@ -111,13 +111,15 @@ def test_every_arm_trains_for_the_minutes_it_is_given(module, monkeypatch, tmp_p
 
     def train(data, *, out, preset, cases, max_minutes, overrides, **_):
         shortcuts = {"data.path": "d", "out": str(out), "train.max_minutes": max_minutes}
-        seen.append(load_config(preset, shortcuts | overrides).train.max_minutes)
+        config = load_config(preset, shortcuts | overrides)
+        seen.append((config.train.max_minutes, config.data.exclude))
         return SimpleNamespace(finished=True)
 
     monkeypatch.setattr(api, "train", train)
     arguments = argparse.Namespace(data=tmp_path, preset="small", minutes=None)
     few_shot.train_run(arguments, "acdc-4", arm, 0, tmp_path / "run", 5, {"train.learning_rate": 7e-4})
-    assert seen == [5]
+    # Whose images are also patient074's.
+    assert seen == [(5, ("patient076",))]
 
 
 def test_a_training_that_was_cut_off_is_not_scored(module, monkeypatch, tmp_path):
