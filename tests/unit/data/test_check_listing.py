@@ -12,11 +12,13 @@ from dicom_files import classic, save
 from medvisionllama import check
 from medvisionllama.data.check.division import division_findings
 from medvisionllama.data.check.listing import scans_in
+from medvisionllama.data.formats.dicom_grid import grid_of
 from medvisionllama.data.formats.dicom_series import find_series
 from medvisionllama.data.index import index_dataset, open_dataset
 from medvisionllama.data.splits import Fold, Splits
 from medvisionllama.errors import DataError
 from medvisionllama.inference.dicom_seg import write_seg
+from medvisionllama.inference.writers import write_mask
 
 
 @pytest.fixture
@@ -216,3 +218,42 @@ def test_a_damaged_slice_does_not_hide_the_other_scans(tmp_path, write_nifti):
     assert found.code == "unreadable"
     assert "bad" in found.message
     assert [facts.case_id for facts in report.facts] == ["good"]
+
+
+@pytest.fixture
+def persons(tmp_path):
+    """`persons(alpha="ID-1", ...)`: a dataset of DICOM series with these PatientIDs, and nothing else in common."""
+
+    def write(**numbers):
+        for index, (name, number) in enumerate(numbers.items()):
+            stored = np.random.default_rng(index).integers(0, 900, (6, 8, 5)).astype(np.int16)
+            datasets = classic(stored)
+            for dataset in datasets:
+                dataset.PatientID = number
+            save(datasets, tmp_path / "images" / name)
+            (series,) = find_series(tmp_path / "images" / name)
+            header = grid_of(series)
+            label = np.zeros(header.shape, np.uint8)
+            label[1 : 3 + index, 2:5, 1:3] = 1
+            write_mask(tmp_path / "labels" / f"{name}.nii.gz", label, header.affine)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_series_with_one_patient_number_are_one_person(persons, fast):
+    root = persons(zed_alpha="ID-1", zed_bravo="ID-1", charlie="ID-2", delta="")
+    report = check(root, fast=fast)
+    [found] = [finding for finding in report.findings if finding.code == "person-apart"]
+    assert found.cases == ("zed_alpha", "zed_bravo")
+    assert "ID-1" not in str(report)
+    joined = check(root, fast=fast, patient_pattern="^([a-z]+)")
+    assert joined.num_patients == 3
+    assert not [finding for finding in joined.findings if finding.code == "person-apart"]
+
+
+@pytest.mark.parametrize("number", ["", "ANONYMOUS"])
+def test_a_number_that_all_series_have_tells_nothing(persons, number):
+    report = check(persons(alpha=number, bravo=number, charlie=number), fast=True)
+    assert not [finding for finding in report.findings if finding.code == "person-apart"]

@@ -21,6 +21,8 @@ class FileFacts:
     path: ScanSource
     header: Header
     storage: Storage | None = None
+    person: str = field(default="", repr=False)
+    """SHA-256 of the PatientID of a DICOM series, which tells scans of one person and is shown nowhere."""
 
     @property
     def axes(self) -> str:

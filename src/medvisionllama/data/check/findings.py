@@ -43,6 +43,7 @@ _ERRORS = {
 }
 _WARNINGS = {
     "patients-alike": "names that look like one patient's",
+    "person-apart": "one PatientID under several patients",
     "patient-crowded": "patients with far more scans than the others",
     "label-empty": "labels without a labelled voxel",
     "class-unseen": "classes that no label holds",

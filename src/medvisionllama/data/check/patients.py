@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.index import PLACE, Case
 
@@ -56,6 +57,26 @@ def patient_findings(cases: Sequence[Case]) -> list[Finding]:
 def patient_name_findings(cases: Sequence[Case]) -> list[Finding]:
     """Names that look like one patient's but count as several, and patients with far more scans than others."""
     return [*(_apart(cases) or _endings(cases)), *_crowds(cases)]
+
+
+def person_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
+    """Scans that say to be one person's and count as several patients.
+
+    Nothing is told by a number that all cases have, as some programs write for the anonymous.
+    """
+    by_person: dict[str, list[CaseFacts]] = defaultdict(list)
+    for case in cases:
+        for person in {image.person for image in case.images} - {""}:
+            by_person[person].append(case)
+    findings = []
+    for group in by_person.values():
+        patients = sorted({case.patient_id for case in group})
+        if len(patients) < 2 or len(group) == len(cases):
+            continue
+        names = tuple(case.case_id for case in group)
+        message = f"{' and '.join(names[:2])}{' and others' if len(names) > 2 else ''} have one PatientID but count as {len(patients)} patients, so one person can be trained on and tested; {_STEP}, or rename the scans"
+        findings.append(Finding("person-apart", message, names))
+    return findings
 
 
 def _apart(cases: Sequence[Case]) -> list[Finding]:

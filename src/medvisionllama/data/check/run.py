@@ -18,7 +18,7 @@ from medvisionllama.data.check.listing import (
     scans_in,
 )
 from medvisionllama.data.check.mirrors import label_mirror_findings
-from medvisionllama.data.check.patients import patient_findings, patient_name_findings
+from medvisionllama.data.check.patients import patient_findings, patient_name_findings, person_findings
 from medvisionllama.data.check.places import (
     axis_order_findings,
     identity_findings,
@@ -114,6 +114,7 @@ def dataset_findings(facts: Sequence[CaseFacts], dataset: Dataset) -> list[Findi
     labelled = [case for case in dataset.cases if case.label is not None]
     return [
         *patient_name_findings(labelled),
+        *(person_findings(facts) if labelled else []),
         *class_findings(facts, dataset.classes),
         *duplicate_findings(facts),
         *intensity_findings(facts, dataset.channels),
