@@ -19,7 +19,6 @@ from medvisionllama.evaluation.metrics import measure
 from medvisionllama.progress import Progress, Silent
 
 Split = Literal["test", "validation"]
-"""Name of the row in which all classes are one, as published."""
 
 
 def evaluate_files(
