@@ -169,7 +169,7 @@ class FrozenBlock(nn.Module):
         if lora_rank and modules:
             # With random numbers of its own, so that everything else begins as it does without LoRA.
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(stream(seed, "lora"))
+                torch.default_generator.manual_seed(stream(seed, "lora"))
                 add_lora(block.layers, rank=lora_rank, targets=lora_targets, family=family)
         if storage == "int8":
             store_as_int8(block.layers)
