@@ -30,10 +30,11 @@ STEPS = 12
 SETTINGS = {
     **TINY,
     "train.precision": "fp32",
-    # Either makes rounding grow to several times the tolerances in these few steps. The batches of ranks are
+    # Each makes rounding grow to several times the tolerances in these few steps. The batches of ranks are
     # compared bit for bit in the sampler's own tests.
     "network.context_channels": None,
     "augment.elastic": 0.0,
+    "augment.bias_field": 0.0,
     # Five cases train, so batches of two cross the ends of epochs; two such batches make a step.
     "train.batch_size": 2,
     "train.accumulate": 2,

@@ -77,9 +77,16 @@ class Dataset:
 
 
 def open_configured(data: DataConfig) -> Dataset:
-    """Open the dataset of a run as its settings say."""
+    """Open the dataset of a run as its settings say.
+
+    Raises:
+        DataError: as `open_dataset`, or classes whose names its tables could not tell apart.
+    """
     assert data.path is not None, "checked by the caller"
-    return open_dataset(data.path, patient_pattern=data.patient_pattern, exclude=data.exclude)
+    dataset = open_dataset(data.path, patient_pattern=data.patient_pattern, exclude=data.exclude)
+    if data.labels == "all":
+        check_class_names(dataset.classes, dataset.root)
+    return dataset
 
 
 def open_dataset(root: Path, *, patient_pattern: str | None = None, exclude: Sequence[str] = ()) -> Dataset:
@@ -130,7 +137,6 @@ def index_dataset(
     excluded = tuple(case for case in dataset.cases if {case.case_id, case.patient_id} & set(exclude))
     kept = tuple(case for case in dataset.cases if case not in excluded)
     dataset, found = name_segments(replace(dataset, cases=kept, excluded=excluded))
-    check_class_names(dataset.classes, dataset.root)
     return dataset, [*findings, *found]
 
 

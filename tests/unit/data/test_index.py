@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medvisionllama.config import DataConfig
 from medvisionllama.data.fingerprint import fingerprint
-from medvisionllama.data.index import open_dataset, patient_of
+from medvisionllama.data.index import open_configured, open_dataset, patient_of
 from medvisionllama.data.splits import make_splits, select
 from medvisionllama.errors import DataError
 
@@ -136,6 +137,16 @@ def test_the_lists_of_nnunet_s_first_version_name_cases_and_not_files(files):
     (case,) = dataset.cases
     assert (case.case_id, dataset.channels) == ("a", ("T1", "T2"))
     assert [path.name for path in case.images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
+
+
+@pytest.mark.parametrize("names", [("kidney", "kidney"), ("foreground", "lesion")])
+def test_a_run_s_classes_must_have_names_that_tables_tell_apart(files, names):
+    labels = dict(zip("012", ("background", *names), strict=True))
+    root = files(*pairs("a"), content=msd("a", labels=labels))
+    with pytest.raises(DataError, match=r"both called 'kidney'|is called 'foreground'"):
+        open_configured(DataConfig(path=root))
+    # Merged, and to be converted, they may have any.
+    assert open_configured(DataConfig(path=root, labels="foreground")) == open_dataset(root)
 
 
 def test_an_absent_channel_of_an_nnunet_folder_is_refused_by_name(files):
