@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from few_shot_cell import INTERRUPTED
 from medvisionllama import api
 from medvisionllama.cli._progress import TerminalProgress
 from medvisionllama.evaluation.evaluate import mean_class_dice, read_table
@@ -35,7 +36,7 @@ def main() -> None:
                 resume=run.config.is_file(), progress=TerminalProgress(),
             )  # fmt: skip
             if not trained.finished:
-                raise SystemExit(130)
+                raise SystemExit(INTERRUPTED)
             api.evaluate(run.path, progress=TerminalProgress())
         tables[arm] = read_table(run.evaluation)
         RESULTS.mkdir(parents=True, exist_ok=True)

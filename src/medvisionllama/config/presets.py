@@ -13,7 +13,7 @@ Settings = dict[str, Any]
 def small() -> Settings:
     """Native resolution, a thin convolutional stem and skip head around the tokens; minutes on two CPU cores."""
     return {
-        "augment": {"elastic": 0.05, "bias_field": 0.6},
+        "augment": _AUGMENTATION,
         "network": {"gate": "zero", "context_channels": [96, 192]},
         "train": {"max_minutes": 20.0, "gate_learning_rate_scale": 5.0},
     }
@@ -23,7 +23,7 @@ def large() -> Settings:
     """`small` in the widths of one GPU: crops up to four times as large, five times the trained parameters."""
     return {
         "data": {"max_crop_voxels": 524_288},
-        "augment": {"elastic": 0.05, "bias_field": 0.6},
+        "augment": _AUGMENTATION,
         "network": {
             "gate": "zero",
             "stem_channels": [32, 64, 128],
@@ -75,6 +75,7 @@ def reference() -> Settings:
     }
 
 
+_AUGMENTATION: Settings = {"elastic": 0.05, "bias_field": 0.6}
 _PUBLISHED_DATA: Settings = {"labels": "foreground", "geometry": "resize", "crop_size": [128, 128, 128]}
 _PUBLISHED_AUGMENTATION: Settings = {"rotation_degrees": 10.0, "scale": [0.9, 1.1], "translation": 0.05}
 _PUBLISHED_VIT: Settings = {

@@ -10,6 +10,7 @@ from medvisionllama.data import msd
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.formats.dicom import open_series
 from medvisionllama.data.index import Case, Dataset, patient_of
+from medvisionllama.data.labels import check_no_ignore
 from medvisionllama.data.near_names import datasets_in, misnamed_folders, why_none_meets
 from medvisionllama.data.readers import SUFFIXES, is_scan, read_header, stem_of
 from medvisionllama.errors import DataError
@@ -25,12 +26,9 @@ def index_nnunet(root: Path, content: dict[str, Any], patient_pattern: str | Non
     names, labels = content.get("channel_names"), content.get("labels")
     if not isinstance(names, dict) or not isinstance(labels, dict):
         raise DataError(f"{where} needs 'training' (MSD), or 'channel_names' and 'labels' (nnU-Net)")
+    check_no_ignore(labels, where)
     classes: dict[int, str] = {}
     for name, value in labels.items():
-        if name == "ignore":
-            raise DataError(
-                f"{where}: the label 'ignore' is not supported; give those voxels a class, or leave the cases out"
-            )
         if not isinstance(value, int):
             raise DataError(
                 f"{where}: the class {name!r} is {value!r}; region-based classes are not supported, give one number each"

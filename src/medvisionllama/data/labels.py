@@ -1,6 +1,6 @@
 """Names of classes; and labels that store only the part of a scan with segments, put onto the scan's own grid."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,14 @@ FOREGROUND = "foreground"
 """Name of all classes together, in tables and where they are merged."""
 _TOLERANCE_VOXELS = 0.1
 _LARGEST_UNION = 64
+
+
+def check_no_ignore(labels: Collection[str], where: Path) -> None:
+    """Raise DataError if nnU-Net's names of labels hold the one for voxels that count nowhere."""
+    if "ignore" in labels:
+        raise DataError(
+            f"{where}: the label 'ignore' is not supported; give those voxels a class, or leave the cases out"
+        )
 
 
 def check_class_names(classes: Mapping[int, str], where: Path) -> None:

@@ -55,13 +55,14 @@ def index(root: Path, content: dict[str, Any], patient_pattern: str | None) -> D
 
 def _files_of(image: Path, num_channels: int) -> tuple[Path, ...]:
     """The file of a case; or one for each channel, as nnU-Net's first version lists CASE where CASE_0000 lies."""
+    if image.exists():
+        return (image,)
     case_id = stem_of(image)
     by_channel = tuple(
         image.with_name(f"{case_id}_{number:04d}{image.name.removeprefix(case_id)}")
         for number in range(num_channels)
     )
-    listed = image.exists() or not all(path.exists() for path in by_channel)
-    return (image,) if listed else by_channel
+    return by_channel if all(path.exists() for path in by_channel) else (image,)
 
 
 def inside(root: Path, relative: str) -> Path:

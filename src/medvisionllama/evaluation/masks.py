@@ -8,7 +8,7 @@ import numpy as np
 
 from medvisionllama.data.formats.dicom_labels import read_classes
 from medvisionllama.data.formats.itk import segment_names
-from medvisionllama.data.labels import check_class_names
+from medvisionllama.data.labels import check_class_names, check_no_ignore
 from medvisionllama.data.msd import read_dataset_json
 from medvisionllama.data.readers import is_scan, read_label, stem_of
 from medvisionllama.data.volume import Volume
@@ -61,11 +61,10 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
     if description.is_file():
         declared = read_dataset_json(description).get("labels", {})
         by_value = {}
-        if isinstance(declared, dict) and "ignore" in declared:
-            raise DataError(
-                f"{description}: the label 'ignore' is not supported; give those voxels a class, or leave the cases out"
-            )
-        for key, value in declared.items() if isinstance(declared, dict) else ():
+        if not isinstance(declared, dict):
+            declared = {}
+        check_no_ignore(declared, description)
+        for key, value in declared.items():
             if isinstance(value, list):
                 raise DataError(
                     f"{description}: the class {key!r} is a region of several values, which cannot be measured; name the values one by one"

@@ -73,7 +73,7 @@ class FrozenBlock(nn.Module):
         self._kinds = [family.rotary_kind(config, position) for position in positions]
         with family.refusing_nonsense():
             self._at_origin = (
-                {} if rotary is None else {kind: cosine_at_origin(rotary, kind) for kind in self._kinds}
+                {} if rotary is None else {kind: cosine_at_origin(rotary, kind) for kind in set(self._kinds)}
             )
 
     @classmethod

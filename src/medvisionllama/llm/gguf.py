@@ -66,9 +66,11 @@ class GgufSource:
         """
         layers = []
         for position in positions:
-            self._refuse_unknown_biases(family, position)
-            names = wanted or self._layer_names(family, position)
-            layers.append({name: self._named(f"model.layers.{position}.{name}", dtype) for name in names})
+            names = self._layer_names(family, position)
+            self._refuse_other_biases(position, names)
+            layers.append(
+                {name: self._named(f"model.layers.{position}.{name}", dtype) for name in wanted or names}
+            )
         return LayerTensors(tuple(layers), {"weight": self._named("model.norm.weight", dtype)})
 
     def embedding_rows(self, token_ids: Sequence[int], family: Family) -> Tensor:
@@ -104,13 +106,10 @@ class GgufSource:
             layer = family.make_layer(family.make_config(self.settings), position)
         return [name for name, _ in layer.named_parameters()]
 
-    def _refuse_unknown_biases(self, family: Family, position: int) -> None:
+    def _refuse_other_biases(self, position: int, names: Sequence[str]) -> None:
         """Without them the layer would compute something else, in silence: metadata do not tell of them."""
         prefix = f"blk.{position}."
-        read = {
-            self._stored_name(f"model.layers.{position}.{name}")
-            for name in self._layer_names(family, position)
-        }
+        read = {self._stored_name(f"model.layers.{position}.{name}") for name in names}
         others = sorted(
             name
             for name in self._tensors

@@ -21,8 +21,6 @@ class FileFacts:
     path: ScanSource
     header: Header
     storage: Storage | None = None
-    person: str = field(default="", repr=False)
-    """SHA-256 of the PatientID of a DICOM series, which tells scans of one person and is shown nowhere."""
 
     @property
     def axes(self) -> str:
@@ -118,6 +116,8 @@ class CaseFacts:
     """A channel has the few values of a mask, and the label's shape or a label with the values of a scan."""
     mirror_scores: tuple[float, ...] = ()
     """How much better the label's edge fits the image than its mirror images do; see `mirrors.py`."""
+    persons: frozenset[str] = field(default=frozenset(), repr=False)
+    """SHA-256 of each PatientID in the images' series, which tells scans of one person and is shown nowhere."""
 
     @property
     def files(self) -> tuple[FileFacts, ...]:

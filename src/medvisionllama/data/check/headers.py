@@ -8,9 +8,6 @@ import numpy as np
 from medvisionllama.data.check.facts import CaseFacts, FileFacts
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.check.storage import read_storage
-from medvisionllama.data.formats import SUFFIXES, ScanSource
-from medvisionllama.data.formats.dicom_header import person_of
-from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.formats.header import channel_problem
 from medvisionllama.data.index import Case, Dataset
 from medvisionllama.data.labels import may_be_cropped, offset_in
@@ -29,7 +26,7 @@ def read_headers(case: Case) -> tuple[CaseFacts | None, list[Finding]]:
     files: list[FileFacts | None] = []
     for path in (*case.sources, *([case.label] if case.label else [])):
         try:
-            files.append(FileFacts(path, read_header(path), read_storage(path), _person(path)))
+            files.append(FileFacts(path, read_header(path), read_storage(path)))
         except DataError as error:
             findings.append(Finding("unreadable", str(error), (case.case_id,), path))
             files.append(None)
@@ -38,14 +35,6 @@ def read_headers(case: Case) -> tuple[CaseFacts | None, list[Finding]]:
         return None, findings
     label = files[-1] if case.label else None
     return CaseFacts(case.case_id, case.patient_id, tuple(images), label), findings
-
-
-def _person(source: ScanSource) -> str:
-    if isinstance(source, Series):
-        return person_of(source.files)
-    if source.is_dir():
-        return person_of(sorted(source.iterdir()))
-    return "" if source.name.lower().endswith(SUFFIXES) else person_of([source])
 
 
 def check_headers(dataset: Dataset) -> tuple[list[CaseFacts], list[Finding]]:

@@ -66,7 +66,7 @@ def person_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
     """
     by_person: dict[str, list[CaseFacts]] = defaultdict(list)
     for case in cases:
-        for person in {image.person for image in case.images} - {""}:
+        for person in case.persons:
             by_person[person].append(case)
     findings = []
     for group in by_person.values():

@@ -4,14 +4,13 @@ Only the header is read. Enhanced multi-frame files keep the place of a frame in
 frames or one per frame; classic files keep it at the top. Both become the same `Slice`.
 """
 
-import hashlib
 import logging
 import re
 import sqlite3
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,19 +182,6 @@ def read_file_header(path: Path) -> FileHeader | None:
     dataset = read_dataset(path, _TAGS)
     with reading(path):
         return _header(path, dataset)
-
-
-def person_of(files: Iterable[Path]) -> str:
-    """SHA-256 of the first PatientID in the files of a series; empty where there is none or a file is damaged."""
-    try:
-        for file in files:
-            if file.is_file() and is_dicom(file):
-                number = str(read_dataset(file, ("PatientID",)).get("PatientID") or "").strip()
-                return hashlib.sha256(number.encode()).hexdigest() if number else ""
-    except (OSError, DataError):
-        # What is wrong with it is said when its header is read.
-        return ""
-    return ""
 
 
 def is_mask(path: Path) -> bool:

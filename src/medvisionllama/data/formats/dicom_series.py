@@ -9,7 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from medvisionllama.data.formats.dicom_header import FileHeader, Slice, read_file_header
+from medvisionllama.data.formats.dicom_header import (
+    FileHeader,
+    Slice,
+    is_dicom,
+    read_dataset,
+    read_file_header,
+)
 from medvisionllama.errors import DataError
 
 
@@ -54,7 +60,7 @@ def find_series(path: Path) -> tuple[Series, ...]:
     if not path.exists():
         raise DataError(f"{path} does not exist; give a DICOM file or a folder of DICOM files")
     groups: dict[str, list[FileHeader]] = {}
-    for file in [path] if path.is_file() else _files_below(path):
+    for file in _files_of(path):
         header = read_file_header(file)
         if header is not None:
             groups.setdefault(header.series_uid, []).append(header)
@@ -62,11 +68,27 @@ def find_series(path: Path) -> tuple[Series, ...]:
     return tuple(sorted(found, key=lambda series: (series.folder, series.number or 0, series.series_uid)))
 
 
-def _files_below(folder: Path) -> list[Path]:
+def person_of(source: Path | Series) -> str:
+    """SHA-256 of the first PatientID in a series; empty where there is none, or a file is damaged."""
+    try:
+        for file in source.files if isinstance(source, Series) else _files_of(source):
+            if is_dicom(file):
+                number = str(read_dataset(file, ("PatientID",)).get("PatientID") or "").strip()
+                return hashlib.sha256(number.encode()).hexdigest() if number else ""
+    except (OSError, DataError):
+        # What is wrong with it is said when its header is read.
+        return ""
+    return ""
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The file, or those of a folder and of the folders below it."""
+    if path.is_file():
+        return [path]
     return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        file
+        for file in path.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
 
 
