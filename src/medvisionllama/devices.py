@@ -11,6 +11,7 @@ from medvisionllama.errors import ConfigError
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 PrecisionChoice = Literal["auto", "fp32", "bf16"]
 N = TypeVar("N", bound=nn.Module)
+_THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def choose_device(wanted: DeviceChoice) -> torch.device:
@@ -36,6 +37,11 @@ def use_bf16(wanted: PrecisionChoice, device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def thread_limits(threads: int) -> dict[str, str]:
+    """Environment that keeps the numerical libraries of a new process to so many threads."""
+    return dict.fromkeys(_THREAD_LIMITS, str(threads))
 
 
 def fast_layout(network: N) -> N:

@@ -10,6 +10,7 @@ last/              state to resume from
 pseudo_labels/     masks that unlabelled scans train with
 evaluation.csv     one row per test case and class
 report.html        everything a person looks at
+members/2 ...      run folders of the further networks, if the run trains several
 
 Made on request:
 postprocessing.json    which components masks lose, chosen on validation
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 
 from medvisionllama._files import write_text
+from medvisionllama.config import read_config
 from medvisionllama.errors import CheckpointError
 
 _PACKAGES = (
@@ -64,6 +66,26 @@ class RunDir:
     def pseudo_labels(self, number: int, case_id: str = "") -> Path:
         """Folder of a round's masks, or of a case's among them."""
         return self.path / "pseudo_labels" / str(number) / case_id
+
+    def member(self, number: int) -> "RunDir":
+        """Folder of a further member, counted from 2."""
+        return RunDir(self.path / "members" / str(number))
+
+    def members(self) -> list["RunDir"]:
+        """The run and its further members, whose predictions are averaged.
+
+        Raises:
+            CheckpointError: no run, or a member is not trained yet.
+        """
+        self.check()
+        num = read_config(self.config).train.members
+        others = [self.member(number) for number in range(2, num + 1)]
+        for other in others:
+            if not other.best.is_file():
+                raise CheckpointError(
+                    f"{other.path} has no best.safetensors yet; finish it with: medvisionllama train DATA --out {self.path} --resume"
+                )
+        return [self, *others]
 
     def check_unused(self) -> None:
         """Refuse a folder that would be overwritten; files make their folders themselves.

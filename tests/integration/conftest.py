@@ -1,6 +1,8 @@
 """A tiny dataset, a tiny network, and the command line as a function."""
 
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,3 +82,16 @@ def settings(**extra: object) -> list[str]:
     """`--set` arguments of the tiny network."""
     values = {**TINY, **{key.replace("__", "."): value for key, value in extra.items()}}
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    """Until a run has written a file."""
+    for _ in range(1200):
+        if path.is_file():
+            return
+        if process.poll() is not None:
+            pytest.fail(
+                f"the run ended before its first save: {process.stderr.read().decode() if process.stderr else ''}"
+            )
+        time.sleep(0.05)
+    pytest.fail("the run saved nothing in a minute")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from medvisionllama.run_dir import RunDir
 
-from .conftest import settings
+from .conftest import settings, wait_for
 
 EPOCHS = 40
 
@@ -75,15 +75,3 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(number, undisturbed,
         assert not different, f"after a kill at {delay:.2f} s: {different[:3]}"
     steps = [(record["step"], record["dice"]) for record in run.read_history()]
     assert steps == [(record["step"], record["dice"]) for record in undisturbed.read_history()]
-
-
-def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(1200):
-        if path.is_file():
-            return
-        if process.poll() is not None:
-            pytest.fail(
-                f"the run ended before its first save: {process.stderr.read().decode() if process.stderr else ''}"
-            )
-        time.sleep(0.05)
-    pytest.fail("the run saved nothing in a minute")

@@ -29,6 +29,7 @@ def train(
     unlabelled: Path | str | None = None,
     max_minutes: float | None = None,
     epochs: int | None = None,
+    members: int | None = None,
     overrides: Sequence[str] | Mapping[str, Any] = (),
     resume: bool = False,
     test: bool = True,
@@ -40,6 +41,7 @@ def train(
         out: the run folder.
         unlabelled: folder of scans without labels to learn from too, or `unused`: the cases that `cases` or
             `fraction` leave out, without their labels.
+        members: networks that train side by side in the same minutes; `predict` and `evaluate` average them.
         overrides: further settings, as `["network.insert=none"]`.
         resume: go on with the run in `out`, whose own settings then hold; limits, learning rate, precision and the
             like may change, what defines the run may not.
@@ -61,6 +63,7 @@ def train(
         "data.fraction": fraction,
         "data.num_cases": cases,
         "unlabelled.scans": unlabelled,
+        "train.members": members,
     }
     chosen |= {key: value for key, value in parts.items() if value is not None}
     chosen |= parse_overrides(overrides)
@@ -137,7 +140,7 @@ def predict(
     predictor = Predictor.from_run(run, *also, device=device)  # type: ignore[arg-type] # checked above
     settings = predictor.members[0].config.inference
     cleaning, reason = cleaning_of(
-        RunDir(Path(run)), settings, largest=largest, min_ml=min_ml, num_runs=len(predictor.members)
+        RunDir(Path(run)), settings, largest=largest, min_ml=min_ml, num_runs=1 + len(also)
     )
     progress = progress or Silent()
     if reason:

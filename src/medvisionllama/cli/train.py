@@ -35,6 +35,10 @@ def train(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many passes over the training cases.")
     ] = None,
+    members: Annotated[
+        int | None,
+        typer.Option(min=1, help="Networks to train side by side in the same minutes; their mean predicts."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeat as needed."),
@@ -78,6 +82,7 @@ def train(
         unlabelled=unlabelled,
         max_minutes=max_minutes,
         epochs=epochs,
+        members=members,
         overrides=set_ or [],
         resume=resume,
         test=test,

@@ -337,6 +337,9 @@ class TrainConfig(Section):
     """Stop training after so many minutes from the start, preprocessing and validation included."""
     batch_size: Positive = 2
     """Crops in a batch, shared by all processes of a run."""
+    members: Annotated[int, Field(ge=1, le=16)] = 1
+    """Networks that train side by side on their share of the cores, or on one GPU, each from a seed of its own; the
+    mean of their probabilities predicts. Minutes hold for all of them together, epochs and steps for each."""
     accumulate: Positive = 1
     """Batches whose gradients are averaged before a step."""
     batch_threads: Annotated[int, Field(ge=0, le=64)] | None = None

@@ -7,16 +7,10 @@ import subprocess
 import sys
 import time
 
+from medvisionllama.devices import thread_limits
 from medvisionllama.experiments.launch import Ended
 from medvisionllama.experiments.store import Experiment
 from medvisionllama.experiments.worker import CORES, SECONDS_TO_SAVE, command
-
-_THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-def thread_limits(threads: int) -> dict[str, str]:
-    """Environment that keeps the numerical libraries to so many threads."""
-    return dict.fromkeys(_THREAD_LIMITS, str(threads))
 
 
 class LocalBackend:

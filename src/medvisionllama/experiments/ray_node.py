@@ -16,7 +16,7 @@ from pathlib import Path
 
 import medvisionllama
 from medvisionllama._files import is_locked
-from medvisionllama.experiments.local_backend import thread_limits
+from medvisionllama.devices import thread_limits
 from medvisionllama.experiments.worker import SECONDS_TO_SAVE
 
 _SECONDS_TO_APPEAR = 10.0

@@ -154,7 +154,7 @@ class Predictor:
 
     @classmethod
     def from_run(cls, *paths: Path | str, device: DeviceChoice = "auto", block_removed: bool = False) -> Self:
-        """Load a run folder, or several whose predictions are averaged.
+        """Load a run folder, or several whose predictions are averaged, each with all of its members.
 
         Args:
             block_removed: leave the frozen block out, so that only the residual around it is left.
@@ -169,7 +169,8 @@ class Predictor:
         """
         where = choose_device(device)
         check_alike(paths)
-        return cls([Member.from_run(Path(path), where, block_removed=block_removed) for path in paths])
+        networks = [member.path for path in paths for member in RunDir(Path(path)).members()]
+        return cls([Member.from_run(path, where, block_removed=block_removed) for path in networks])
 
     def predict(
         self,
@@ -267,7 +268,7 @@ def check_alike(paths: Sequence[Path | str]) -> Plan:
     plans = []
     for path in paths:
         run_dir = RunDir(Path(path))
-        run_dir.check()
+        run_dir.members()
         plans.append(read_plan(run_dir))
         if (plans[-1].channels, plans[-1].mask_classes) != (plans[0].channels, plans[0].mask_classes):
             raise CheckpointError(

@@ -29,6 +29,7 @@ from medvisionllama.progress import Progress, Silent
 from medvisionllama.run_dir import RunDir, machine_facts
 from medvisionllama.training.loop import TrainingLoop
 from medvisionllama.training.losses import SupervisedSegmenter
+from medvisionllama.training.members import check_members, others_beside
 from medvisionllama.training.prepare import PreparedData, prepare_data
 from medvisionllama.training.processes import (
     PATIENCE,
@@ -49,7 +50,7 @@ _IN_VAIN = (
 
 @dataclass(frozen=True)
 class RunResult:
-    """What `fit` did."""
+    """What `fit` did; of several members, steps and Dice are the first one's."""
 
     path: Path
     finished: bool
@@ -77,7 +78,13 @@ def fit(config: Config, *, resume: bool = False, progress: Progress | None = Non
     >>> config = load_config("small", {"data.path": "Task04_Hippocampus", "out": "runs/hip"})  # doctest: +SKIP
     >>> fit(config).validation_dice  # doctest: +SKIP
     """
-    started = time.monotonic()
+    return fit_since(config, started=time.monotonic(), resume=resume, progress=progress)
+
+
+def fit_since(
+    config: Config, *, started: float, resume: bool = False, progress: Progress | None = None
+) -> RunResult:
+    """Do what `fit` does in a run whose minutes began at `started`, as `time.monotonic` counts."""
     if config.data.path is None or config.out is None:
         raise ConfigError("fit needs data.path (the dataset) and out (the run folder)")
     config = with_absolute_paths(config)
@@ -99,6 +106,7 @@ def _fit(
     with processes.machine_first() as is_first:
         if is_first:
             check_share(config.train.batch_size, processes.num)
+            check_members(config.train.members, processes.num)
             if resume:
                 run_dir.check_resumable()
             else:
@@ -130,7 +138,14 @@ def _fit(
             about = {"precision": accelerator.mixed_precision, "network": facts}
             write_run_files(run_dir, config, data, about)
         loop.resume()
-        finished = loop.run(progress)
+        if config.train.members > 1:
+            progress.say(
+                f"{config.train.members} networks train side by side; predictions are the mean of theirs"
+            )
+        with others_beside(config, resume=resume, started=started) as others:
+            finished = loop.run(progress)
+            if finished:
+                finished = others.finish(progress)
     accelerator.free_memory()
     return RunResult(
         path=run_dir.path,

@@ -1,0 +1,169 @@
+"""Members of an ensemble: networks of one run that train side by side, each in a process of its own.
+
+The run's own folder is the first member; the others lie in `members/2` and so on, and are runs like any other but
+for the seed. On a CPU they share the cores: two networks in one thread each take a third more steps than one in two
+threads. A further member's process is told what to train on its standard input, and ends, saved, when that closes:
+so whatever ends the first one, nobody is left behind.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+import torch
+
+from medvisionllama.config import Config
+from medvisionllama.devices import thread_limits
+from medvisionllama.errors import ConfigError, OtherProcessError
+from medvisionllama.progress import Progress
+from medvisionllama.run_dir import RunDir
+from medvisionllama.training.interrupts import interruptible
+
+INTERRUPTED = 130
+_COMMAND = ("-m", "medvisionllama.training.member_process")
+_SECONDS_TO_SAVE = 120.0
+
+
+@dataclass(frozen=True)
+class OtherMember:
+    """A further member, and the process that trains it."""
+
+    run_dir: RunDir
+    process: subprocess.Popen[bytes]
+    errors: IO[bytes]
+
+    def end(self) -> None:
+        """Ask it to save and end, if it has not ended."""
+        assert self.process.stdin is not None, "opened as a pipe"
+        self.process.stdin.close()
+
+    def last_words(self) -> str:
+        """The last line that it wrote: why it failed."""
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+class OtherMembers:
+    """The further members of a run; none if it has one network."""
+
+    def __init__(self, members: list[OtherMember]) -> None:
+        self.members = members
+
+    def finish(self, progress: Progress) -> bool:
+        """Wait until all have ended; return False if they were interrupted, with everything saved.
+
+        Raises:
+            OtherProcessError: one of them failed.
+        """
+        if self.members and self._num_ended() < len(self.members):
+            with (
+                interruptible() as interrupted,
+                progress.track("other members", len(self.members)) as advance,
+            ):
+                while (ended := self._num_ended()) < len(self.members) and not interrupted():
+                    advance(ended)
+                    time.sleep(0.1)
+        self.stop()
+        codes = [member.process.returncode for member in self.members]
+        for member, code in zip(self.members, codes, strict=True):
+            if code not in {0, INTERRUPTED}:
+                raise OtherProcessError(
+                    f"{member.run_dir.path} failed: {member.last_words()} (the other members are kept; go on with --resume)"
+                )
+        return INTERRUPTED not in codes
+
+    def stop(self) -> None:
+        """Ask all that still train to save and end, and wait for them."""
+        for member in self.members:
+            member.end()
+        deadline = time.monotonic() + _SECONDS_TO_SAVE
+        for member in self.members:
+            try:
+                member.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                member.process.kill()
+                member.process.wait()
+
+    def _num_ended(self) -> int:
+        return sum(member.process.poll() is not None for member in self.members)
+
+
+@contextmanager
+def others_beside(config: Config, *, resume: bool, started: float) -> Iterator[OtherMembers]:
+    """Train a run's further members while the caller trains the first one, all on their share of the threads.
+
+    Args:
+        started: when the run began, as `time.monotonic` counts; the minutes of a run hold for all members.
+    """
+    num = config.train.members
+    if num == 1:
+        yield OtherMembers([])
+        return
+    before = torch.get_num_threads()
+    threads = max(1, before // num)
+    # Of a run that goes on, a member that is only begun now has its minutes before it.
+    age = 0.0 if resume else time.monotonic() - started
+    others = OtherMembers([])
+    torch.set_num_threads(threads)
+    try:
+        for number in range(2, num + 1):
+            others.members.append(
+                _start(member_config(config, number), resume=resume, age=age, threads=threads)
+            )
+        yield others
+    finally:
+        others.stop()
+        for member in others.members:
+            member.errors.close()
+        torch.set_num_threads(before)
+
+
+def member_config(config: Config, number: int) -> Config:
+    """Configuration of a further member: the run's own, with a seed and a folder of its own."""
+    assert config.out is not None, "checked by the caller"
+    # Not the next seeds, which may be those of other runs that this one is compared with.
+    seed = int(np.random.SeedSequence((config.train.seed, number)).generate_state(1)[0])
+    train = config.train.model_copy(update={"members": 1, "seed": seed})
+    return config.model_copy(update={"train": train, "out": RunDir(config.out).member(number).path})
+
+
+def check_members(num_members: int, num_processes: int) -> None:
+    """Raise ConfigError if a launcher has started several processes for a run of several members."""
+    if num_members > 1 and num_processes > 1:
+        raise ConfigError(
+            f"train.members={num_members} starts processes of its own and cannot share the {num_processes} of a launcher; leave out one of the two"
+        )
+
+
+def _start(config: Config, *, resume: bool, age: float, threads: int) -> OtherMember:
+    assert config.out is not None, "member_config gave one"
+    run_dir = RunDir(config.out)
+    errors = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
+    process = subprocess.Popen(
+        [sys.executable, *_COMMAND],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=errors,
+        env={**os.environ, **thread_limits(threads)},
+        # Ctrl-C is for the first member, which then lets the others go.
+        start_new_session=True,
+    )
+    request = {
+        "config": config.model_dump(mode="json"),
+        "resume": resume and run_dir.config.is_file(),
+        # The clocks of two processes need not count from the same moment, that of the day does.
+        "began": time.time() - age,
+    }
+    assert process.stdin is not None, "opened as a pipe"
+    process.stdin.write(json.dumps(request).encode() + b"\n")
+    process.stdin.flush()
+    return OtherMember(run_dir, process, errors)

@@ -1,0 +1,145 @@
+"""Several networks of one run: trained side by side, averaged, interrupted and gone on with together."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medvisionllama import Predictor, api
+from medvisionllama.config import load_config, read_config
+from medvisionllama.errors import CheckpointError, ConfigError
+from medvisionllama.inference.predictor import Member
+from medvisionllama.run_dir import RunDir
+from medvisionllama.training.members import check_members, member_config
+
+from .conftest import FAST, settings, wait_for
+
+EPOCHS = 30
+SLOW = {"train__save_seconds": 0.05, "train__num_validations": 3}
+
+
+def start(data, out, *more, fresh=True):
+    command = [sys.executable, "-m", "medvisionllama", "train", data, "--out", out, "--no-test", *more]
+    command += (
+        settings(**{key.replace(".", "__"): value for key, value in FAST.items()} | SLOW) if fresh else []
+    )
+    return subprocess.Popen(
+        [str(part) for part in command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def train(data, out, *more):
+    process = start(data, out, "--epochs", EPOCHS, *more)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+    return RunDir(out)
+
+
+@pytest.fixture(scope="module")
+def pair(phantoms, tmp_path_factory):
+    """A run of two networks that nobody disturbed; a test that writes to it copies it first."""
+    return train(phantoms, tmp_path_factory.mktemp("pair") / "run", "--members", 2)
+
+
+def same_weights(ours, theirs):
+    a, b = load_file(ours), load_file(theirs)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_each_member_is_the_run_that_it_would_be_alone(pair, phantoms, tmp_path):
+    second = pair.member(2)
+    seed = read_config(second.config).train.seed
+    assert seed != read_config(pair.config).train.seed
+    assert not same_weights(pair.best, second.best)
+    for member, its_seed in ((pair, 0), (second, seed)):
+        alone = train(phantoms, tmp_path / f"alone-{its_seed}", "--set", f"train.seed={its_seed}")
+        assert same_weights(member.best, alone.best)
+    assert second.splits.read_text() == pair.splits.read_text()
+
+
+def test_a_run_predicts_the_mean_of_its_members(pair, phantoms):
+    scan = next((phantoms / "imagesTr").iterdir())
+    device = torch.device("cpu")
+    alone = [
+        Predictor([Member.from_run(run.path, device)]).predict(scan, probabilities=True).probabilities
+        for run in (pair, pair.member(2))
+    ]
+    together = Predictor.from_run(pair.path, device="cpu").predict(scan, probabilities=True).probabilities
+    mean = (alone[0].astype(float) + alone[1]) / 2
+    assert abs(together - mean).max() <= 1
+    assert abs(together.astype(float) - alone[0]).max() > 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_whatever_ends_the_first_ends_the_others_saved_and_both_go_on(number, pair, phantoms, tmp_path):
+    run = RunDir(tmp_path / "run")
+    process = start(phantoms, run.path, "--epochs", EPOCHS, "--members", 2)
+    wait_for(run.member(2).state, process)
+    process.send_signal(number)
+    process.communicate()
+    assert process.returncode in {-signal.SIGKILL, 130}
+    wait_until_free(run.member(2))
+    assert not run.member(2).history.is_file() or len(run.member(2).read_history()) < 3
+    resumed = start(phantoms, run.path, "--resume", fresh=False)
+    _, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors.decode()
+    assert same_weights(run.best, pair.best)
+    assert same_weights(run.member(2).best, pair.member(2).best)
+
+
+def wait_until_free(run):
+    """Until nobody trains in a folder: a process that was left behind would hold its lock, and go on saving."""
+    saved = -1.0
+    for _ in range(100):
+        time.sleep(0.3)
+        if run.state.stat().st_mtime == saved:
+            return
+        saved = run.state.stat().st_mtime
+    pytest.fail("the second member trains on although the first has ended")
+
+
+def test_a_member_that_fails_is_named_in_one_line_and_the_first_is_kept(phantoms, tmp_path, cli):
+    run = RunDir(tmp_path / "run")
+    run.member(2).path.mkdir(parents=True)
+    run.member(2).config.write_text("in the way")
+    tiny = settings(**{key.replace(".", "__"): value for key, value in FAST.items()})
+    outcome = cli("train", phantoms, "--out", run.path, "--epochs", 2, "--members", 2, "--no-test", *tiny)
+    assert outcome.code == 2
+    [line] = [line for line in outcome.err.splitlines() if line.startswith("medvisionllama:")]
+    assert f"{run.member(2).path} failed" in line
+    assert "already holds a run" in line
+    assert run.best.is_file()
+    with pytest.raises(CheckpointError, match=r"members/2 has no best\.safetensors yet"):
+        api.predict(run.path, phantoms / "imagesTr", out=tmp_path / "masks")
+
+
+def test_a_finished_run_can_be_given_a_member_more(phantoms, tmp_path):
+    run = train(phantoms, tmp_path / "run")
+    before = load_file(run.best)
+    api.train(phantoms, out=run.path, members=2, resume=True, test=False)
+    assert len(Predictor.from_run(run.path).members) == 2
+    assert all(torch.equal(value, before[name]) for name, value in load_file(run.best).items())
+
+
+def test_members_and_a_launcher_do_not_go_together():
+    check_members(1, 2)
+    check_members(2, 1)
+    with pytest.raises(ConfigError, match=r"train\.members=2 starts processes of its own"):
+        check_members(2, 4)
+
+
+def test_runs_of_neighbouring_seeds_share_no_member(tmp_path):
+    seeds = [
+        member_config(load_config("small", {"out": tmp_path, "train.seed": seed}), number).train.seed
+        for seed in range(20)
+        for number in (2, 3)
+    ]
+    assert len({*seeds, *range(20)}) == 60
