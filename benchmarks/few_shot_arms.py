@@ -60,7 +60,9 @@ ARMS = {
     # What the scans without labels add: those of the fold that the row leaves out.
     UNLABELLED: Arm(overrides={"network.tokens": False, "unlabelled.scans": "unused"}),
     NATIVE: Arm(overrides={"network.tokens": False, "data.coarsest_mm": 0}),
-    "no-bias-field": Arm(overrides={"network.tokens": False, "augment.bias_field": 0}),
+    # A single network in all threads, as each arm was before decision 0022.
+    "one-network": Arm(overrides={"network.tokens": False, "train.members": 1}),
+    "no-bias-field": Arm(overrides={"network.tokens": False, "train.members": 1, "augment.bias_field": 0}),
     "no-context": Arm(overrides={"network.tokens": False, "network.context_channels": None}),
     **{
         f"{name}-{width}{TUNED * tuned}": Arm(name, {"network.base_channels": width}, tuned)

@@ -32,7 +32,7 @@ def main() -> None:
         run = RunDir(arguments.runs / f"hippocampus-{arm}")
         if not run.evaluation.is_file():
             trained = api.train(
-                arguments.data, out=run.path, max_minutes=arguments.minutes, overrides=overrides, test=False,
+                arguments.data, out=run.path, max_minutes=arguments.minutes, members=1, overrides=overrides, test=False,
                 resume=run.config.is_file(), progress=TerminalProgress(),
             )  # fmt: skip
             if not trained.finished:

@@ -95,7 +95,7 @@ def train(root: Path, overlap: float) -> Path:
         data / "dataset.json",
         {"name": "CT", "modality": {"0": "CT"}, "labels": labels, "training": entries},
     )
-    overrides = {"inference.overlap": overlap, "data.spacing_mm": (1.5, 1.5, 1.5)}
+    overrides = {"train.members": 1, "inference.overlap": overlap, "data.spacing_mm": (1.5, 1.5, 1.5)}
     api.train(
         data,
         out=root / "run",

@@ -22,6 +22,7 @@ TINY = {
     "network.block.weights": "random",
     "train.num_validations": 3,
     "train.device": "cpu",
+    "train.members": 1,
 }
 FAST = {
     **TINY,

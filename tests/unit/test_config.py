@@ -151,6 +151,14 @@ def test_a_limit_that_is_asked_for_takes_the_place_of_the_preset_s_minutes(limit
     assert load_config("small", {f"train.{limit}": None}).train.max_minutes == 20
 
 
+@pytest.mark.parametrize("limit", ["epochs", "max_steps"])
+def test_who_counts_steps_trains_one_network_unless_more_are_asked_for(limit):
+    assert load_config("small").train.members == 2
+    assert load_config("small", ["train.max_minutes=3"]).train.members == 2
+    assert load_config("small", {f"train.{limit}": 5}).train.members == 1
+    assert load_config("small", {f"train.{limit}": 5, "train.members": 3}).train.members == 3
+
+
 @pytest.mark.parametrize("value", [".inf", ".nan"])
 def test_a_number_that_is_none_is_refused(value):
     assert "finite number" in refusal(f"train.max_minutes={value}")

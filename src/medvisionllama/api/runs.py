@@ -317,7 +317,7 @@ def demo(
         out=run,
         preset="small",
         max_minutes=minutes,
-        overrides={"train.num_validations": 4, "train.seed": seed},
+        overrides={"train.num_validations": 4, "train.seed": seed, "train.members": 1},
         progress=progress,
     )
     if not result.finished:

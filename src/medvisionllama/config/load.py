@@ -28,7 +28,7 @@ def load_config(preset: str = "small", overrides: Sequence[str] | Mapping[str, A
         preset: a name of `PRESETS`.
         overrides: `["network.insert=none"]` as on the command line (words and patterns as they are, all else read
             as YAML; several values as `a,b` or `[a,b]`), or a mapping from dotted keys to values. A limit in epochs
-            or steps takes the place of the preset's minutes.
+            or steps takes the place of the preset's minutes, and of the further networks that share them.
 
     Raises:
         ConfigError: an unknown preset or key, a value of the wrong type, or values that contradict each other.
@@ -37,6 +37,9 @@ def load_config(preset: str = "small", overrides: Sequence[str] | Mapping[str, A
     'none'
     """
     parsed = limits_as_asked(parse_overrides(overrides))
+    if _counts_steps(parsed):
+        # Who counts steps compares networks, or trains for a moment; each further one would make all of them again.
+        parsed = {"train.members": 1, **parsed}
     return _validated(
         apply_overrides(preset_settings(preset), parsed), where=f"preset {preset}: ", given=parsed
     )
@@ -69,10 +72,14 @@ def limits_as_asked(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
     A limit that nobody asked for would cut the run short.
     """
-    others = (overrides.get(limit) for limit in ("train.epochs", "train.max_steps"))
-    if all(limit is None for limit in others):
+    if not _counts_steps(overrides):
         return dict(overrides)
     return {"train.max_minutes": None, **overrides}
+
+
+def _counts_steps(overrides: Mapping[str, Any]) -> bool:
+    """Whether a run is asked to be limited by epochs or steps."""
+    return any(overrides.get(limit) is not None for limit in ("train.epochs", "train.max_steps"))
 
 
 def write_config(config: Config, path: Path) -> None:

@@ -11,11 +11,11 @@ Settings = dict[str, Any]
 
 
 def small() -> Settings:
-    """Native resolution, a thin convolutional stem and skip head around the tokens; minutes on two CPU cores."""
+    """Two networks of a thin convolutional stem and skip head around the tokens; minutes on two CPU cores."""
     return {
         "augment": _AUGMENTATION,
         "network": {"gate": "zero", "context_channels": [96, 192]},
-        "train": {"max_minutes": 20.0, "gate_learning_rate_scale": 5.0},
+        "train": {"max_minutes": 20.0, "members": 2, "gate_learning_rate_scale": 5.0},
     }
 
 

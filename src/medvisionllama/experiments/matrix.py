@@ -180,9 +180,12 @@ class PlannedRun:
     scans: TaskSpec
 
     def config(self, *, data: Path, out: Path | None = None, more: Mapping[str, Any] | None = None) -> Config:
-        """The whole configuration; a matched arm's own size comes as `more`."""
+        """The whole configuration; a matched arm's own size comes as `more`.
+
+        One network a run, unless the matrix says otherwise: an average would hide what seeds are to show.
+        """
         places: Settings = {"data.path": data} if out is None else {"data.path": data, "out": out}
-        return load_config(self.preset, {**self.settings, **(more or {}), **places})
+        return load_config(self.preset, {"train.members": 1, **self.settings, **(more or {}), **places})
 
 
 def read_matrix(path: Path) -> Matrix:
@@ -279,11 +282,18 @@ def _cells(matrix: Matrix) -> Iterator[_Cell]:
                 if arm.spec.match:
                     target = _settings(matrix, task, model, by_name[arm.spec.match.arm], where)
                 identity = [
-                    apply_overrides(preset_settings(matrix.models[model].preset), _lasting(settings)),
+                    apply_overrides(_one_network(matrix.models[model].preset), _lasting(settings)),
                     str(matrix.tasks[task].data or f"{matrix.tasks[task].phantoms} phantoms"),
                     None if arm.spec.match is None else [arm.spec.match.model_dump(), _lasting(target or {})],
                 ]
                 yield _Cell(matrix, task, model, arm, settings, target, canonical_hash(identity))
+
+
+def _one_network(preset: str) -> Settings:
+    """A preset's settings but for its number of networks; see `PlannedRun.config`."""
+    settings = preset_settings(preset)
+    settings["train"] = {key: value for key, value in settings["train"].items() if key != "members"}
+    return settings
 
 
 def _settings(matrix: Matrix, task: str, model: str, arm: Arm, where: str) -> Settings:

@@ -140,7 +140,7 @@ def check_members(num_members: int, num_processes: int) -> None:
     """Raise ConfigError if a launcher has started several processes for a run of several members."""
     if num_members > 1 and num_processes > 1:
         raise ConfigError(
-            f"train.members={num_members} starts processes of its own and cannot share the {num_processes} of a launcher; leave out one of the two"
+            f"train.members={num_members} starts processes of its own and cannot share the {num_processes} of a launcher; give --members 1, or leave the launcher out"
         )
 
 

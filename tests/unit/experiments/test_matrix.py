@@ -72,6 +72,13 @@ def test_a_limit_in_the_matrix_replaces_those_of_the_preset():
     assert run.config(data=Path("A")).train.max_minutes == 20
 
 
+def test_a_run_trains_one_network_unless_the_matrix_says_otherwise():
+    run, *_ = expand(matrix(set={}))
+    assert run.config(data=Path("A")).train.members == 1
+    run, *_ = expand(matrix(set={"train.members": 2}))
+    assert run.config(data=Path("A")).train.members == 2
+
+
 def test_several_values_of_a_setting_make_an_arm_each():
     each = {"network.block.weights": ["random", "permuted"], "network.block.lora_rank": [2, 4]}
     runs = expand(matrix(arms={**MINIMAL["arms"], "x": {"each": each}}))
