@@ -20,14 +20,18 @@ from medvisionllama.training.members import check_members, member_config
 from .conftest import FAST, settings, wait_for
 
 EPOCHS = 30
-SLOW = {"train__save_seconds": 0.05, "train__num_validations": 3}
+SLOW = ("--set", "train.save_seconds=0.05", "--set", "train.num_validations=3")
 
 
-def start(data, out, *more, fresh=True):
+def tiny(members):
+    values = {key.replace(".", "__"): value for key, value in FAST.items()}
+    return settings(**values | {"train__members": members})
+
+
+def start(data, out, *more, members=None):
+    """Begin a run, or go on with one if it is not said how many networks it has."""
     command = [sys.executable, "-m", "medvisionllama", "train", data, "--out", out, "--no-test", *more]
-    command += (
-        settings(**{key.replace(".", "__"): value for key, value in FAST.items()} | SLOW) if fresh else []
-    )
+    command += [*tiny(members), *SLOW] if members else []
     return subprocess.Popen(
         [str(part) for part in command],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -36,8 +40,8 @@ def start(data, out, *more, fresh=True):
     )
 
 
-def train(data, out, *more):
-    process = start(data, out, "--epochs", EPOCHS, *more)
+def train(data, out, *more, members=1):
+    process = start(data, out, "--epochs", EPOCHS, *more, members=members)
     _, errors = process.communicate()
     assert process.returncode == 0, errors.decode()
     return RunDir(out)
@@ -46,7 +50,7 @@ def train(data, out, *more):
 @pytest.fixture(scope="module")
 def pair(phantoms, tmp_path_factory):
     """A run of two networks that nobody disturbed; a test that writes to it copies it first."""
-    return train(phantoms, tmp_path_factory.mktemp("pair") / "run", "--members", 2)
+    return train(phantoms, tmp_path_factory.mktemp("pair") / "run", members=2)
 
 
 def same_weights(ours, theirs):
@@ -81,14 +85,14 @@ def test_a_run_predicts_the_mean_of_its_members(pair, phantoms):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_whatever_ends_the_first_ends_the_others_saved_and_both_go_on(number, pair, phantoms, tmp_path):
     run = RunDir(tmp_path / "run")
-    process = start(phantoms, run.path, "--epochs", EPOCHS, "--members", 2)
+    process = start(phantoms, run.path, "--epochs", EPOCHS, members=2)
     wait_for(run.member(2).state, process)
     process.send_signal(number)
     process.communicate()
     assert process.returncode in {-signal.SIGKILL, 130}
     wait_until_free(run.member(2))
     assert not run.member(2).history.is_file() or len(run.member(2).read_history()) < 3
-    resumed = start(phantoms, run.path, "--resume", fresh=False)
+    resumed = start(phantoms, run.path, "--resume")
     _, errors = resumed.communicate()
     assert resumed.returncode == 0, errors.decode()
     assert same_weights(run.best, pair.best)
@@ -110,8 +114,7 @@ def test_a_member_that_fails_is_named_in_one_line_and_the_first_is_kept(phantoms
     run = RunDir(tmp_path / "run")
     run.member(2).path.mkdir(parents=True)
     run.member(2).config.write_text("in the way")
-    tiny = settings(**{key.replace(".", "__"): value for key, value in FAST.items()})
-    outcome = cli("train", phantoms, "--out", run.path, "--epochs", 2, "--members", 2, "--no-test", *tiny)
+    outcome = cli("train", phantoms, "--out", run.path, "--epochs", 2, "--no-test", *tiny(2))
     assert outcome.code == 2
     [line] = [line for line in outcome.err.splitlines() if line.startswith("medvisionllama:")]
     assert f"{run.member(2).path} failed" in line

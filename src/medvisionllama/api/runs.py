@@ -258,6 +258,8 @@ def explain(
 ) -> "Explanation":
     """Map token norms and attention after each stage of a trained network, and score the maps against masks.
 
+    Of a run of several networks that is the first one.
+
     Args:
         images: a scan or several, instead of `split`.
         split: `test` or `validation`: every case of the run's own.
