@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from medvisionllama._files import write_text
+from medvisionllama._files import canonical_hash, file_sha256, write_text
 from medvisionllama.config import read_config
 from medvisionllama.errors import CheckpointError
 
@@ -86,6 +86,11 @@ class RunDir:
                     f"{other.path} has no best.safetensors yet; finish it with: medvisionllama train DATA --out {self.path} --resume"
                 )
         return [self, *others]
+
+    def weights_sha256(self) -> str:
+        """Hash of the best weights of all networks."""
+        hashes = [file_sha256(member.best) for member in self.members()]
+        return hashes[0] if len(hashes) == 1 else canonical_hash(hashes)
 
     def check_unused(self) -> None:
         """Refuse a folder that would be overwritten; files make their folders themselves.

@@ -1,6 +1,7 @@
 """Several networks of one run: trained side by side, averaged, interrupted and gone on with together."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from medvisionllama import Predictor, api
+from medvisionllama._files import file_sha256
 from medvisionllama.config import load_config, read_config
 from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.inference.predictor import Member
@@ -130,6 +132,14 @@ def test_a_finished_run_can_be_given_a_member_more(phantoms, tmp_path):
     api.train(phantoms, out=run.path, members=2, resume=True, test=False)
     assert len(Predictor.from_run(run.path).members) == 2
     assert all(torch.equal(value, before[name]) for name, value in load_file(run.best).items())
+
+
+def test_a_choice_of_cleaning_is_that_of_all_networks(pair, tmp_path):
+    run = RunDir(shutil.copytree(pair.path, tmp_path / "run"))
+    before = run.weights_sha256()
+    shutil.copy(run.best, run.member(2).best)
+    assert run.weights_sha256() != before
+    assert run.member(2).weights_sha256() == file_sha256(run.best)
 
 
 def test_members_and_a_launcher_do_not_go_together():

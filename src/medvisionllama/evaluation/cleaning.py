@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medvisionllama._files import file_sha256
 from medvisionllama.config import InferenceConfig
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.readers import read_label
@@ -66,7 +65,7 @@ def choose_cleaning(run_dir: RunDir, pairs: Sequence[Pair], plan: Plan, progress
                 cleaned = clean(predicted, candidate.on(InferenceConfig())).array
                 scores[row, number] = [dice(cleaned == value, truth.array == value) for value in classes]
             advance(number + 1)
-    return make_choice(candidates, scores, list(classes.values()), weights_sha256=file_sha256(run_dir.best))
+    return make_choice(candidates, scores, list(classes.values()), weights_sha256=run_dir.weights_sha256())
 
 
 def clean_files(pairs: Sequence[Pair], cleaning: Cleaning) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from medvisionllama._files import file_sha256, write_json
+from medvisionllama._files import write_json
 from medvisionllama.config import InferenceConfig
 from medvisionllama.errors import CheckpointError
 from medvisionllama.run_dir import RunDir
@@ -189,7 +189,7 @@ def cleaning_of(
     choice = read_choice(run_dir)
     if choice is None:
         return settings, ""
-    if choice.weights_sha256 != file_sha256(run_dir.best):
+    if choice.weights_sha256 != run_dir.weights_sha256():
         return (
             settings,
             f"{run_dir.postprocessing} was chosen with other weights and is not used; choose again with: {_command(run_dir)}",

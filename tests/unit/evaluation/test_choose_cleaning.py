@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from medvisionllama._files import file_sha256
-from medvisionllama.config import InferenceConfig
+from medvisionllama.config import InferenceConfig, load_config, write_config
 from medvisionllama.data.planning import Plan
 from medvisionllama.errors import ConfigError
 from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
@@ -31,6 +31,7 @@ def run_dir(tmp_path):
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
     run.best.write_bytes(b"weights")
+    write_config(load_config("small", {"train.members": 1}), run.config)
     return run
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medvisionllama._files import file_sha256
-from medvisionllama.config import InferenceConfig
+from medvisionllama.config import InferenceConfig, load_config, write_config
 from medvisionllama.errors import CheckpointError
 from medvisionllama.inference.cleaning import (
     MARGIN,
@@ -89,6 +89,7 @@ def test_components_of_a_label_are_measured_in_millilitres():
 def run_dir(tmp_path):
     run = RunDir(tmp_path)
     run.best.write_bytes(b"weights")
+    write_config(load_config("small", {"train.members": 1}), run.config)
     return run
 
 
