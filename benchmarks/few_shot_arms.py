@@ -77,6 +77,8 @@ ARMS = {
         for width in widths
         for tuned in (False, True)
     },
+    # A slow network may be better alone, in all of the steps.
+    "unet-16-one-network": Arm("unet", {"network.base_channels": 16, "train.members": 1}),
 }
 
 
