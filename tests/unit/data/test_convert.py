@@ -227,6 +227,35 @@ def test_a_label_that_slicer_cropped_lies_on_its_image_s_grid_again(tmp_path, wr
     np.testing.assert_allclose(found.affine, affine)
 
 
+@pytest.mark.parametrize("layout", ["msd", "nnunet", "plain"])
+@pytest.mark.parametrize("axes", ["PRS", "SRA"])
+def test_a_label_on_other_axes_is_written_on_its_image_s(hippocampus, tmp_path, layout, axes):
+    path = hippocampus / "labelsTr/case_001_frame01.nii.gz"
+    image = nib.Nifti1Image.from_bytes(gzip.decompress(path.read_bytes()))
+    turn = nib.orientations.ornt_transform(
+        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes)
+    )
+    nib.save(image.as_reoriented(turn), path)
+    assert (nib.load(path).shape == image.shape) == (axes == "PRS")
+    out = convert(hippocampus, tmp_path / "Dataset004_H", to=layout)
+    found = {case.case_id: case for case in open_dataset(out).cases}
+    label = nib.load(found["case_001_frame01"].label)
+    np.testing.assert_array_equal(np.asarray(label.dataobj), np.asarray(image.dataobj))
+    np.testing.assert_allclose(label.affine, image.affine, atol=1e-6)
+    # The others are the same files.
+    assert found["case_002_frame01"].label.samefile(hippocampus / "labelsTr/case_002_frame01.nii.gz")
+
+
+def test_a_label_on_other_axes_elsewhere_is_refused(hippocampus, tmp_path):
+    path = hippocampus / "labelsTr/case_001_frame01.nii.gz"
+    image = nib.load(path)
+    affine = image.affine @ np.diag([-1.0, -1, 1, 1])
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), path)
+    assert "case_001_frame01.nii.gz is not on the grid of its image" in refusal(
+        hippocampus, tmp_path / "p", to="plain"
+    )
+
+
 def test_plain_nifti_is_compressed_without_a_change(hippocampus, tmp_path):
     for path in list(hippocampus.rglob("*Tr/*.nii.gz")):
         path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
@@ -289,7 +318,7 @@ def test_a_value_that_is_no_class_is_refused_for_nnunet(hippocampus, tmp_path, w
     path = hippocampus / "labelsTr/case_002_frame01.nii.gz"
     array = np.asarray(nib.load(path).dataobj).copy()
     array[0, 0, 0] = 9
-    write_nifti(path, array)
+    write_nifti(path, array, AFFINE)
     message = refusal(hippocampus, tmp_path / "Dataset004_H", to="nnunet")
     assert f"{path} holds the value 9" in message
 
