@@ -347,6 +347,26 @@ def test_names_that_do_not_fit_are_refused(hippocampus, tmp_path, content):
         open_dataset(plain)
 
 
+@pytest.mark.parametrize("layout", ["msd", "nnunet", "plain"])
+def test_channels_that_itk_wrote_are_read_by_it_again(tmp_path, write_nifti, layout):
+    array = np.random.default_rng(0).normal(size=(6, 5, 4, 2)).astype(np.float32)
+    root = tmp_path / "in"
+    for case in "abc":
+        label = write_nifti(root / f"labels/{case}.nii.gz", np.ones((4, 5, 6), np.uint8))
+        (root / "images").mkdir(exist_ok=True)
+        image = sitk.GetImageFromArray(array, isVector=True)
+        image.CopyInformation(sitk.ReadImage(str(label)))
+        sitk.WriteImage(image, str(root / f"images/{case}.nii.gz"))
+    out = convert(root, tmp_path / "Dataset001_X", to=layout)
+    images = open_dataset(out).cases[0].images
+    np.testing.assert_array_equal(read_image(images).array, array.transpose(3, 2, 1, 0))
+    if layout == "nnunet":
+        for channel, path in enumerate(images):
+            np.testing.assert_array_equal(
+                sitk.GetArrayFromImage(sitk.ReadImage(str(path))), array[..., channel]
+            )
+
+
 def test_unlabelled_channels_come_along(brats, tmp_path):
     shutil.copytree(brats / "imagesTr", brats / "imagesTs")
     nnunet = convert(brats, tmp_path / "Dataset001_B", to="nnunet")
