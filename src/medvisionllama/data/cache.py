@@ -103,10 +103,14 @@ def _load(folder: Path, name: str) -> np.ndarray:
     return array
 
 
-def _save_arrays(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
+def _save_arrays(arrays: Mapping[str, np.ndarray], folder: Path) -> dict[str, int]:
+    """Write arrays and return the bytes of each file."""
+    sizes = {}
     for name, array in arrays.items():
         with atomic_path(folder / f"{name}.npy") as temporary:
             np.save(temporary, np.ascontiguousarray(array), allow_pickle=False)
+            sizes[name] = temporary.stat().st_size
+    return sizes
 
 
 def build_cache(
@@ -292,15 +296,30 @@ def _prepare(case: Case, plan: Plan, root: Path) -> CachedCase:
         "ct": [rule == "dataset" for rule in plan.channel_rules],
     }
     folder = root / canonical_hash([content, settings])[:32]
-    facts_path = folder / "facts.json"
-    if facts_path.is_file():
-        facts = json.loads(facts_path.read_text())
-    else:
+    facts = _facts_of(folder, case)
+    if facts is None:
         facts = {"content_sha256": content, **_write_arrays(case, contents, plan, folder)}
         # Written last: a folder without it is an unfinished one, and is filled again.
-        write_json(facts_path, facts)
+        write_json(folder / "facts.json", facts)
     _check_values(case, facts, plan)
     return CachedCase(case.case_id, case.patient_id, folder, facts)
+
+
+def _facts_of(folder: Path, case: Case) -> dict[str, Any] | None:
+    """Facts of a folder that is whole; None for one to be filled, or filled again."""
+    path = folder / "facts.json"
+    if not path.is_file():
+        return None
+    facts: dict[str, Any] = json.loads(path.read_text())
+    # Folders made before sizes were kept are whole if their files exist.
+    names = ["image", *([] if case.label is None else ["label", "centres"])]
+    names += ["native_label"] if facts.get("resampled") else []
+    sizes: dict[str, int | None] = facts.get("array_bytes") or dict.fromkeys(names)
+    for name, size in sizes.items():
+        array = folder / f"{name}.npy"
+        if not array.is_file() or size not in {None, array.stat().st_size}:
+            return None
+    return facts
 
 
 def _digested(source: ScanSource, digest: Any) -> bytes | None:
@@ -321,8 +340,8 @@ def _write_arrays(case: Case, contents: list[bytes | None], plan: Plan, folder: 
     facts = {"spacing_mm": image.spacing_mm, "moments": image_moments(image.array)}
     if case.label is None:
         contents.clear()
-        _save_arrays({"image": to_grid(image, plan, case.sources[0])}, folder)
-        return facts
+        sizes = _save_arrays({"image": to_grid(image, plan, case.sources[0])}, folder)
+        return {**facts, "array_bytes": sizes}
     native = to_ras(read_label(case.label, contents.pop()))
     native = whole_label(case.label, native, image.shape, image.affine)
     contents.clear()  # a scan in memory is enough
@@ -332,11 +351,12 @@ def _write_arrays(case: Case, contents: list[bytes | None], plan: Plan, folder: 
     arrays = {"image": grid, "label": label, "centres": _centres(label)}
     if resampled:
         arrays["native_label"] = native.array
-    _save_arrays(arrays, folder)
+    sizes = _save_arrays(arrays, folder)
     counts = np.bincount(native.array.ravel())
     inside = np.flatnonzero(native.array)
     return {
         **facts,
+        "array_bytes": sizes,
         "resampled": resampled,
         "foreground_moments": [_moments(channel.ravel()[inside]) for channel in image.array],
         "class_voxels": {str(value): int(counts[value]) for value in np.flatnonzero(counts)},

@@ -16,9 +16,9 @@ import numpy as np
 
 from medvisionllama.data.formats import ScanSource, nifti
 from medvisionllama.data.formats.header import channel_problem
-from medvisionllama.data.labels import label_on_grid
+from medvisionllama.data.labels import label_on_grid, may_be_cropped
 from medvisionllama.data.readers import read_header, read_label, read_voxels
-from medvisionllama.data.volume import from_ras, ras_grid
+from medvisionllama.data.volume import from_ras, ras_grid, same_place
 from medvisionllama.errors import DataError
 
 Transfer = Literal["link", "symlink", "copy"]
@@ -109,11 +109,24 @@ def relabel(source: Path, target: Path, new_values: dict[int, int]) -> None:
     _save(_like(_open(source), table[label].astype(dtype), (1.0, 0.0)), target)
 
 
-def uncrop(source: Path, image: ScanSource, target: Path) -> None:
-    """Write a cropped label on the grid of its image, with the image's axes; what is outside is 0.
+def lies_otherwise(label: Path, image: ScanSource) -> bool:
+    """Whether a label is stored on other axes than its image, or as a part of it.
+
+    Programs that compare arrays, as nnU-Net does, would take it for a mirrored or exchanged one.
+    """
+    ours, theirs = read_header(label), read_header(image)
+    if ours.shape != theirs.shape and may_be_cropped(label):
+        return True
+    if ours.shape == theirs.shape and same_place(theirs.affine, ours.affine, ours.shape):
+        return False
+    return bool(nib.aff2axcodes(ours.affine) != nib.aff2axcodes(theirs.affine))
+
+
+def lay_on(source: Path, image: ScanSource, target: Path) -> None:
+    """Write a label on the grid and axes of its image; what is outside of a cropped one is 0.
 
     Raises:
-        DataError: it is no part of that grid.
+        DataError: it is on another grid.
     """
     header = read_header(image)
     label = label_on_grid(source, read_label(source), *ras_grid(header.shape, header.affine))

@@ -21,12 +21,21 @@ import numpy as np
 
 from medvisionllama._files import write_json
 from medvisionllama.data import msd
-from medvisionllama.data.channels import SUFFIX, Transfer, is_flat, merge, pass_on, relabel, split, uncrop
+from medvisionllama.data.channels import (
+    SUFFIX,
+    Transfer,
+    is_flat,
+    lay_on,
+    lies_otherwise,
+    merge,
+    pass_on,
+    relabel,
+    split,
+)
 from medvisionllama.data.folder import read_names
 from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.index import Case, Dataset, open_dataset
-from medvisionllama.data.labels import may_be_cropped
-from medvisionllama.data.readers import is_scan, read_header, read_label, stem_of
+from medvisionllama.data.readers import is_scan, read_label, stem_of
 from medvisionllama.errors import DataError
 from medvisionllama.progress import Progress, Silent
 
@@ -192,9 +201,9 @@ def _write_images(plan: _Plan, case: Case, folder: Path, transfer: Transfer) -> 
 
 def _write_label(plan: _Plan, source: Path, image: ScanSource, target: Path, transfer: Transfer) -> set[int]:
     """Write the label of an image; for nnU-Net, look at its values and return them."""
-    if may_be_cropped(source) and read_header(source).shape != read_header(image).shape:
+    if lies_otherwise(source, image):
         # NIfTI has no place for crops: what 3D Slicer left out is background.
-        uncrop(source, image, target)
+        lay_on(source, image, target)
         source = target
     if plan.layout != "nnunet":
         if source != target:

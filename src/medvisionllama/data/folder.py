@@ -1,8 +1,10 @@
 """Two layouts told by folder names: nnU-Net's raw folders, and images/ beside labels/."""
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,12 @@ from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.formats.dicom import open_series
 from medvisionllama.data.index import Case, Dataset, patient_of
 from medvisionllama.data.labels import check_no_ignore
-from medvisionllama.data.near_names import datasets_in, misnamed_folders, why_none_meets
+from medvisionllama.data.near_names import (
+    constant_ending,
+    datasets_in,
+    misnamed_folders,
+    why_none_meets,
+)
 from medvisionllama.data.readers import SUFFIXES, is_scan, read_header, stem_of
 from medvisionllama.errors import DataError
 
@@ -69,16 +76,17 @@ def index_plain(
     Raises:
         DataError: no image has a label of its name, or cases have different channel files.
     """
-    labels, alone = _by_stem(root / "labels", _scans(root / "labels"))
-    images, twice = _by_stem(root / "images", _scans(root / "images", series=True))
-    alone += twice
+    labels, alone = _by_stem(_scans(root / "labels"))
+    images, twice = _by_stem(_scans(root / "images", series=True))
+    case_ids = _case_ids(images, labels)
+    alone += [replace(finding, cases=(case_ids[finding.cases[0]],)) for finding in twice]
     groups: dict[str, list[Path]] = {}
     for stem, path in images.items():
-        case_id = stem if stem in labels else re.sub(r"_\d{4}$", "", stem)
-        groups.setdefault(case_id, []).append(path)
+        groups.setdefault(case_ids[stem], []).append(path)
     if groups and labels and not groups.keys() & labels.keys():
-        first = {case_id: paths[0] for case_id, paths in groups.items()}
-        raise DataError(f"{root}: {why_none_meets(first, labels)}")
+        bare = {re.sub(r"_\d{4}$", "", stem): path for stem, path in images.items()}
+        ends_bare = constant_ending(labels, bare) and not constant_ending(labels, images)
+        raise DataError(f"{root}: {why_none_meets(bare if ends_bare else images, labels)}")
     for case_id in sorted(groups.keys() ^ labels.keys()):
         missing = "labels" if case_id in groups else "images"
         message = f"{root}: the case {case_id!r} has no file in {missing}/; add {missing}/{case_id}{SUFFIXES[0]} or remove its partner"
@@ -96,12 +104,38 @@ def index_plain(
             raise DataError(
                 f"{root}/images: the case {case_id!r} has the channel files {', '.join(files)}, the case {other!r} {', '.join(usual)}; every case needs the same"
             )
+        if usual != tuple(f"_{channel:04d}" for channel in range(len(usual))):
+            raise DataError(
+                f"{root}/images: the case {case_id!r} has the channel files {', '.join(usual)}; number channels without gaps (_0000, _0001), or give visits names and labels of their own"
+            )
     num_channels = max((len(files) for files in endings.values()), default=1)
     if num_channels == 1 and cases:
         # One file a case may still be 4-D.
         num_channels = _channels_of_first(wanted)
     channels, classes = _names(root, _default_channels(wanted, num_channels))
     return Dataset(root.name, root, cases, channels, classes), alone
+
+
+def _case_ids(images: Collection[str], labels: Collection[str]) -> dict[str, str]:
+    """The case of each image, by its name: that name, or the one that _0000 and other channel endings follow.
+
+    Four digits may be a year or a patient's number too. They are a channel where _0000 is one of them, no image is
+    called what precedes them and no label has them, and then only if a label is called what precedes them, or
+    would have to be as others are.
+    """
+    numbered: dict[str, list[str]] = defaultdict(list)
+    for stem in images:
+        if found := re.fullmatch(r"(.+)_\d{4}", stem):
+            numbered[found[1]].append(stem)
+    channels = {
+        base: stems
+        for base, stems in numbered.items()
+        if f"{base}_0000" in stems and base not in images and not any(stem in labels for stem in stems)
+    }
+    if not any(base in labels for base in channels):
+        channels = {}
+    bases = {stem: base for base, stems in channels.items() for stem in stems}
+    return {stem: bases.get(stem, stem) for stem in images}
 
 
 def _endings(case: Case) -> tuple[str, ...]:
@@ -177,7 +211,7 @@ def _scans(folder: Path, *, series: bool = False) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_scan(path) or (series and path in folders))
 
 
-def _by_stem(folder: Path, paths: Sequence[Path]) -> tuple[dict[str, Path], list[Finding]]:
+def _by_stem(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Finding]]:
     """One path of each name, and the names that several have, as in two formats."""
     groups: dict[str, list[Path]] = {}
     for path in paths:
@@ -186,8 +220,8 @@ def _by_stem(folder: Path, paths: Sequence[Path]) -> tuple[dict[str, Path], list
     for stem, found in groups.items():
         if len(found) > 1:
             names = " and ".join(path.name for path in found)
-            message = f"{folder}/{names} are the same case; remove one"
-            findings.append(Finding("listed-twice", message, (re.sub(r"_\d{4}$", "", stem),), found[1]))
+            message = f"{found[0].parent}/{names} are the same case; remove one"
+            findings.append(Finding("listed-twice", message, (stem,), found[1]))
     return {stem: found[0] for stem, found in groups.items()}, findings
 
 

@@ -29,12 +29,22 @@ _MARK = re.compile(
 )
 # What may follow a mark that is a common word or a sequence of MR too: words, none of them a patient's number.
 _WORDS = re.compile(r"(?:[_. -](?:[a-z]+|t[12][a-z]*))*", re.IGNORECASE)
+# A day, which ends a name as a visit does: P001_20200115, P001_2020-01-15_ct.
+_DATED = re.compile(
+    r"(?P<stem>.+?)[_. -](?:19|20)\d\d(?P<between>[-_.]?)(?:0[1-9]|1[0-2])(?P=between)(?:0[1-9]|[12]\d|3[01])"
+    + _WORDS.pattern,
+    re.IGNORECASE,
+)
 _PERSON = re.compile(r"[_. -](?:patient|pat|pt|subject|subj|sub|case|p|s)[_. -]?\d", re.IGNORECASE)
 # Numbered, but nobody: `site2_scan_001` is the first patient of a site, not the first scan of a patient.
 PLACE = re.compile(
     r"(?:\D*[_. -])?(?:(?:site|cent(?:er|re)|hospital|clinic|cohort|dataset|vendor|scanner)[_. -]?\d+"
     r"|[1-9]t|[234]d|t[12][a-z]*)",
     re.IGNORECASE,
+)
+# What any scan may be called: of `scan_20200115` the day alone says who it is.
+_ANYBODY = re.compile(
+    r"(?:scan|image|img|volume|vol|case|patient|subject|study|series|exam|ct|mri?|pet|[\W_])+", re.IGNORECASE
 )
 
 
@@ -188,11 +198,16 @@ def patient_of(case_id: str, pattern: str | None = None) -> str:
 
 
 def _patient_by_rule(case_id: str) -> str:
-    """The part before the first mark of a frame, phase, visit or time point; the whole name if there is none."""
+    """The part before the first mark of a frame, phase, visit, time point or day; else the whole name."""
     if subject := _BIDS.match(case_id):
         return subject[0]
     cuts = (found.start() for found in _MARK.finditer(case_id) if _ends_patient(case_id, found))
-    return case_id[: next(cuts, len(case_id))]
+    patient = case_id[: next(cuts, len(case_id))]
+    if dated := _DATED.fullmatch(patient):
+        before = _patient_by_rule(dated["stem"])
+        if not PLACE.fullmatch(before) and not _ANYBODY.fullmatch(before):
+            return before
+    return patient
 
 
 def _ends_patient(case_id: str, mark: re.Match[str]) -> bool:

@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 
+# Computed tomography: of vessels, by a cone of rays, without and with contrast; and nnU-Net's name for its scaling.
+_CT = {"ct", "cta", "cbct", "ncct", "cect", "ctnormalization"}
 # Words that only look as if they told a side.
 _NO_SIDES = {"leftover", "leftovers", "cleft", "righteous"} | {
     f"{start}right" for start in ("al", "b", "birth", "copy", "down", "f", "forth", "out", "playw", "up", "w")
@@ -272,8 +274,16 @@ def _flips(dataset: Dataset, data: DataConfig, *, allowed: bool) -> tuple[tuple[
 
 
 def is_ct(channel: str) -> bool:
-    """MSD and nnU-Net name computed tomography `CT`."""
-    return channel.strip().lower() in {"ct", "ctnormalization"}
+    """MSD and nnU-Net name computed tomography `CT`; others add words to it, or what it shows.
+
+    >>> [is_ct(name) for name in ("CT arterial", "CTA", "T1ct", "PET/CT")]
+    [True, True, False, False]
+    """
+    words = re.findall("[a-z0-9]+", channel.lower())
+    # `T1 ct` is contrast-enhanced MR, `PET/CT` may be either, and maps of perfusion are no Hounsfield units.
+    if any(re.fullmatch("t[12].*|pet|mri?|cb[fv]|mtt|tmax|maps?", word) for word in words):
+        return False
+    return not _CT.isdisjoint(words)
 
 
 def _tells_sides(classes: dict[int, str]) -> str | None:

@@ -1,6 +1,7 @@
 import errno
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -157,6 +158,36 @@ def test_an_interrupted_entry_is_filled_again(dataset_folder, tmp_path, harm):
         (folder / "label.npy").write_bytes(whole["label.npy"][:200])
     assert build_cache(cases, plan, folder=tmp_path)[0].folder == folder
     assert files_of(folder) == whole
+
+
+@pytest.mark.parametrize("name", ["image", "label", "centres", "native_label"])
+@pytest.mark.parametrize("harm", ["unlink", "truncate"])
+def test_an_entry_that_lost_an_array_or_a_part_of_it_is_filled_again(dataset_folder, tmp_path, name, harm):
+    cases, plan = prepared(dataset_folder(num_cases=1), spacing_mm=(2.0, 1.0, 1.0))
+    folder = build_cache(cases, plan, folder=tmp_path)[0].folder
+    whole = files_of(folder)
+    if harm == "unlink":
+        (folder / f"{name}.npy").unlink()
+    else:
+        (folder / f"{name}.npy").write_bytes(whole[f"{name}.npy"][:-1])
+    assert build_cache(cases, plan, folder=tmp_path)[0].folder == folder
+    assert files_of(folder) == whole
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_an_entry_without_sizes_is_kept_while_its_files_exist(
+    dataset_folder, tmp_path, monkeypatch, labelled
+):
+    cases, plan = prepared(dataset_folder(num_cases=1))
+    case = cases[0] if labelled else replace(cases[0], label=None)
+    entry = build_cache([case], plan, folder=tmp_path)[0]
+    old = {key: value for key, value in entry.facts.items() if key != "array_bytes"}
+    (entry.folder / "facts.json").write_text(json.dumps(old))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "read_image", lambda *_: pytest.fail("a scan was read again"))
+        assert build_cache([case], plan, folder=tmp_path)[0].facts == json.loads(json.dumps(old))
+    (entry.folder / "image.npy").unlink()
+    assert build_cache([case], plan, folder=tmp_path)[0].image.shape == entry.image.shape
 
 
 def test_a_full_disk_leaves_no_half_entry(dataset_folder, tmp_path, monkeypatch):

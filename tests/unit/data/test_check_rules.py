@@ -116,7 +116,8 @@ def test_classes_that_are_never_met_are_named_once(case_facts):
     ("names", "alike"),
     [
         (["p01_a", "p01_b", "p02_a", "p02_b"], True),
-        (["p01-1", "p01-2", "p02-1", "p02-2", "p03-1"], True),
+        (["p01.1", "p01.2", "p02.1", "p02.2", "p03.1"], True),
+        (["P01_a", "p01_b", "P02_a", "p02_b"], True),
         ([f"hippocampus_{n:03d}" for n in range(9)], False),
         ([f"brats_2013_pat000{n}_1" for n in range(5)], False),
         ([f"site1_{n:03d}" for n in range(40)], False),
@@ -140,6 +141,10 @@ def cases_of(names, patient=lambda name: name):
         ["A12-week-0", "A12-week-12", "A13-week-0"],
         ["A12_1_ct", "A12_2_ct", "A13_1_ct", "A13_2_ct"],
         ["A12_T1w", "A12_T2w", "A13_T1w", "A13_T2w"],
+        ["p01-1", "p01-2", "p02-1", "p02-2", "p03-1"],
+        ["1001_10001", "1001_10002", "1002_10003", "1002_10004"],
+        ["OAS30001_MR_d0129", "OAS30001_MR_d0757", "OAS30002_MR_d0371", "OAS30002_MR_d0653"],
+        ["BraTS-GLI-00001-000", "BraTS-GLI-00001-001", "BraTS-GLI-00002-000", "BraTS-GLI-00002-001"],
     ],
 )
 def test_names_that_differ_in_a_side_or_a_visit_are_rather_one_patient(names):
@@ -161,10 +166,32 @@ def test_names_that_differ_in_a_side_or_a_visit_are_rather_one_patient(names):
         [f"ct_train_{n}" for n in range(5)] + [f"mr_train_{n}" for n in range(5)],
         ["liver_left", "liver_right", "spleen_1"],
         [f"brats_2013_pat{n:04d}_1" for n in range(6)],
+        [f"hippocampus_{n:03d}" for n in range(6)],
+        [f"case_{n:04d}" for n in range(3)],
+        [f"FLARE22_Tr_{n:04d}" for n in range(5)],
+        [f"BraTS-GLI-{n:05d}-000" for n in range(5)],
+        [f"{n}_{10 * n}" for n in range(1001, 1009)],
+        [f"site{site}_{n:03d}" for site in (1, 2, 3) for n in range(3)],
+        ["liver_1", "liver_2", "spleen_1", "spleen_2"],
+        ["p01_1", "p01_2", *(f"p{n:02d}_1" for n in range(2, 9))],
     ],
 )
 def test_names_that_number_patients_are_no_sides_or_visits(names):
     assert "patients-alike" not in codes(patient_name_findings(cases_of(names)))
+
+
+def test_patients_that_differ_in_capital_letters_are_named():
+    names = ["p001_frame01", "P001_frame02", "p002_frame01", "p002_frame02", "p003_frame01"]
+    (found,) = patient_name_findings(cases_of(names, patient_of))
+    assert (found.code, found.cases) == ("patients-alike", ("p001_frame01", "P001_frame02"))
+    assert "in small and capital letters only, as P001 and p001;" in found.message
+    assert patient_name_findings(cases_of(names[2:], patient_of)) == []
+
+
+def test_letters_small_or_capital_hide_no_visit():
+    names = ["p001_1", "P001_2", "p002_1", "P002_2", "p003_1"]
+    (found,) = patient_name_findings(cases_of(names))
+    assert (found.code, found.cases) == ("patients-alike", tuple(names[:4]))
 
 
 def test_a_patient_with_far_more_scans_than_others_may_be_several():

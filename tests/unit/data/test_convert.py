@@ -227,6 +227,35 @@ def test_a_label_that_slicer_cropped_lies_on_its_image_s_grid_again(tmp_path, wr
     np.testing.assert_allclose(found.affine, affine)
 
 
+@pytest.mark.parametrize("layout", ["msd", "nnunet", "plain"])
+@pytest.mark.parametrize("axes", ["PRS", "SRA"])
+def test_a_label_on_other_axes_is_written_on_its_image_s(hippocampus, tmp_path, layout, axes):
+    path = hippocampus / "labelsTr/case_001_frame01.nii.gz"
+    image = nib.Nifti1Image.from_bytes(gzip.decompress(path.read_bytes()))
+    turn = nib.orientations.ornt_transform(
+        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes)
+    )
+    nib.save(image.as_reoriented(turn), path)
+    assert (nib.load(path).shape == image.shape) == (axes == "PRS")
+    out = convert(hippocampus, tmp_path / "Dataset004_H", to=layout)
+    found = {case.case_id: case for case in open_dataset(out).cases}
+    label = nib.load(found["case_001_frame01"].label)
+    np.testing.assert_array_equal(np.asarray(label.dataobj), np.asarray(image.dataobj))
+    np.testing.assert_allclose(label.affine, image.affine, atol=1e-6)
+    # The others are the same files.
+    assert found["case_002_frame01"].label.samefile(hippocampus / "labelsTr/case_002_frame01.nii.gz")
+
+
+def test_a_label_on_other_axes_elsewhere_is_refused(hippocampus, tmp_path):
+    path = hippocampus / "labelsTr/case_001_frame01.nii.gz"
+    image = nib.load(path)
+    affine = image.affine @ np.diag([-1.0, -1, 1, 1])
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), path)
+    assert "case_001_frame01.nii.gz is not on the grid of its image" in refusal(
+        hippocampus, tmp_path / "p", to="plain"
+    )
+
+
 def test_plain_nifti_is_compressed_without_a_change(hippocampus, tmp_path):
     for path in list(hippocampus.rglob("*Tr/*.nii.gz")):
         path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
@@ -289,7 +318,7 @@ def test_a_value_that_is_no_class_is_refused_for_nnunet(hippocampus, tmp_path, w
     path = hippocampus / "labelsTr/case_002_frame01.nii.gz"
     array = np.asarray(nib.load(path).dataobj).copy()
     array[0, 0, 0] = 9
-    write_nifti(path, array)
+    write_nifti(path, array, AFFINE)
     message = refusal(hippocampus, tmp_path / "Dataset004_H", to="nnunet")
     assert f"{path} holds the value 9" in message
 
@@ -316,6 +345,26 @@ def test_names_that_do_not_fit_are_refused(hippocampus, tmp_path, content):
     (plain / "names.json").write_text(content)
     with pytest.raises(DataError, match=r"names\.json|must hold a JSON object"):
         open_dataset(plain)
+
+
+@pytest.mark.parametrize("layout", ["msd", "nnunet", "plain"])
+def test_channels_that_itk_wrote_are_read_by_it_again(tmp_path, write_nifti, layout):
+    array = np.random.default_rng(0).normal(size=(6, 5, 4, 2)).astype(np.float32)
+    root = tmp_path / "in"
+    for case in "abc":
+        label = write_nifti(root / f"labels/{case}.nii.gz", np.ones((4, 5, 6), np.uint8))
+        (root / "images").mkdir(exist_ok=True)
+        image = sitk.GetImageFromArray(array, isVector=True)
+        image.CopyInformation(sitk.ReadImage(str(label)))
+        sitk.WriteImage(image, str(root / f"images/{case}.nii.gz"))
+    out = convert(root, tmp_path / "Dataset001_X", to=layout)
+    images = open_dataset(out).cases[0].images
+    np.testing.assert_array_equal(read_image(images).array, array.transpose(3, 2, 1, 0))
+    if layout == "nnunet":
+        for channel, path in enumerate(images):
+            np.testing.assert_array_equal(
+                sitk.GetArrayFromImage(sitk.ReadImage(str(path))), array[..., channel]
+            )
 
 
 def test_unlabelled_channels_come_along(brats, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from medvisionllama.config import DataConfig
 from medvisionllama.data.fingerprint import fingerprint
-from medvisionllama.data.index import open_configured, open_dataset, patient_of
+from medvisionllama.data.index import index_dataset, open_configured, open_dataset, patient_of
 from medvisionllama.data.splits import make_splits, select
 from medvisionllama.errors import DataError
 
@@ -183,6 +183,48 @@ def test_another_channel_in_the_place_of_the_second_is_refused(files):
     assert "'b' has the channel files _0000, _0002, the case 'a' _0000, _0001;" in words
 
 
+def test_a_gap_between_channels_is_refused(files):
+    names = ("images/a_0000.nii.gz", "images/a_0012.nii.gz")
+    words = refusal(files(*names, "labels/a.nii.gz"))
+    assert "'a' has the channel files _0000, _0012; number channels without gaps" in words
+
+
+def test_a_year_at_the_end_of_a_name_is_no_channel(files):
+    root = files("images/p0.nii.gz", "images/p0_2021.nii.gz", "labels/p0.nii.gz")
+    assert "the case 'p0_2021' has no file in labels/; add labels/p0_2021.nii.gz" in refusal(root)
+    files("images/p0_0000.nii.gz", "images/q_2021.nii.gz", "labels/q.nii.gz")
+    dataset, found = index_dataset(root)
+    assert [[path.name for path in case.images] for case in dataset.cases] == [["p0.nii.gz"]]
+    assert [one.cases for one in found] == [("p0_0000",), ("p0_2021",), ("q",), ("q_2021",)]
+
+
+def test_numbers_that_labels_have_are_no_channels(files, write_nifti):
+    root = files(
+        *(f"{name}/case_000{n}.nii.gz" for n in range(3) for name in ("images", "labels")),
+        "images/case_0003.nii.gz",
+        "labels/case.nii.gz",
+    )
+    for path in root.glob("*/*"):
+        write_nifti(path, np.zeros((3, 3, 3)), dtype=np.uint8)
+    dataset, found = index_dataset(root)
+    assert sorted(dataset.patients) == ["case_0000", "case_0001", "case_0002"]
+    assert {name for one in found for name in one.cases} == {"case_0003", "case"}
+
+
+def test_channels_without_a_label_are_one_case_without_a_label(files):
+    names = [f"images/{case}_{channel:04d}.nii.gz" for case in "ab" for channel in (0, 1)]
+    words = refusal(files(*names, "labels/a.nii.gz"))
+    assert "the case 'b' has no file in labels/; add labels/b.nii.gz" in words
+    assert "more" not in words
+
+
+def test_a_channel_file_in_two_formats_is_left_out_with_its_case(files):
+    names = [f"images/{case}_{channel:04d}.nii.gz" for case in "ab" for channel in (0, 1)]
+    root = files(*names, "images/b_0001.nii", "labels/a.nii.gz", "labels/b.nii.gz")
+    dataset, found = index_dataset(root, exclude=["b"])
+    assert (sorted(dataset.patients), found) == (["a"], [])
+
+
 def test_a_lone_channel_may_have_its_number_or_not(files, write_nifti):
     root = files("images/a.nii.gz", "images/b_0000.nii.gz", "labels/a.nii.gz", "labels/b.nii.gz")
     write_nifti(root / "images" / "a.nii.gz", np.zeros((3, 3, 3)), dtype=np.uint8)
@@ -279,6 +321,24 @@ def test_a_dataset_json_that_is_no_json_is_refused(files, content):
         ("patient001_ED_crop", "patient001"),
         ("patient01_scan1_ct", "patient01"),
         ("patient01_scan_001", "patient01"),
+        # The day of a visit.
+        ("P001_20200115", "P001"),
+        ("P001_2020-01-15", "P001"),
+        ("P001-2021.03.20", "P001"),
+        ("Smith_1999_12_31", "Smith"),
+        ("P001_20200115_ct", "P001"),
+        ("P001_20200115_frame01", "P001"),
+        ("P001_scan1_20200115", "P001"),
+        ("P001_20201315", "P001_20201315"),
+        ("P001_20200132", "P001_20200132"),
+        ("P001_120200115", "P001_120200115"),
+        ("P001_20200115_0003", "P001_20200115_0003"),
+        ("20200115", "20200115"),
+        ("_20200115", "_20200115"),
+        ("scan_20200115", "scan_20200115"),
+        ("MR_case_2020-01-15", "MR_case_2020-01-15"),
+        ("site2_20200115", "site2_20200115"),
+        ("site2_visit1_20200115", "site2_visit1_20200115"),
         # Numbers of a site or a study come before the patient's.
         ("site2_scan_001", "site2_scan_001"),
         ("site2_scan_001_frame02", "site2_scan_001"),

@@ -160,7 +160,29 @@ def test_a_plan_survives_json(tmp_path):
 
 @pytest.mark.parametrize(
     ("channel", "expected"),
-    [("CT", True), (" ct ", True), ("CTNormalization", True), ("MRI", False), ("T1c", False)],
+    [
+        *(
+            (name, True)
+            for name in ("CT", " ct ", "CTNormalization", "CT arterial", "ct_venous", "CT-scan", "(CT)")
+        ),
+        *((name, True) for name in ("CTA", "CBCT", "NCCT", "CECT", "cbct_planning", "portal CT")),
+        *(
+            (name, False)
+            for name in (
+                "MRI",
+                "T1c",
+                "T1ct",
+                "T1 CT",
+                "Activity",
+                "FACT",
+                "PCT map",
+                "ctp",
+                "PET/CT",
+                "CT_CBF",
+                "",
+            )
+        ),
+    ],
 )
 def test_computed_tomography_is_told_by_its_channel_name(channel, expected):
     assert is_ct(channel) is expected

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from medvisionllama.data.readers import is_scan, read_header, read_image, read_label, stem_of
+from medvisionllama.data.readers import is_scan, read_header, read_image, read_label, read_voxels, stem_of
 from medvisionllama.errors import DataError
 from medvisionllama.inference.writers import write_mask
 
@@ -51,6 +51,19 @@ def test_slope_and_intercept_of_the_header_are_applied(tmp_path):
 def test_nifti_2_is_read(tmp_path):
     nib.save(nib.Nifti2Image(NOISE.astype(np.float32), np.eye(4)), tmp_path / "a.nii.gz")
     np.testing.assert_array_equal(read_image((tmp_path / "a.nii.gz",)).array[0], NOISE.astype(np.float32))
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_itk_s_fifth_axis_becomes_the_channels(tmp_path, suffix, packed):
+    array = np.random.default_rng(0).normal(size=(6, 5, 4, 3)).astype(np.float32)
+    path = tmp_path / f"a{suffix}"
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=True), str(path))
+    assert nib.load(path).shape == (4, 5, 6, 1, 3)
+    header = read_header(path)
+    assert (header.num_channels, header.shape) == (3, SHAPE)
+    found = read_voxels(path, path.read_bytes() if packed else None)
+    np.testing.assert_array_equal(found.array, array.transpose(3, 2, 1, 0))
 
 
 def test_the_last_axis_of_a_4d_file_becomes_the_channels(tmp_path, write_nifti):
@@ -144,7 +157,7 @@ def test_a_voxel_that_is_no_number_is_refused_with_its_place(tmp_path, write_nif
     assert "(1, 2, 3)" in refusal(path, read_label)
 
 
-@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 6, 1, 3), (2, 2, 2, 2, 2, 2)])
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 6, 2, 3), (4, 5, 6, 2, 1, 3), (2, 2, 2, 2, 2, 2)])
 def test_a_file_of_another_dimension_is_refused(tmp_path, write_nifti, shape):
     path = write_nifti(tmp_path / "a.nii.gz", np.zeros(shape), dtype=np.float32)
     assert "allowed: 3-D, or 4-D with channels last" in refusal(path)
@@ -198,6 +211,22 @@ def test_channels_of_different_shape_are_refused(tmp_path, write_nifti):
     first = write_nifti(tmp_path / "a_0000.nii.gz", NOISE, dtype=np.float32)
     second = write_nifti(tmp_path / "a_0001.nii.gz", NOISE[1:], dtype=np.float32)
     assert "a_0000" in refusal(second, lambda path: read_image((first, path)))
+
+
+@pytest.mark.parametrize("spacing", [1e-3, 1.0, 500.0])
+@pytest.mark.parametrize(("voxels", "agree"), [(0.09, True), (0.11, False)])
+def test_channels_agree_to_a_tenth_of_a_voxel_as_labels_do(tmp_path, write_nifti, spacing, voxels, agree):
+    affine = np.diag([spacing, spacing, 2 * spacing, 1])
+    moved = affine.copy()
+    moved[0, 3] = voxels * spacing
+    paths = tuple(
+        write_nifti(tmp_path / f"{name}.nii", NOISE, matrix, np.float32)
+        for name, matrix in (("a", affine), ("b", moved))
+    )
+    if agree:
+        np.testing.assert_allclose(read_image(paths).affine, affine, rtol=1e-6)
+    else:
+        assert "shape or affine differs from a.nii" in refusal(paths[1], lambda _: read_image(paths))
 
 
 def test_channels_of_different_affine_are_refused(tmp_path, write_nifti):

@@ -15,6 +15,8 @@ from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.index import PLACE, Case
 
 _ENDING = re.compile(r"(?:[_.-][a-z]?\d{1,3}|[_.-][a-z]|(?<=\d)[a-z])$", re.IGNORECASE)
+# A number of any length is a visit's as well: 1001_10002, OAS30001_MR_d0129, BraTS-GLI-00001-001.
+_NUMBERED = re.compile(r"(?P<stem>.*\d.*)[_-](?P<number>[a-z]?\d+)")
 _SEPARATOR = re.compile(r"[_. -]+")
 # Two names that differ in one of these alone are one patient's.
 _TELLING = re.compile(
@@ -56,7 +58,7 @@ def patient_findings(cases: Sequence[Case]) -> list[Finding]:
 
 def patient_name_findings(cases: Sequence[Case]) -> list[Finding]:
     """Names that look like one patient's but count as several, and patients with far more scans than others."""
-    return [*(_apart(cases) or _endings(cases)), *_crowds(cases)]
+    return [*_spelt_otherwise(cases), *(_apart(cases) or _endings(cases)), *_crowds(cases)]
 
 
 def person_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
@@ -79,13 +81,34 @@ def person_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
     return findings
 
 
+def _spelt_otherwise(cases: Sequence[Case]) -> list[Finding]:
+    """Patients whose names are equal but for small and capital letters."""
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for case in cases:
+        spellings[case.patient_id.casefold()].add(case.patient_id)
+    groups = [sorted(names) for names in spellings.values() if len(names) > 1]
+    if not groups:
+        return []
+    several = {name for names in groups for name in names}
+    message = f"{len(several)} patients differ from another in small and capital letters only, as {' and '.join(groups[0][:2])}; if those are one patient, who would be trained on and tested, rename the scans, or {_STEP}"
+    members = tuple(case.case_id for case in cases if case.patient_id in several)
+    return [Finding("patients-alike", message, members)]
+
+
+def _patients(cases: Sequence[Case]) -> list[str]:
+    """Names of patients, one spelling of each."""
+    names = sorted({case.patient_id for case in cases}, reverse=True)
+    return sorted({name.casefold(): name for name in names}.values(), key=str.casefold)
+
+
 def _apart(cases: Sequence[Case]) -> list[Finding]:
-    groups = _suspicious(sorted({case.patient_id for case in cases}))
+    patients = _patients(cases)
+    groups = [*_suspicious(patients), *_numbered(patients)]
     if not groups:
         return []
     example, names = groups[0], {name for group in groups for name in group.names}
     shown = " and ".join(example.names[:2])
-    message = f"{len(names)} patients differ from another in a side, a visit or the like only, as {shown}; if those are one patient, who would be trained on and tested, {_STEP}, as {example.pattern!r}"
+    message = f"{len(names)} patients differ from another in a side, a visit, a last number or the like only, as {shown}; if those are one patient, who would be trained on and tested, {_STEP}, as {example.pattern!r}"
     members = tuple(case.case_id for case in cases if case.patient_id in names)
     return [Finding("patients-alike", message, members)]
 
@@ -103,6 +126,22 @@ def _suspicious(patients: Sequence[str]) -> list[_Alike]:
         few = len({part for group in common for part in group.parts}) <= len(common)
         found += telling or (common if few and len(common) > 1 else [])
     return found
+
+
+def _numbered(patients: Sequence[str]) -> list[_Alike]:
+    """Several names that a few numbers each follow: their visits, if no patients of a site."""
+    stems: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name in patients:
+        found = _NUMBERED.fullmatch(name.casefold())
+        if found and not PLACE.fullmatch(found["stem"]):
+            stems[found["stem"]].append((name, found["number"]))
+    groups = []
+    for stem, members in stems.items():
+        if 2 <= len(members) <= _MOST_SCANS:
+            parts = tuple(_SEPARATOR.split(stem))
+            names, numbers = zip(*members, strict=True)
+            groups.append(_Alike(len(parts), names, numbers, parts))
+    return groups if len(groups) > 1 else []
 
 
 def _groups(patients: Sequence[str]) -> list[_Alike]:
@@ -147,12 +186,11 @@ def _numbers_somebody(group: _Alike) -> bool:
 
 def _endings(cases: Sequence[Case]) -> list[Finding]:
     """Names that differ in a number or a letter at their end only, which may as well be the patient's."""
-    patients = {case.patient_id for case in cases}
     groups: dict[str, list[str]] = defaultdict(list)
-    for patient in sorted(patients):
-        base = _ENDING.sub("", patient)
+    for patient in _patients(cases):
+        base = _ENDING.sub("", patient.casefold())
         # Without a digit it is the name of the study, not of a patient.
-        if base != patient and re.search(r"\d", base):
+        if base != patient.casefold() and re.search(r"\d", base):
             groups[base].append(patient)
     alike = {base: names for base, names in groups.items() if 2 <= len(names) <= _MOST_SCANS}
     if len(alike) < 2:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from medvisionllama.data.volume import Volume, spacing_of
+from medvisionllama.data.volume import Volume, same_place, spacing_of
 from medvisionllama.errors import DataError
 from medvisionllama.types import AffineMatrix, SpacingMm, Triple
 
@@ -26,7 +26,7 @@ class Header:
 
 
 def make_header(path: Path, sizes: Sequence[int], affine: AffineMatrix) -> Header:
-    """Check sizes `x, y, z[, channel]` and affine.
+    """Check sizes `x, y, z[, channel]`, or `x, y, z, 1, channel` as ITK has them, and affine.
 
     Raises:
         DataError: not 3-D or 4-D, or an affine that places nothing.
@@ -34,6 +34,9 @@ def make_header(path: Path, sizes: Sequence[int], affine: AffineMatrix) -> Heade
     shape = tuple(int(size) for size in sizes)
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
+    if len(shape) == 5 and shape[3] == 1:
+        # NIfTI's fourth axis is time, so that components of a voxel are the fifth.
+        shape = (*shape[:3], shape[4])
     if len(shape) not in (3, 4) or min(shape) < 1:
         raise DataError(f"{path} has shape {shape}; allowed: 3-D, or 4-D with channels last")
     edges = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
@@ -48,7 +51,7 @@ def make_header(path: Path, sizes: Sequence[int], affine: AffineMatrix) -> Heade
 
 def channel_problem(path: object, grid: Header | Volume, first_path: Any, first: Header | Volume) -> str:
     """Why a channel cannot be stacked on the first, as stored; "" if it can. Paths have a `name`."""
-    if grid.shape == first.shape and np.allclose(grid.affine, first.affine, atol=1e-3):
+    if grid.shape == first.shape and same_place(first.affine, grid.affine, first.shape):
         return ""
     return f"{path}: its shape or affine differs from {first_path.name}; resample the channels to one grid"
 
