@@ -23,6 +23,19 @@ from medvisionllama.data.readers import SUFFIXES, is_scan, read_header, stem_of
 from medvisionllama.errors import DataError
 
 
+def is_nnunet(root: Path, content: dict[str, Any]) -> bool:
+    """Whether a dataset.json is nnU-Net's: one with a `training` list only if files lie as nnU-Net has them."""
+    if "training" not in content or "channel_names" not in content:
+        return "channel_names" in content
+    labels = content.get("labels")
+    numbered = isinstance(labels, dict) and not any(isinstance(value, str) for value in labels.values())
+    if not numbered or not all((root / name).is_dir() for name in ("imagesTr", "labelsTr")):
+        return False
+    return any(
+        _one_of(root / "imagesTr", f"{stem_of(path)}_0000").is_file() for path in _scans(root / "labelsTr")
+    )
+
+
 def index_nnunet(root: Path, content: dict[str, Any], patient_pattern: str | None) -> Dataset:
     """Index imagesTr/CASE_0000.nii.gz, one file per channel, and labelsTr/CASE.nii.gz.
 
@@ -40,6 +53,7 @@ def index_nnunet(root: Path, content: dict[str, Any], patient_pattern: str | Non
             raise DataError(
                 f"{where}: the class {name!r} is {value!r}; region-based classes are not supported, give one number each"
             )
+        msd.check_value(value, name, where)
         classes[value] = name
     num_channels = len(names)
     cases = []
