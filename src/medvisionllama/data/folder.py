@@ -22,6 +22,9 @@ from medvisionllama.data.near_names import (
 from medvisionllama.data.readers import SUFFIXES, is_scan, read_header, stem_of
 from medvisionllama.errors import DataError
 
+# What network storage (Synology) and macOS lay beside somebody's files.
+_SYSTEM_FOLDERS = {"@eadir", "__macosx"}
+
 
 def is_nnunet(root: Path, content: dict[str, Any]) -> bool:
     """Whether a dataset.json is nnU-Net's: one with a `training` list only if files lie as nnU-Net has them."""
@@ -221,7 +224,11 @@ def _scans(folder: Path, *, series: bool = False) -> list[Path]:
     """Scans in a folder; with `series`, folders of DICOM slices too."""
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist; the layout of {folder.parent} needs it")
-    folders = {path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    folders = {
+        path
+        for path in folder.iterdir()
+        if path.is_dir() and not path.name.startswith(".") and path.name.lower() not in _SYSTEM_FOLDERS
+    }
     return sorted(path for path in folder.iterdir() if is_scan(path) or (series and path in folders))
 
 

@@ -131,6 +131,16 @@ def test_a_plain_folder_is_indexed(files, write_nifti):
     assert (dataset.channels, dataset.classes) == (("channel 0",), {})
 
 
+@pytest.mark.parametrize("name", ["@eaDir", "__MACOSX"])
+def test_folders_of_the_system_are_no_cases(files, write_nifti, name):
+    root = files("images/a.nii.gz", "labels/a.nii.gz")
+    write_nifti(root / "images" / "a.nii.gz", np.zeros((3, 4, 5), np.float32))
+    for folder in ("images", "labels"):
+        (root / folder / name).mkdir()
+        (root / folder / name / "a.nii.gz").touch()
+    assert list(open_dataset(root).patients) == ["a"]
+
+
 def test_a_plain_folder_of_4d_scans_has_their_channels(files, write_nifti):
     root = files("images/a.nii.gz", "labels/a.nii.gz")
     write_nifti(root / "images" / "a.nii.gz", np.zeros((3, 4, 5, 2), np.float32))
