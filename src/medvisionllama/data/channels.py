@@ -142,7 +142,7 @@ def is_flat(path: Path) -> bool:
 
 def _open(path: Path) -> Any:
     read_header(path)  # refuses what cannot be read, with our words
-    return nib.load(path) if path.name.lower().endswith(nifti.SUFFIXES) else _from_other(path)
+    return nifti.load(path) if path.name.lower().endswith(nifti.SUFFIXES) else _from_other(path)
 
 
 def _from_other(path: Path) -> nib.Nifti1Image:

@@ -32,7 +32,7 @@ from medvisionllama.data.channels import (
     relabel,
     split,
 )
-from medvisionllama.data.folder import read_names
+from medvisionllama.data.folder import is_nnunet, read_names
 from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.index import Case, Dataset, open_dataset
 from medvisionllama.data.readers import is_scan, read_label, stem_of
@@ -122,7 +122,7 @@ def _new_values(dataset: Dataset, *, renumber: bool) -> dict[int, int]:
 def _test_cases(dataset: Dataset, content: dict[str, Any]) -> tuple[Case, ...]:
     """Unlabelled scans: those in imagesTs, and those an MSD folder lists elsewhere."""
     root, per_channel = dataset.root, any(len(case.images) > 1 for case in dataset.cases)
-    per_channel |= "channel_names" in content and "training" not in content
+    per_channel |= is_nnunet(root, content)
     listed = content.get("test")
     names = [entry.get("image") if isinstance(entry, dict) else entry for entry in listed or []]
     paths = {msd.inside(root, name) for name in names if isinstance(name, str)}

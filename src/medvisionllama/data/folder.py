@@ -22,6 +22,22 @@ from medvisionllama.data.near_names import (
 from medvisionllama.data.readers import SUFFIXES, is_scan, read_header, stem_of
 from medvisionllama.errors import DataError
 
+# What network storage (Synology) and macOS lay beside somebody's files.
+_SYSTEM_FOLDERS = {"@eadir", "__macosx"}
+
+
+def is_nnunet(root: Path, content: dict[str, Any]) -> bool:
+    """Whether a dataset.json is nnU-Net's: one with a `training` list only if files lie as nnU-Net has them."""
+    if "training" not in content or "channel_names" not in content:
+        return "channel_names" in content
+    labels = content.get("labels")
+    numbered = isinstance(labels, dict) and not any(isinstance(value, str) for value in labels.values())
+    if not numbered or not all((root / name).is_dir() for name in ("imagesTr", "labelsTr")):
+        return False
+    return any(
+        _one_of(root / "imagesTr", f"{stem_of(path)}_0000").is_file() for path in _scans(root / "labelsTr")
+    )
+
 
 def index_nnunet(root: Path, content: dict[str, Any], patient_pattern: str | None) -> Dataset:
     """Index imagesTr/CASE_0000.nii.gz, one file per channel, and labelsTr/CASE.nii.gz.
@@ -40,6 +56,7 @@ def index_nnunet(root: Path, content: dict[str, Any], patient_pattern: str | Non
             raise DataError(
                 f"{where}: the class {name!r} is {value!r}; region-based classes are not supported, give one number each"
             )
+        msd.check_value(value, name, where)
         classes[value] = name
     num_channels = len(names)
     cases = []
@@ -207,7 +224,11 @@ def _scans(folder: Path, *, series: bool = False) -> list[Path]:
     """Scans in a folder; with `series`, folders of DICOM slices too."""
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist; the layout of {folder.parent} needs it")
-    folders = {path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    folders = {
+        path
+        for path in folder.iterdir()
+        if path.is_dir() and not path.name.startswith(".") and path.name.lower() not in _SYSTEM_FOLDERS
+    }
     return sorted(path for path in folder.iterdir() if is_scan(path) or (series and path in folders))
 
 

@@ -164,7 +164,7 @@ def _index(
         content = msd.read_dataset_json(root / "dataset.json")
         dataset = (
             msd.index(root, content, patient_pattern)
-            if "training" in content
+            if "training" in content and not folder.is_nnunet(root, content)
             else folder.index_nnunet(root, content, patient_pattern)
         )
     elif (root / "images").is_dir() and (root / "labels").is_dir():

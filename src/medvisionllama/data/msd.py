@@ -68,6 +68,9 @@ def _files_of(image: Path, num_channels: int) -> tuple[Path, ...]:
 def inside(root: Path, relative: str) -> Path:
     """Join a path from a dataset.json to its folder; a file outside is refused, as the list may be a stranger's."""
     path = root / relative
+    if "\\" in relative and not path.exists():
+        # As Windows writes paths.
+        path = root / relative.replace("\\", "/")
     if not path.resolve().is_relative_to(root.resolve()):
         raise DataError(
             f"{root / 'dataset.json'} names {relative!r}, which lies outside the folder; copy the file into it"
@@ -91,4 +94,14 @@ def _classes(root: Path, labels: Any) -> dict[int, str]:
         raise DataError(
             f"{root / 'dataset.json'}: 'labels' must map label values to names, as {{'1': 'liver'}}"
         ) from None
+    for value, name in classes.items():
+        check_value(value, name, root / "dataset.json")
     return {value: classes[value] for value in sorted(classes) if value != 0}
+
+
+def check_value(value: int, name: str, where: Path) -> None:
+    """Raise DataError if the value of a class is negative, which no label may hold."""
+    if value < 0:
+        raise DataError(
+            f"{where}: the class {name!r} has the value {value}; allowed: 0 for the background, and 1, 2, 3, ..."
+        )

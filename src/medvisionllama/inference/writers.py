@@ -13,7 +13,7 @@ from nibabel.openers import Opener
 from medvisionllama._files import atomic_path
 from medvisionllama.colours import rgb_of
 from medvisionllama.data.formats.itk import LPS_TO_RAS
-from medvisionllama.data.formats.nifti import new_image
+from medvisionllama.data.formats.nifti import load, new_image
 from medvisionllama.data.readers import ScanSource
 from medvisionllama.data.volume import spacing_of
 from medvisionllama.errors import DataError
@@ -96,7 +96,7 @@ def read_label_table(text: str) -> dict[int, str]:
 
 
 def _header_like(scan: Path) -> nib.Nifti1Header:
-    header = nib.load(scan).header.copy()
+    header = load(scan).header.copy()
     header.set_slope_inter(1, 0)
     header["cal_max"] = header["cal_min"] = 0
     # Free text and extensions of a hospital's file can name the patient; a mask needs neither. NIfTI-2 lacks some.

@@ -80,6 +80,33 @@ def test_other_bytes_behind_the_end_are_refused():
         unpacker.read(5)
 
 
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("suffix", [".Nii.gz", ".NII.GZ", ".nii.GZ", ".Nii"])
+def test_suffixes_may_have_capital_letters(tmp_path, kind, suffix):
+    image = kind(RNG.integers(0, 200, (5, 6, 7)).astype(np.int16), AFFINE)
+    plain = tmp_path / f"a{suffix.lower()}"
+    nib.save(image, plain)
+    path = plain.rename(tmp_path / f"b{suffix}")
+    assert nifti.read_header(path).shape == (5, 6, 7)
+    for content in (None, path.read_bytes()):
+        array, header = nifti.read(path, content)
+        np.testing.assert_array_equal(array[0], np.asarray(image.dataobj))
+        np.testing.assert_allclose(header.affine, AFFINE, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("a.nii", "a.nii.gz"), ("a.nii.gz", "a.nii"), ("A.Nii.Gz", "A.Nii")]
+)
+def test_a_name_that_tells_the_compression_wrongly_is_the_fault(tmp_path, name, wanted):
+    content = nib.Nifti1Image(np.zeros((5, 6, 7), np.int16), AFFINE).to_bytes()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if wanted.endswith("gz") else content)
+    for read in (nifti.read_header, nifti.read, lambda path: nifti.read(path, path.read_bytes())):
+        with pytest.raises(DataError, match=f"compressed.*rename it to {wanted}$") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_header_that_declares_terabytes_costs_nothing(tmp_path):
     image = nib.Nifti1Image(np.zeros((5, 6, 7), np.int16), np.eye(4))
     content = bytearray(image.to_bytes())

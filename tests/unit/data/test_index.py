@@ -85,6 +85,43 @@ def test_an_nnunet_folder_with_two_channels_is_indexed(files):
     assert dataset.cases[0].label == root / names[2]
 
 
+def nnunet_with_a_list(*cases: str) -> dict[str, object]:
+    return msd(*cases, channel_names={"0": "T1", "1": "T2"}, labels={"background": 0, "tumour": 1})
+
+
+def test_an_nnunet_folder_may_have_a_training_list(files):
+    names = [f"imagesTr/a_{n:04d}.nii.gz" for n in (0, 1)]
+    root = files(*names, "labelsTr/a.nii.gz", content=nnunet_with_a_list("a"))
+    dataset = open_dataset(root)
+    assert (dataset.channels, dataset.classes) == (("T1", "T2"), {1: "tumour"})
+    assert [path.name for path in dataset.cases[0].images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
+
+
+def test_channel_names_alone_make_no_nnunet_folder(files):
+    content = msd("a", channel_names={"0": "T1"}, modality={"0": "T1"})
+    dataset = open_dataset(files(*pairs("a"), content=content))
+    assert (dataset.channels, dataset.classes) == (("T1",), {1: "tumour"})
+    assert dataset.cases[0].images[0].name == "a.nii.gz"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [msd("a", labels={"0": "b", "-1": "x"}), {"channel_names": {"0": "T1"}, "labels": {"b": 0, "x": -1}}],
+)
+def test_a_negative_class_is_refused(files, content):
+    words = refusal(files(*pairs("a"), "imagesTr/a_0000.nii.gz", content=content))
+    assert "dataset.json: the class 'x' has the value -1; allowed: 0" in words
+
+
+def test_paths_of_windows_are_read(files):
+    entry = {"image": ".\\imagesTr\\a.nii.gz", "label": "labelsTr\\a.nii.gz"}
+    root = files(*pairs("a"), "../outside.nii.gz", content=msd(training=[entry]))
+    assert open_dataset(root).cases[0].images == (root / "imagesTr" / "a.nii.gz",)
+    entry["image"] = "imagesTr\\..\\..\\outside.nii.gz"
+    (root / "dataset.json").write_text(json.dumps(msd(training=[entry])))
+    assert "outside the folder" in refusal(root)
+
+
 def test_a_plain_folder_is_indexed(files, write_nifti):
     root = files("images/b.nii.gz", "images/a.nii", "labels/a.nii.gz", "labels/b.nii.gz", "images/notes.txt")
     write_nifti(root / "images" / "a.nii", np.zeros((3, 4, 5), np.float32))
@@ -92,6 +129,16 @@ def test_a_plain_folder_is_indexed(files, write_nifti):
     assert [case.case_id for case in dataset.cases] == ["a", "b"]
     assert dataset.cases[0].images == (root / "images" / "a.nii",)
     assert (dataset.channels, dataset.classes) == (("channel 0",), {})
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "__MACOSX"])
+def test_folders_of_the_system_are_no_cases(files, write_nifti, name):
+    root = files("images/a.nii.gz", "labels/a.nii.gz")
+    write_nifti(root / "images" / "a.nii.gz", np.zeros((3, 4, 5), np.float32))
+    for folder in ("images", "labels"):
+        (root / folder / name).mkdir()
+        (root / folder / name / "a.nii.gz").touch()
+    assert list(open_dataset(root).patients) == ["a"]
 
 
 def test_a_plain_folder_of_4d_scans_has_their_channels(files, write_nifti):

@@ -4,11 +4,13 @@ import gzip
 import io
 import math
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 
@@ -62,7 +64,7 @@ def read(path: Path, content: bytes | None = None) -> tuple[np.ndarray, Header]:
     except DataError:
         raise
     except _UNREADABLE as error:
-        raise unreadable(path, error) from None
+        raise _unreadable(path, error) from None
     array = np.moveaxis(array.reshape(*header.shape, header.num_channels, order="F"), -1, 0)
     # Bytes cannot be written to; a copy is due anyway, unless the array happens to lie in our order.
     return (array.copy() if array.flags.c_contiguous else array), header
@@ -114,12 +116,37 @@ def _in_mm(affine: np.ndarray, header: nib.Nifti1Header) -> AffineMatrix:
 
 def _open(path: Path) -> nib.Nifti1Image:
     try:
-        image = nib.load(path)
+        image = load(path)
     except _UNREADABLE as error:
-        raise unreadable(path, error) from None
+        raise _unreadable(path, error) from None
     if not isinstance(image, nib.Nifti1Image):
         raise DataError(f"{path} is a {type(image).__name__}, not NIfTI; convert it to .nii.gz")
     return image
+
+
+def load(path: Path) -> nib.Nifti1Image:
+    """Open a file as nibabel does, whose own `load` finds suffixes in small or in capital letters only."""
+    suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
+    if path.name.endswith((suffix, suffix.upper())):
+        return nib.load(path)
+    with gzip.open(path) if suffix.endswith(".gz") else path.open("rb") as file:
+        head = file.read(4)
+    second = nib.Nifti2Header.sizeof_hdr in {int.from_bytes(head, "little"), int.from_bytes(head, "big")}
+    kind = nib.Nifti2Image if second else nib.Nifti1Image
+    return kind.from_file_map({"image": FileHolder(str(path))})
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    """The error of a file that cannot be read; its name may say gzip where it is none, or the other way round."""
+    named = path.name.lower().endswith(".gz")
+    with suppress(OSError, EOFError, zlib.error), path.open("rb") if named else gzip.open(path) as file:
+        head = file.read(4)
+        if _KINDS.keys().isdisjoint({int.from_bytes(head, "little"), int.from_bytes(head, "big")}):
+            return unreadable(path, error)
+        if named:
+            return DataError(f"{path} is not compressed as its name says; rename it to {path.name[:-3]}")
+        return DataError(f"{path} is compressed, which its name does not say; rename it to {path.name}.gz")
+    return unreadable(path, error)
 
 
 def new_image(array: np.ndarray, affine: AffineMatrix) -> nib.Nifti1Image:
