@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from medvisionllama.config import PRESETS
+from medvisionllama.training.fit import RunResult
 
 
 @pytest.mark.parametrize("module", ["medvisionllama", "medvisionllama.cli.main"])
@@ -74,3 +75,12 @@ def test_every_verb_on_data_is_a_function_of_the_same_name(phantoms, tmp_path):
     splits = medvisionllama.split(phantoms, out=tmp_path / "splits.json", exclude=["phantom_000"])
     assert "phantom_000" not in {*splits.test, *splits.folds[0].train, *splits.folds[0].validation}
     assert medvisionllama.check(phantoms, fast=True).ok
+
+
+def test_the_command_to_go_on_with_keeps_the_test_cases_shut_and_can_be_pasted(cli, monkeypatch, tmp_path):
+    out = tmp_path / "my run"
+    monkeypatch.setattr("medvisionllama.api.train", lambda *_, **__: RunResult(out, False, 5, 1.0, 0.5))
+    stopped = cli("train", "my data", "--out", out, "--no-test")
+    assert stopped.code == 130
+    assert f"medvisionllama train 'my data' --out '{out}' --resume --no-test\n" in stopped.err
+    assert "--no-test" not in cli("train", "data", "--out", out).err

@@ -15,6 +15,7 @@ from medvisionllama import Predictor, api
 from medvisionllama._files import file_sha256
 from medvisionllama.config import load_config, read_config
 from medvisionllama.errors import CheckpointError, ConfigError
+from medvisionllama.evaluation.explain.job import open_networks
 from medvisionllama.inference.predictor import Member
 from medvisionllama.run_dir import RunDir
 from medvisionllama.training.members import check_members, member_config
@@ -140,6 +141,19 @@ def test_a_choice_of_cleaning_is_that_of_all_networks(pair, tmp_path):
     shutil.copy(run.best, run.member(2).best)
     assert run.weights_sha256() != before
     assert run.member(2).weights_sha256() == file_sha256(run.best)
+
+
+def test_an_explanation_says_that_it_is_of_the_first(pair):
+    [note] = [
+        note
+        for note in open_networks(pair.path, random_block=False, against=None, device="cpu").notes
+        if "2 networks" in note
+    ]
+    assert "those of the first" in note
+    second = pair.member(2).path
+    assert not any(
+        "networks" in note for note in open_networks(second, random_block=False, against=None).notes
+    )
 
 
 def test_members_and_a_launcher_do_not_go_together():

@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with: medvisionllama demo. Every verb is also a Python function of the same name.",
+    epilog="Start with: medvisionllama demo. From Python: medvisionllama.train, predict, evaluate and others.",
 )
 app.command("demo")(demo.demo)
 app.command("train")(train.train)

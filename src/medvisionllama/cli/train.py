@@ -1,6 +1,7 @@
 """`medvisionllama train`."""
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -92,10 +93,10 @@ def train(
         return
     run_dir = RunDir(result.path)
     if not result.finished:
-        typer.echo(
-            f"stopped at step {result.steps}; go on with: medvisionllama train {data} --out {out} --resume",
-            err=True,
-        )
+        # Also where test cases are to stay unopened, which the run itself does not know.
+        again = ["medvisionllama", "train", str(data), "--out", str(out), "--resume"]
+        again += [] if test else ["--no-test"]
+        typer.echo(f"stopped at step {result.steps}; go on with: {shlex.join(again)}", err=True)
         raise typer.Exit(130)
     if as_json:
         typer.echo(json.dumps({**asdict(result), "path": str(result.path)}))
