@@ -75,10 +75,6 @@ def open_networks(run: Path, *, random_block: bool, against: Path | None, device
     check_alike([run] if against is None else [run, against])
     members, notes = {TRAINED: _open(run, where)}, list[str]()
     notes += notes_on(members[TRAINED])
-    if (num := members[TRAINED].config.train.members) > 1:
-        notes.append(
-            f"The run averages {num} networks; maps, and the mask of a scan without a label, are those of the first."
-        )
     if random_block:
         control = with_random_block(members[TRAINED])
         if control is None:

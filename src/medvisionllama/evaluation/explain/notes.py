@@ -15,6 +15,10 @@ def notes_on(member: Member) -> list[str]:
     network = member.network
     assert isinstance(network, TokenSegmenter), "the factory builds nothing else"
     notes = []
+    if (num := member.config.train.members) > 1:
+        notes.append(
+            f"The run averages {num} networks; maps, and any mask of its own, are those of the first."
+        )
     if last_layer(network.encoder) is None:
         notes.append(
             "The encoder has no transformer block: its map shows the embedded tokens, and it has no attention."
