@@ -1,5 +1,6 @@
 """Several networks of one run: trained side by side, averaged, interrupted and gone on with together."""
 
+import json
 import os
 import shutil
 import signal
@@ -111,6 +112,21 @@ def wait_until_free(run):
             return
         saved = run.state.stat().st_mtime
     pytest.fail("the second member trains on although the first has ended")
+
+
+def test_a_member_is_ended_before_its_first_step_where_ctrl_c_is_ignored(phantoms, tmp_path):
+    """As in the background of a shell script: what the member inherits must not keep it training for nobody."""
+    config = load_config("small", {**FAST, "data.path": phantoms, "out": tmp_path, "train.epochs": 100_000})
+    request = {"config": config.model_dump(mode="json"), "resume": False, "began": time.time()}
+    ended = subprocess.run(
+        [sys.executable, "-m", "medvisionllama.training.member_process"],
+        input=json.dumps(request).encode() + b"\n",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        check=False,
+        timeout=60,
+    )
+    assert ended.returncode == 130
 
 
 def test_a_member_that_fails_is_named_in_one_line_and_the_first_is_kept(phantoms, tmp_path, cli):

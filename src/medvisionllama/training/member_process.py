@@ -7,6 +7,7 @@ standard error).
 
 import _thread
 import json
+import signal
 import sys
 import threading
 import time
@@ -20,11 +21,13 @@ from medvisionllama.training.members import INTERRUPTED
 
 def main() -> int:
     """Train as standard input says, and return the exit code."""
+    # A shell script's background jobs inherit that Ctrl-C is ignored, and so is what `_end_with` then does.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Without a buffer: a thread that waits for one would keep Python from ending.
     channel = FileIO(sys.stdin.fileno(), closefd=False)
     request = json.loads(channel.readline())
-    threading.Thread(target=_end_with, args=(channel,), daemon=True).start()
     try:
+        threading.Thread(target=_end_with, args=(channel,), daemon=True).start()
         result = fit_since(
             Config.model_validate(request["config"]),
             started=time.monotonic() - max(0.0, time.time() - request["began"]),
