@@ -62,7 +62,7 @@ def summarise(where: Path) -> pd.DataFrame:
 
 def machine_slug(hardware: dict[str, Any]) -> str:
     """A machine as a folder's name, such as `amd-epyc-avx512-2-threads`."""
-    return re.sub("[^a-z0-9]+", "-", machine_name(hardware).lower().replace("(r)", ""))
+    return re.sub("[^a-z0-9]+", "-", machine_name(hardware).lower().replace("(r)", "")).strip("-")
 
 
 def machine_name(hardware: dict[str, Any]) -> str:

@@ -1,0 +1,34 @@
+"""What a run says of its machine."""
+
+import pytest
+
+from medvisionllama.run_dir import processor_name
+
+CPUINFO = """\
+processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: 26
+model\t\t: 2
+model name\t: {name}
+flags\t\t: fpu avx2
+
+processor\t: 1
+cpu family\t: 25
+model\t\t: 17
+model name\t: {name}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 26, model 2)"),
+        ("AMD EPYC 9654 96-Core Processor", "AMD EPYC 9654 96-Core Processor"),
+    ],
+)
+def test_processor_that_hides_its_number_is_told_by_its_family(name: str, expected: str) -> None:
+    assert processor_name(CPUINFO.format(name=name)) == expected
+
+
+def test_processor_of_another_kind_keeps_its_name() -> None:
+    assert processor_name("Processor\t: ARM\nmodel name\t: Neoverse\n") == "Neoverse"
