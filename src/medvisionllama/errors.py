@@ -3,6 +3,13 @@
 The command line prints the message and exits with `exit_code`; a traceback appears only with `--debug`.
 """
 
+import shlex
+
+
+def command(verb: str, *words: object) -> str:
+    """A command of ours as a message names it: with quotes where a shell needs them, so that it can be pasted."""
+    return f"medvisionllama {verb} {shlex.join(map(str, words))}".rstrip()
+
 
 class MedVisionLlamaError(ValueError):
     """Base of every error that the user, not the programmer, can fix."""

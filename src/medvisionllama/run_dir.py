@@ -30,7 +30,7 @@ import torch
 
 from medvisionllama._files import canonical_hash, file_sha256, write_text
 from medvisionllama.config import read_config
-from medvisionllama.errors import CheckpointError
+from medvisionllama.errors import CheckpointError, command
 
 _PACKAGES = (
     "medvisionllama",
@@ -83,7 +83,7 @@ class RunDir:
         for other in others:
             if not other.best.is_file():
                 raise CheckpointError(
-                    f"{other.path} has no best.safetensors yet; finish it with: medvisionllama train DATA --out {self.path} --resume"
+                    f"{other.path} has no best.safetensors yet; finish it with: {command('train', 'DATA', '--out', self.path, '--resume')}"
                 )
         return [self, *others]
 
@@ -124,11 +124,11 @@ class RunDir:
         """Raise CheckpointError unless the folder holds a run that can predict."""
         if not self.config.is_file():
             raise CheckpointError(
-                f"{self.path} is not a run folder (no config.yaml); make one with: medvisionllama train DATA --out {self.path}"
+                f"{self.path} is not a run folder (no config.yaml); make one with: {command('train', 'DATA', '--out', self.path)}"
             )
         if not self.best.is_file():
             raise CheckpointError(
-                f"{self.path} has no best.safetensors yet; finish it with: medvisionllama train DATA --out {self.path} --resume"
+                f"{self.path} has no best.safetensors yet; finish it with: {command('train', 'DATA', '--out', self.path, '--resume')}"
             )
 
     def read_manifest(self) -> dict[str, Any]:

@@ -167,6 +167,9 @@ def test_a_readable_dataset_is_not_refused(dataset, tmp_path, cli):
         (["--set", "data.patient_pattern=("], "regular expression"),
         (["--set", "data.geometry=resize"], "data.crop_size"),
         (["--fold", "7"], "fold 7"),
+        (["--fold", "1", "--set", "data.fold=2"], "data.fold is given twice, as 1 by an option and as 2"),
+        (["--cases", "50"], "fold 0 has 5 training cases"),
+        (["--cases", "2", "--fraction", "0.5"], "both say how much trains"),
         (["--set", "data.splits=nowhere.json"], "does not exist"),
         (["--set", "train.device=cuda"], "no GPU"),
     ],
@@ -194,6 +197,41 @@ def test_empty_and_absent_folders_are_refused(tmp_path, cli):
     assert "no run to resume" in one_line(
         cli("train", tmp_path / "empty", "--out", tmp_path / "run", "--resume").err
     )
+
+
+def test_masks_without_labels_are_told_what_is_missing(tmp_path, cli):
+    masks = tmp_path / "my masks"
+    masks.mkdir()
+    line = one_line(cli("evaluate", masks).err)
+    assert line.endswith(f"give their labels too: medvisionllama evaluate '{masks}' LABELS")
+
+
+def test_a_class_below_background_is_refused(dataset_folder, tmp_path, cli):
+    root = dataset_folder(num_cases=4)
+    for old, new in (("imagesTr", "images"), ("labelsTr", "labels")):
+        (root / old).rename(root / new)
+    (root / "dataset.json").unlink()
+    (root / "names.json").write_text(json.dumps({"classes": {"-1": "air", "1": "liver"}}))
+    outcome = cli("train", root, "--out", tmp_path / "run", "--epochs", 1, *settings())
+    assert outcome.code == 2
+    assert "names the class 'air' as -1" in one_line(outcome.err)
+
+
+def test_another_division_is_not_written_over_one(phantoms, tmp_path, cli):
+    file = tmp_path / "splits.json"
+    for _ in range(2):
+        assert cli("data", "split", phantoms, "--out", file, "--seed", 1).code == 0
+    before = file.read_bytes()
+    refused = cli("data", "split", phantoms, "--out", file, "--seed", 2)
+    assert refused.code == 2
+    assert "holds another division" in one_line(refused.err)
+    assert file.read_bytes() == before
+
+
+def test_a_run_goes_on_with_its_own_preset(trained_folds, phantoms, cli):
+    outcome = cli("train", phantoms, "--out", trained_folds / "fold0", "--resume", "--preset", "unet")
+    assert outcome.code == 2
+    assert "was begun with preset small" in one_line(outcome.err)
 
 
 def test_missing_arguments_exit_with_2(cli, tmp_path):

@@ -84,3 +84,13 @@ def test_the_command_to_go_on_with_keeps_the_test_cases_shut_and_can_be_pasted(c
     assert stopped.code == 130
     assert f"medvisionllama train 'my data' --out '{out}' --resume --no-test\n" in stopped.err
     assert "--no-test" not in cli("train", "data", "--out", out).err
+
+
+def test_training_tells_machines_what_the_test_cases_scored(phantoms, tmp_path, cli):
+    from .conftest import settings
+
+    outcome = cli("train", phantoms, "--out", tmp_path / "run", "--epochs", 1, "--json", *settings())
+    assert outcome.code == 0, outcome.err
+    facts = json.loads(outcome.out)
+    scored = json.loads(cli("evaluate", tmp_path / "run", "--json").out)
+    assert facts["test"] == {key: scored[key] for key in ("mean_class_dice", "classes")}

@@ -18,6 +18,7 @@ from medvisionllama.data.readers import read_image
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import CheckpointError, ConfigError, DataError
 from medvisionllama.inference.writers import label_table, write_mask
+from medvisionllama.run_dir import RunDir
 
 from .conftest import FAST
 
@@ -191,6 +192,52 @@ def test_components_can_be_removed(runs, scans, tmp_path):
     assert max(all_kept["volumes_ml"].values()) > 0
     assert none_kept["volumes_ml"] == {"head": 0.0, "tail": 0.0}
     assert "nothing was found" in none_kept["warnings"]
+
+
+def test_python_cleans_as_the_command_does(runs, scans, tmp_path):
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    scan = scans / "phantom_000.nii.gz"
+    config = RunDir(run).config
+    text = config.read_text()
+    assert "min_component_ml: 0.0" in text
+    config.write_text(text.replace("min_component_ml: 0.0", "min_component_ml: 1000000.0"))
+    predictor = Predictor.from_run(run)
+    assert not predictor.predict(scan).mask.array.any()
+    assert predictor.predict(scan, cleaned=False).mask.array.any()
+
+
+def test_a_file_in_place_of_the_folder_is_refused_before_the_work(runs, scans, tmp_path, cli, monkeypatch):
+    (tmp_path / "m").write_text("not ours")
+    monkeypatch.setattr(Predictor, "from_run", lambda *_, **__: pytest.fail("the networks were loaded"))
+    outcome = cli("predict", runs[0], scans, "--out", tmp_path / "m")
+    assert outcome.code == 2
+    assert "--out is a folder for masks, not a file" in outcome.err
+    assert (tmp_path / "m").read_text() == "not ours"
+
+
+def test_what_is_done_is_printed_when_ctrl_c_comes(runs, scans, tmp_path, cli, monkeypatch):
+    segment, calls = Predictor.segment, []
+
+    def interrupted(self, scan, **options):
+        calls.append(scan)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return segment(self, scan, **options)
+
+    monkeypatch.setattr(Predictor, "segment", interrupted)
+    outcome = cli("predict", runs[0], scans, "--out", tmp_path / "m", "--json")
+    assert outcome.code == 130
+    assert [record["case"] for record in json.loads(outcome.out)] == ["phantom_000", "phantom_001"]
+    assert "--resume" in outcome.err
+
+
+def test_a_scan_that_fails_says_where_it_came_from(runs, scans, tmp_path, cli):
+    bad = scans / "phantom_001.nii.gz"
+    bad.write_bytes(bad.read_bytes()[:-400])
+    outcome = cli("predict", runs[0], scans, "--out", tmp_path / "m", "--json")
+    assert outcome.code == 2
+    [failed] = [record for record in json.loads(outcome.out) if "error" in record]
+    assert failed["source"] == {"file": str(bad)}
 
 
 def test_doubtful_scans_are_named(runs, scans, tmp_path):

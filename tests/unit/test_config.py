@@ -219,6 +219,12 @@ def test_a_value_outside_its_limits_is_refused_by_name(key, value):
     assert key in refusal(f"{key}={value}")
 
 
+@pytest.mark.parametrize("given", ["40", "40,40"])
+def test_too_few_values_are_told_how_many_are_needed(given):
+    message = refusal(f"data.crop_size={given}")
+    assert "data.crop_size: holds too few values; write one for each axis" in message
+
+
 @pytest.mark.parametrize(
     "override",
     [

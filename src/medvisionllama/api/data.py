@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from medvisionllama.config import load_config
 from medvisionllama.config.load import parse_overrides
+from medvisionllama.errors import DataError
 from medvisionllama.progress import Progress
 
 if TYPE_CHECKING:
@@ -109,13 +110,23 @@ def split(
         out: the splits file; `data.splits` takes it.
         patient_pattern: regular expression whose first group is the patient in a case's name.
         exclude: cases and patients to leave out.
+
+    Raises:
+        DataError: a dataset that cannot be divided, or `out` is there and holds anything else.
     """
     from medvisionllama.data.index import open_dataset
-    from medvisionllama.data.splits import make_splits, write_splits
+    from medvisionllama.data.splits import make_splits, read_splits, write_splits
 
+    out = Path(out)
     dataset = open_dataset(Path(data), patient_pattern=patient_pattern, exclude=exclude)
     splits = make_splits(dataset.patients, seed=seed)
-    write_splits(splits, Path(out))
+    if out.exists():
+        if out.is_dir() or read_splits(out) != splits:
+            raise DataError(
+                f"{out} is there and holds another division, to which runs may refer; choose another --out, or remove it"
+            )
+        return splits
+    write_splits(splits, out)
     return splits
 
 

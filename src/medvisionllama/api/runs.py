@@ -1,13 +1,13 @@
 """What the command line does with runs: train, predict, evaluate, explain, and the demo."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medvisionllama.config import Config, load_config, read_config
 from medvisionllama.config.load import limits_as_asked, parse_overrides
-from medvisionllama.errors import ConfigError
+from medvisionllama.errors import CheckpointError, ConfigError, command
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir
 
@@ -22,7 +22,7 @@ def train(
     data: Path | str,
     *,
     out: Path | str,
-    preset: str = "small",
+    preset: str | None = None,
     fold: int | None = None,
     fraction: float | None = None,
     cases: int | None = None,
@@ -39,6 +39,7 @@ def train(
 
     Args:
         out: the run folder.
+        preset: `small` by default.
         unlabelled: folder of scans without labels to learn from too, or `unused`: the cases that `cases` or
             `fraction` leave out, without their labels.
         members: networks that train side by side in the same minutes; `predict` and `evaluate` average them.
@@ -66,14 +67,18 @@ def train(
         "train.members": members,
     }
     chosen |= {key: value for key, value in parts.items() if value is not None}
-    chosen |= parse_overrides(overrides)
+    chosen = _joined(chosen, parse_overrides(overrides))
     chosen = limits_as_asked(chosen)
     if resume:
         RunDir(out).check_resumable()
         config = read_config(RunDir(out).config, chosen)
+        if preset not in (None, config.preset):
+            raise ConfigError(
+                f"{out} was begun with preset {config.preset}, which --resume keeps; drop --preset {preset}, or choose another --out"
+            )
         _check_changeable(read_config(RunDir(out).config), with_absolute_paths(config), chosen)
     else:
-        config = load_config(preset, chosen)
+        config = load_config(preset or "small", chosen)
     result = fit(config, resume=resume, progress=progress)
     if result.finished and result.is_main:
         if test:
@@ -98,6 +103,7 @@ def predict(
     keep_going: bool = False,
     device: str = "auto",
     progress: Progress | None = None,
+    on_record: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> list[dict[str, Any]]:
     """Segment scans with a trained run; one mask per scan, on the scan's own grid, named like the scan.
 
@@ -114,6 +120,7 @@ def predict(
         overwrite: replace masks that are already there; scans are never replaced.
         resume: leave out scans whose mask is already there.
         keep_going: a scan that fails becomes a record with `error` instead of an exception.
+        on_record: told each record as soon as its files are whole, for those who may be interrupted.
 
     Returns:
         One record per scan: case, mask file, volume of each class in millilitres, warnings, seconds.
@@ -153,6 +160,7 @@ def predict(
         overwrite=overwrite,
         keep_going=keep_going,
         progress=progress,
+        on_record=on_record,
     )
 
 
@@ -216,6 +224,10 @@ def evaluate(
         if labels is None and given:
             raise ConfigError(f"{name} is for masks and labels, a run has its own; leave it out")
     if labels is None:
+        if Path(predictions).is_dir() and not RunDir(Path(predictions)).config.is_file():
+            raise CheckpointError(
+                f"{predictions} is not a run folder (no config.yaml); to measure masks give their labels too: {command('evaluate', predictions, 'LABELS')}"
+            )
         part: Split = "validation" if split == "validation" else "test"
         table = evaluate_run(
             Path(predictions),
@@ -333,6 +345,20 @@ def demo(
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name}={value!r} does not exist; allowed: {', '.join(allowed)}")
+
+
+def _joined(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a command with the settings given beside them.
+
+    Raises:
+        ConfigError: one says this, the other that.
+    """
+    for key in options.keys() & settings.keys():
+        if str(options[key]) != str(settings[key]):
+            raise ConfigError(
+                f"{key} is given twice, as {options[key]} by an option and as {settings[key]} by --set; give it once"
+            )
+    return {**options, **settings}
 
 
 def _check_changeable(before: Config, after: Config, chosen: Iterable[str]) -> None:

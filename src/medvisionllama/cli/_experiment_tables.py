@@ -37,8 +37,9 @@ def print_plan(found: Estimate) -> None:
         "step on noise here; augmentation and other programs come on top."
     )
     hours = "" if found.hours is None else f", about {found.hours:.1f} hours one after the other"
+    but = f"; without {found.num_unknown} runs that are not known" if found.num_unknown else ""
     typer.echo(
-        f"{found.num_runs} runs ({found.done} of them done){hours}, about {found.gigabytes:.1f} GB when done"
+        f"{found.num_runs} runs ({found.done} of them done){hours}, about {found.gigabytes:.1f} GB when done{but}"
     )
 
 

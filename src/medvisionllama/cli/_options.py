@@ -10,12 +10,8 @@ DATA_HELP = (
     "an image may be a folder of DICOM slices)."
 )
 Data = Annotated[Path, typer.Argument(help=DATA_HELP)]
-Preset = Annotated[
-    str,
-    typer.Option(
-        help="small (default), large (one GPU), paper, reference, or a rival: unet, unet++, dynunet, segresnet, unetr, swin_unetr."
-    ),
-]
+PRESET_HELP = "small (default), large (one GPU), paper, reference, or a rival: unet, unet++, dynunet, segresnet, unetr, swin_unetr."
+Preset = Annotated[str, typer.Option(help=PRESET_HELP)]
 PatientPattern = Annotated[
     str | None, typer.Option(help="Regular expression whose first group is the patient in a case's name.")
 ]

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from medvisionllama.cli._options import Json
+from medvisionllama.errors import command
 
 app = typer.Typer(
     help="Compare arms on equal splits: plan a matrix of runs, run it, watch it, report it with statistics.",
@@ -45,7 +46,7 @@ def plan(
 
     found = verbs.plan(matrix, data=data, probe=probe, threads=threads, progress=TerminalProgress())
     if as_json:
-        sums = {"hours": found.hours, "gigabytes": found.gigabytes}
+        sums = {"hours": found.hours, "gigabytes": found.gigabytes, "unknown_runs": found.num_unknown}
         typer.echo(json.dumps({**asdict(found), **sums}, indent=2))
         return
     print_plan(found)
@@ -107,7 +108,7 @@ def run(
     else:
         typer.echo(
             f"{outcome.done} done now, {outcome.skipped} before, {len(outcome.failed)} failed; "
-            f"see: medvisionllama experiment report {outcome.folder}"
+            f"see: {command('experiment report', outcome.folder)}"
         )
     if outcome.interrupted:
         typer.echo("stopped with everything saved; the same command goes on", err=True)

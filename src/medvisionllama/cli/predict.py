@@ -54,7 +54,10 @@ def predict(
         bool, typer.Option("--overwrite", help="Replace masks that are already there.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on: leave out scans whose mask is already there.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on: leave out scans whose mask is already there, also of what is printed."
+        ),
     ] = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     as_json: Json = False,
@@ -74,8 +77,10 @@ def predict(
     from medvisionllama import api
     from medvisionllama.cli._progress import TerminalProgress
 
+    records: list[dict[str, Any]] = []
+    stopped = False
     try:
-        records = api.predict(
+        api.predict(
             run,
             inputs,
             out=out,
@@ -90,21 +95,24 @@ def predict(
             keep_going=True,
             device=device,
             progress=TerminalProgress(),
+            on_record=records.append,
         )
     except KeyboardInterrupt:
-        typer.echo(
-            "stopped; masks that are there are whole; go on with the same command and --resume", err=True
-        )
-        raise typer.Exit(130) from None
+        stopped = True
     if as_json:
         typer.echo(json.dumps(records, indent=2))
     else:
         for record in records:
             _show(record)
     failed = [record for record in records if "error" in record]
+    for record in failed:
+        typer.echo(f"medvisionllama: {record['error']}", err=True)
+    if stopped:
+        typer.echo(
+            "stopped; masks that are there are whole; go on with the same command and --resume", err=True
+        )
+        raise typer.Exit(130)
     if failed:
-        for record in failed:
-            typer.echo(f"medvisionllama: {record['error']}", err=True)
         raise typer.Exit(2)
 
 

@@ -1,14 +1,14 @@
 """`medvisionllama train`."""
 
 import json
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from medvisionllama.cli._options import DATA_HELP, Json, Preset
+from medvisionllama.cli._options import DATA_HELP, PRESET_HELP, Json
+from medvisionllama.errors import command
 
 
 def train(
@@ -17,7 +17,7 @@ def train(
         typer.Argument(help=DATA_HELP),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make.")] = None,
-    preset: Preset = "small",
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
     fold: Annotated[int | None, typer.Option(min=0, help="Which fold validates, 0 to 4.")] = None,
     fraction: Annotated[
         float | None, typer.Option(help="Share of the training patients to use, e.g. 0.1.")
@@ -45,7 +45,10 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; repeat as needed."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out after an interruption.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the run in --out after an interruption, by its own settings."
+        ),
     ] = False,
     test: Annotated[bool, typer.Option("--test/--no-test", help="Open the test cases at the end.")] = True,
     help_settings: Annotated[
@@ -64,13 +67,14 @@ def train(
     if help_settings:
         from medvisionllama.config.settings_help import settings_help
 
-        typer.echo(settings_help(preset))
+        typer.echo(settings_help(preset or "small"))
         return
     if data is None or out is None:
         raise typer.BadParameter("give DATA, the dataset's folder, and --out, the run folder to make")
     from medvisionllama import api
     from medvisionllama.cli._progress import TerminalProgress
     from medvisionllama.cli._tables import print_summary
+    from medvisionllama.evaluation.evaluate import read_table, to_json
     from medvisionllama.run_dir import RunDir
 
     result = api.train(
@@ -94,12 +98,15 @@ def train(
     run_dir = RunDir(result.path)
     if not result.finished:
         # Also where test cases are to stay unopened, which the run itself does not know.
-        again = ["medvisionllama", "train", str(data), "--out", str(out), "--resume"]
-        again += [] if test else ["--no-test"]
-        typer.echo(f"stopped at step {result.steps}; go on with: {shlex.join(again)}", err=True)
+        again = command("train", data, "--out", out, "--resume", *([] if test else ["--no-test"]))
+        typer.echo(f"stopped at step {result.steps}; go on with: {again}", err=True)
         raise typer.Exit(130)
     if as_json:
-        typer.echo(json.dumps({**asdict(result), "path": str(result.path)}))
+        facts = {**asdict(result), "path": str(result.path)}
+        if test:
+            scores = to_json(read_table(run_dir.evaluation), {})
+            facts["test"] = {key: value for key, value in json.loads(scores).items() if key != "cases"}
+        typer.echo(json.dumps(facts))
         return
     if test:
         print_summary(run_dir.evaluation)

@@ -112,13 +112,19 @@ def _validated(settings: dict[str, Any], *, where: str, given: Mapping[str, Any]
         return Config.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "settings"
+        key, message = _where_and_why(first["loc"], first["type"], first["msg"])
         shown = "" if isinstance(first["input"], BaseModel | dict) else f" (given: {first['input']!r})"
-        message = first["msg"].removeprefix("Value error, ")
         # A preset is not to blame for what was set over it.
         set_over = any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for name in given)
         blamed = "" if set_over else where
         raise ConfigError(f"{blamed}{key}: {message}{shown}") from None
+
+
+def _where_and_why(place: tuple[int | str, ...], kind: str, message: str) -> tuple[str, str]:
+    """Key of a wrong value and what is wrong with it, in our words where pydantic speaks of fields and tuples."""
+    if kind == "missing" and isinstance(place[-1], int):
+        place, message = place[:-1], "holds too few values; write one for each axis, as 40,56,40"
+    return ".".join(map(str, place)) or "settings", message.removeprefix("Value error, ")
 
 
 def _split_override(text: str) -> tuple[str, Any]:

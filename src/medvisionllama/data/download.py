@@ -21,7 +21,7 @@ from medvisionllama.data.archives import SUFFIXES, Limits, NoRoomError, extract
 from medvisionllama.data.http_file import HttpFile, check_address
 from medvisionllama.data.index import open_dataset
 from medvisionllama.data.msd_tasks import MIRROR, TASKS, find_task
-from medvisionllama.errors import DataError
+from medvisionllama.errors import DataError, command
 from medvisionllama.progress import Progress, Silent
 
 
@@ -75,7 +75,7 @@ def download(
         return target
     if is_offline(offline) and not kept.is_file():
         raise DataError(
-            f"{wanted.name} is not in {out} and downloads are off; run `medvisionllama data download {wanted.name if wanted.is_task else 'URL'} --out {out}` while online"
+            f"{wanted.name} is not in {out} and downloads are off; run `{command('data download', wanted.name if wanted.is_task else 'URL', '--out', out)}` while online"
         )
     out.mkdir(parents=True, exist_ok=True)
     with _work_folder(out / f".{wanted.name}.download", progress) as work:

@@ -194,6 +194,10 @@ def _names(root: Path, default: list[str]) -> tuple[tuple[str, ...], dict[int, s
         named = {int(value): str(name) for value, name in classes.items()} if whole else {}
     except ValueError:
         whole = False
+    if negative := [value for value in named if value < 0] if whole else []:
+        raise DataError(
+            f"{root / 'names.json'} names the class {named[negative[0]]!r} as {negative[0]}; classes are 1 and more, 0 is background"
+        )
     if not whole:
         raise DataError(
             f"{root / 'names.json'} must hold 'channels', a list of {len(default)}, and 'classes', as {{'1': 'liver'}}; correct or remove it"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from medvisionllama._files import canonical_hash, write_json
-from medvisionllama.errors import DataError
+from medvisionllama.errors import DataError, command
 
 TEST_SHARE = 0.1
 NUM_FOLDS = 5
@@ -147,11 +147,11 @@ def read_splits(path: Path) -> Splits:
         splits = Splits(content["seed"], tuple(content["test"]), folds)
     except FileNotFoundError:
         raise DataError(
-            f"{path} does not exist; draw splits with: medvisionllama data split DATA --out {path}"
+            f"{path} does not exist; draw splits with: {command('data split', 'DATA', '--out', path)}"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise DataError(
-            f"{path} is not a splits file; draw one with: medvisionllama data split DATA --out {path}"
+            f"{path} is not a splits file; draw one with: {command('data split', 'DATA', '--out', path)}"
         ) from None
     if splits.sha256 != found:
         raise DataError(

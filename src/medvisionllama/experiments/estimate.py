@@ -77,8 +77,13 @@ class Estimate:
     problems: list[str] = field(default_factory=list)
 
     @property
+    def num_unknown(self) -> int:
+        """Runs of which something is not known, so that they are not in the sums."""
+        return sum(row.runs for row in self.rows if row.problem)
+
+    @property
     def hours(self) -> float | None:
-        """One after the other; None if no row could be timed."""
+        """Of the known runs, one after the other; None if no row could be timed."""
         known = [row.hours for row in self.rows if row.hours is not None]
         return sum(known) if known else None
 
@@ -145,10 +150,13 @@ class _Known:
                 self._datasets[key] = error
         known = self._datasets[key]
         if isinstance(known, MedVisionLlamaError):
-            published = None if self.data(run).exists() else _published(run, config)
-            if published is None:
+            if self.data(run).exists():
                 raise known
-            return published
+            if published := _published(run, config):
+                return published
+            # Which says how to tell where it is.
+            self.experiment.data_of(run)
+            raise known
         dataset, splits, found = known
         plan = plan_of(dataset, found, config)
         windows = _windows(plan, found, config.inference.overlap)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medvisionllama._files import is_locked, locked, user_cache, write_json, write_text
-from medvisionllama.errors import CheckpointError, DataError
+from medvisionllama.errors import CheckpointError, DataError, command
 from medvisionllama.experiments.matrix import Matrix, PlannedRun, expand, read_matrix, variant_name
 
 State = Literal["planned", "running", "interrupted", "failed", "done"]
@@ -137,7 +137,7 @@ class Experiment:
         kept = path / "matrix.yaml"
         if not kept.is_file():
             raise CheckpointError(
-                f"{path} holds no experiment (no matrix.yaml); begin one with: medvisionllama experiment run MATRIX.yaml --out {path}"
+                f"{path} holds no experiment (no matrix.yaml); begin one with: {command('experiment run', 'MATRIX.yaml', '--out', path)}"
             )
         return cls(path, read_matrix(kept), _root(path, data_root))
 

@@ -60,7 +60,7 @@ class Outputs:
         Raises:
             DataError: a file would replace a scan, or one that nobody said may go.
         """
-        if self.folder.name.endswith(SUFFIXES):
+        if self.folder.name.endswith(SUFFIXES) or (self.folder.exists() and not self.folder.is_dir()):
             raise DataError(f"--out is a folder for masks, not a file: {self.folder}; give a folder's name")
         if overwrite and resume:
             raise DataError("--overwrite replaces masks and --resume keeps them; give one of the two")
@@ -138,6 +138,7 @@ def predict_scans(
     overwrite: bool,
     keep_going: bool,
     progress: Progress,
+    on_record: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> list[dict[str, Any]]:
     """Segment scans and write what was asked for.
 
@@ -145,6 +146,7 @@ def predict_scans(
         cleaning: its settings on components hold for all masks.
         overwrite: whether a table of other classes may go; masks and maps are written in any case.
         keep_going: a scan that cannot be read becomes a record with `error`, and the others go on.
+        on_record: told each record as soon as its files are whole.
 
     Returns:
         One record per scan: case, mask file, volume of each class in millilitres, warnings, seconds.
@@ -165,9 +167,11 @@ def predict_scans(
                 ours = isinstance(error, MedVisionLlamaError)
                 if not keep_going or not (ours or is_out_of_memory(error)):
                     raise
-                record = {"case": scan.case_id, "error": str(error) if ours else OUT_OF_MEMORY}
+                words = str(error) if ours else OUT_OF_MEMORY
+                record = {"case": scan.case_id, "source": _source(scan.images[0]), "error": words}
             del future  # which holds the scan
             records.append({**record, "seconds": round(time.monotonic() - started, 2)})
+            on_record(records[-1])
             advance(number + 1, scan.case_id)
     return records
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from medvisionllama._files import write_json
 from medvisionllama.config import InferenceConfig
-from medvisionllama.errors import CheckpointError
+from medvisionllama.errors import CheckpointError, command
 from medvisionllama.run_dir import RunDir
 
 MARGIN = 0.002
@@ -33,15 +33,18 @@ class Cleaning(BaseModel):
     @property
     def words(self) -> str:
         """What is done, for people."""
+        parts = []
         if self.largest_foreground and self.largest_component:
-            return "of the largest component of all classes together, the largest of each class alone is kept"
-        if self.largest_foreground:
-            return "the largest component of all classes together alone is kept"
-        if self.largest_component:
-            return "the largest component of each class alone is kept"
+            parts.append(
+                "of the largest component of all classes together, the largest of each class alone is kept"
+            )
+        elif self.largest_foreground:
+            parts.append("the largest component of all classes together alone is kept")
+        elif self.largest_component:
+            parts.append("the largest component of each class alone is kept")
         if self.min_component_ml:
-            return f"components smaller than {self.min_component_ml:g} ml are removed"
-        return "no component is removed"
+            parts.append(f"components smaller than {self.min_component_ml:g} ml are removed")
+        return ", and ".join(parts) or "no component is removed"
 
     def on(self, settings: InferenceConfig) -> InferenceConfig:
         """Settings that clean this way."""
@@ -185,7 +188,8 @@ def cleaning_of(
     if given:
         return settings.model_copy(update=given), ""
     if removes(settings):
-        return settings, ""
+        own = Cleaning(**{name: getattr(settings, name) for name in Cleaning.model_fields})
+        return settings, f"{own.words}, as the run's own settings say ({run_dir.config}: inference)"
     choice = read_choice(run_dir)
     if choice is None:
         return settings, ""
@@ -207,7 +211,7 @@ def removes(settings: InferenceConfig) -> bool:
 
 
 def _command(run_dir: RunDir) -> str:
-    return f"medvisionllama evaluate {run_dir.path} --split validation --choose-cleaning"
+    return command("evaluate", run_dir.path, "--split", "validation", "--choose-cleaning")
 
 
 def _floor(volume: float) -> float:

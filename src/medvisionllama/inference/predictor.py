@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from medvisionllama.checkpoint import copy_into, frozen, load_tensors
-from medvisionllama.config import Config, read_config
+from medvisionllama.config import Config, InferenceConfig, read_config
 from medvisionllama.data.cache import image_moments, normalise, to_grid
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.readers import ScanSource, check_finite, read_image
 from medvisionllama.data.volume import Volume, from_ras, to_ras
 from medvisionllama.devices import DeviceChoice, autocast, choose_device, fast_layout
 from medvisionllama.errors import CheckpointError, DataError
+from medvisionllama.inference.cleaning import cleaning_of
+from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.slabs import entropy, label_values, likeliest, native_slabs, slab_thickness
 from medvisionllama.inference.windows import probability_planes, slab_axis
 from medvisionllama.llm.block import tensors_sha256
@@ -133,10 +136,15 @@ class PreparedScan:
 
 
 class Predictor:
-    """Segments scans with the best weights of a run, or with the mean of several runs' probabilities."""
+    """Segments scans with the best weights of a run, or with the mean of several runs' probabilities.
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    Args:
+        run_dir: of the first run, whose choice of components to remove holds for all.
+    """
+
+    def __init__(self, members: Sequence[Member], run_dir: RunDir | None = None) -> None:
         self.members = tuple(members)
+        self.run_dir = run_dir
 
     @property
     def plan(self) -> Plan:
@@ -151,6 +159,16 @@ class Predictor:
     def network(self) -> nn.Module:
         """The first run's network."""
         return self.members[0].network
+
+    @cached_property
+    def cleaning(self) -> InferenceConfig:
+        """What `predict` removes: what the first run's settings say, else what was chosen on its validation cases.
+
+        Raises:
+            CheckpointError: postprocessing.json is damaged.
+        """
+        own = self.members[0].config.inference
+        return own if self.run_dir is None else cleaning_of(self.run_dir, own)[0]
 
     @classmethod
     def from_run(cls, *paths: Path | str, device: DeviceChoice = "auto", block_removed: bool = False) -> Self:
@@ -170,7 +188,8 @@ class Predictor:
         where = choose_device(device)
         check_alike(paths)
         networks = [member.path for path in paths for member in RunDir(Path(path)).members()]
-        return cls([Member.from_run(path, where, block_removed=block_removed) for path in networks])
+        members = [Member.from_run(path, where, block_removed=block_removed) for path in networks]
+        return cls(members, RunDir(Path(paths[0])))
 
     def predict(
         self,
@@ -178,18 +197,22 @@ class Predictor:
         *,
         probabilities: bool = False,
         uncertainty: bool = False,
+        cleaned: bool = True,
     ) -> Prediction:
-        """Segment a scan.
+        """Segment a scan, as `medvisionllama predict` does.
 
         Args:
             image: a file, one file per channel, or a `Volume` whose array is `[channel, x, y, z]`.
             probabilities: keep those of every class.
             uncertainty: keep their entropy.
+            cleaned: remove the components that `cleaning` says; False keeps all.
 
         Raises:
             DataError: unreadable, or with other channels than the run was trained on.
+            CheckpointError: postprocessing.json is damaged.
         """
-        return self.segment(self.prepare(image), probabilities=probabilities, uncertainty=uncertainty)
+        found = self.segment(self.prepare(image), probabilities=probabilities, uncertainty=uncertainty)
+        return replace(found, mask=clean(found.mask, self.cleaning)) if cleaned else found
 
     def prepare(self, image: ScanSource | str | tuple[ScanSource, ...] | Volume) -> PreparedScan:
         """Read a scan and resample it: the part of `predict` that needs no network."""

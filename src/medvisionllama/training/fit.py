@@ -213,7 +213,7 @@ def check_time_left(config: Config, seconds: float, progress: Progress) -> None:
         raise ConfigError(
             f"{words}, so none is left for training; they are kept, so give the same command again, or a larger --max-minutes"
         )
-    progress.say(f"{words}; next time they are there")
+    progress.say(f"{words}; they are kept for the next run")
 
 
 def check_unchanged(run_dir: RunDir, data: PreparedData) -> None:

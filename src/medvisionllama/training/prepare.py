@@ -12,7 +12,7 @@ from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.index import Case, Dataset, open_configured, patient_of
 from medvisionllama.data.planning import Plan, make_plan
 from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select
-from medvisionllama.errors import ConfigError, DataError
+from medvisionllama.errors import ConfigError, DataError, command
 from medvisionllama.inference.inputs import Scan, collect_scans
 from medvisionllama.progress import Progress
 
@@ -117,6 +117,10 @@ def divide(config: Config, *, drawn: Path | None) -> tuple[Dataset, Splits, Sele
 
     Args:
         drawn: a splits file to obey; without one, splits are drawn by `data.split_seed`.
+
+    Raises:
+        ConfigError: channels that are not the dataset's, or more training cases than there are.
+        DataError: a dataset or splits that cannot be used.
     """
     assert config.data.path is not None, "checked by the caller"
     dataset = open_configured(config.data)
@@ -128,17 +132,17 @@ def divide(config: Config, *, drawn: Path | None) -> tuple[Dataset, Splits, Sele
         dataset = replace(dataset, channels=config.data.modality)
     patients = dataset.patients
     splits = read_splits(drawn) if drawn else make_splits(patients, seed=config.data.split_seed)
-    return (
-        dataset,
-        splits,
-        select(
-            splits,
-            patients,
-            fold=config.data.fold,
-            fraction=config.data.fraction,
-            num_cases=config.data.num_cases,
-        ),
-    )
+    wanted = config.data.num_cases
+    if wanted is not None and config.data.fraction < 1:
+        raise ConfigError(
+            f"data.num_cases={wanted} and data.fraction={config.data.fraction} both say how much trains; give one of them"
+        )
+    chosen = select(splits, patients, fold=config.data.fold, fraction=config.data.fraction, num_cases=wanted)
+    if wanted is not None and wanted > len(chosen.train):
+        raise ConfigError(
+            f"data.num_cases={wanted}: fold {config.data.fold} has {len(chosen.train)} training cases; give at most so many, or leave it out to use all"
+        )
+    return dataset, splits, chosen
 
 
 def unlabelled_cases(config: Config, dataset: Dataset, splits: Splits, selection: Selection) -> list[Case]:
@@ -199,5 +203,5 @@ def _say_warnings(dataset: Dataset, found: Fingerprint, progress: Progress) -> N
     if warnings:
         more = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
         progress.say(
-            f"look at this: {warnings[0].message}{more}; see all with: medvisionllama data check {dataset.root}"
+            f"look at this: {warnings[0].message}{more}; see all with: {command('data check', dataset.root)}"
         )

@@ -78,7 +78,8 @@ def test_a_dataset_that_is_elsewhere_is_a_line_and_no_failure(made, tmp_path):
     found = estimate(elsewhere, expand(made.matrix), timed=False, progress=Silent())
     assert len(found.problems) == 1
     assert "nowhere" in found.problems[0]
-    assert found.num_runs == 6
+    assert "--data ROOT" in found.problems[0]
+    assert found.num_runs == found.num_unknown == 6
     assert found.hours is None
 
 

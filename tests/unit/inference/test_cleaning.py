@@ -134,8 +134,17 @@ def test_a_choice_is_used_and_said(run_dir, choice):
     ],
 )
 def test_the_user_and_the_run_s_settings_come_before_the_choice(run_dir, choice, settings, asked, expected):
-    found = cleaning_of(run_dir, InferenceConfig(**settings), **asked)
-    assert found == (InferenceConfig(**expected), "")
+    found, line = cleaning_of(run_dir, InferenceConfig(**settings), **asked)
+    assert found == InferenceConfig(**expected)
+    # What the user asks for needs no line; what a setting of long ago does, does.
+    assert ("the run's own settings" in line) == (not asked)
+
+
+def test_the_run_s_own_settings_are_said_whole(run_dir):
+    own = InferenceConfig(largest_component=True, min_component_ml=2.0)
+    _, line = cleaning_of(run_dir, own)
+    assert "the largest component of each class alone is kept" in line
+    assert "smaller than 2 ml are removed" in line
 
 
 def test_without_a_choice_nothing_changes(run_dir):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.formats.dicom_series import Series
-from medvisionllama.errors import DataError
+from medvisionllama.errors import DataError, command
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -133,5 +133,5 @@ def raise_first(findings: list[Finding], root: Path) -> None:
     if not errors:
         return
     more = len(errors) - 1
-    rest = f" (and {more} more; list them all with: medvisionllama data check {root})" if more else ""
+    rest = f" (and {more} more; list them all with: {command('data check', root)})" if more else ""
     raise DataError(errors[0].message + rest)
