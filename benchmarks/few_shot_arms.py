@@ -29,7 +29,17 @@ class Arm:
 
 
 NNUNET = "nnunet"
+RIVALS = {
+    "unet": (16, 32),
+    "unet++": (8, 32),
+    "dynunet": (16, 32),
+    "segresnet": (8, 16),
+    "unetr": (4, 16),
+    "swin_unetr": (12, 24),
+}
+"""MONAI's networks, each in a slim width that suits two cores and in one nearer to the published."""
 TUNED = "-tuned"
+ONE = "-one-network"
 RATES = (7e-4, 2e-3, 6e-3)
 """Learning rates that a rival may choose from; the one in the middle is ours."""
 TUNING_SHARE = 0.25
@@ -65,20 +75,14 @@ ARMS = {
     "no-bias-field": Arm(overrides={"network.tokens": False, "train.members": 1, "augment.bias_field": 0}),
     "no-context": Arm(overrides={"network.tokens": False, "network.context_channels": None}),
     **{
-        f"{name}-{width}{TUNED * tuned}": Arm(name, {"network.base_channels": width}, tuned)
-        for name, widths in {
-            "unet": (16, 32),
-            "unet++": (8, 32),
-            "dynunet": (16, 32),
-            "segresnet": (8, 16),
-            "unetr": (4, 16),
-            "swin_unetr": (12, 24),
-        }.items()
+        f"{name}-{width}{ending}": Arm(
+            name, {"network.base_channels": width, "train.members": members}, ending == TUNED
+        )
+        for name, widths in RIVALS.items()
         for width in widths
-        for tuned in (False, True)
+        # A slow network is better alone, in all of the steps.
+        for ending, members in (("", 2), (ONE, 1), (TUNED, 1))
     },
-    # A slow network may be better alone, in all of the steps.
-    "unet-16-one-network": Arm("unet", {"network.base_channels": 16, "train.members": 1}),
 }
 
 
