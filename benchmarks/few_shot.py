@@ -8,9 +8,10 @@ first. Each cell (row, arm, seed) runs in a process of its own on two cores (`la
 table to results/few_shot/, and is skipped from then on; so the table may grow over many sessions. Arms are compared
 on one machine only, and each machine has its own cells. --minutes makes a shorter table, kept apart.
 
-Our arms are two networks side by side, as the preset is; a rival is two (`unet-16`) or one (`unet-16-one-network`),
-which suits networks of slow steps better. A tuned rival (`unet-16-tuned`) is one, and first chooses its learning rate
-on the validation cases, in three runs of a quarter of the minutes each, which do not count.
+Our arms are two networks side by side, as the preset is; a rival is two (`unet-16`) or one
+(`unet-16-one-network`), which suits networks of slow steps better. A tuned rival (`unet-16-tuned`) is one, and
+first chooses its learning rate on the validation cases, in three runs of a quarter of the minutes each, which do
+not count.
 """
 
 import argparse

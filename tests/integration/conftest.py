@@ -23,6 +23,7 @@ TINY = {
     "train.num_validations": 3,
     "train.device": "cpu",
     "train.members": 1,
+    "inference.turn": False,
 }
 FAST = {
     **TINY,

@@ -14,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 
 from medvisionllama import Predictor, api
+from medvisionllama.config import read_config, write_config
 from medvisionllama.data.readers import read_image
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import CheckpointError, ConfigError, DataError
@@ -204,6 +205,27 @@ def test_python_cleans_as_the_command_does(runs, scans, tmp_path):
     predictor = Predictor.from_run(run)
     assert not predictor.predict(scan).mask.array.any()
     assert predictor.predict(scan, cleaned=False).mask.array.any()
+
+
+def test_fast_looks_at_a_scan_once(runs, scans, tmp_path, cli):
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    scan = scans / "phantom_000.nii.gz"
+
+    def look(flip, turn, **options):
+        settings = read_config(RunDir(run).config, {"inference.flip": flip, "inference.turn": turn})
+        write_config(settings, RunDir(run).config)
+        return Predictor.from_run(run, **options).predict(scan, probabilities=True).probabilities / 255
+
+    once, mirrored = look(False, False), look(True, False)
+    turned = look(True, True)
+    assert not np.allclose(turned, mirrored, atol=0.02)
+    # Of six looks two are those that are not turned.
+    assert np.abs(turned - mirrored).max() < 4 / 6 + 2 / 255
+    np.testing.assert_array_equal(look(True, True, fast=True), once)
+    assert cli("predict", run, scan, "--out", tmp_path / "m", "--fast").code == 0
+    expected = Predictor.from_run(run, fast=True).predict(scan).mask.array
+    written = np.asarray(nib.load(tmp_path / "m" / "phantom_000.nii.gz").dataobj)
+    np.testing.assert_array_equal(written, expected)
 
 
 def test_a_file_in_place_of_the_folder_is_refused_before_the_work(runs, scans, tmp_path, cli, monkeypatch):

@@ -16,6 +16,7 @@ def small() -> Settings:
         "augment": _AUGMENTATION,
         "network": {"gate": "zero", "context_channels": [96, 192]},
         "train": {"max_minutes": 20.0, "members": 2, "gate_learning_rate_scale": 5.0},
+        "inference": {"turn": True},
     }
 
 
@@ -34,6 +35,7 @@ def large() -> Settings:
             "num_heads": 6,
         },
         "train": {"max_minutes": 60.0, "batch_size": 4, "gate_learning_rate_scale": 5.0},
+        "inference": {"turn": True},
     }
 
 

@@ -22,6 +22,7 @@ from medvisionllama.experiments.fair import match_run
 from medvisionllama.experiments.matrix import PlannedRun
 from medvisionllama.experiments.probe import Timing, time_steps
 from medvisionllama.experiments.store import Experiment
+from medvisionllama.inference.views import views_of
 from medvisionllama.inference.windows import window_starts
 from medvisionllama.networks.factory import network_sizes
 from medvisionllama.networks.sizes import Sizes
@@ -255,7 +256,7 @@ def _seconds(config: Config, scans: Scans, timing: Timing, further: int) -> floa
     training = math.inf if steps is None else steps * timing.step + validation
     if train.max_minutes:
         training = min(training, 60 * train.max_minutes)
-    views = 1 + (len(scans.plan.flip_axes) if config.inference.flip else 0)
+    views = len(views_of(scans.plan, axis=2, flip=config.inference.flip, turn=config.inference.turn))
     test = (1 + further) * scans.test_cases * scans.windows * views * timing.forward
     return START_SECONDS + training + test
 

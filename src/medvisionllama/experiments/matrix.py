@@ -27,6 +27,9 @@ Variant = Literal["block_removed"]
 Criterion = Literal["trainable", "total", "flops"]
 
 _LIMITS = ("train.epochs", "train.max_steps", "train.max_minutes")
+_PLAIN: Settings = {"train.members": 1, "inference.turn": False}
+"""What averages is left out: of several networks it would hide what seeds are to show, of several looks it takes
+most of the time. A matrix may set it."""
 _AXES = {"data.fold", "data.fraction", "data.num_cases", "train.seed", "data.path", "out"}
 WITHOUT_EFFECT = {"train.device", "train.save_seconds"}
 """Settings that change no result, and therefore no id."""
@@ -182,10 +185,10 @@ class PlannedRun:
     def config(self, *, data: Path, out: Path | None = None, more: Mapping[str, Any] | None = None) -> Config:
         """The whole configuration; a matched arm's own size comes as `more`.
 
-        One network a run, unless the matrix says otherwise: an average would hide what seeds are to show.
+        Without what averages, unless the matrix says otherwise; see `_PLAIN`.
         """
         places: Settings = {"data.path": data} if out is None else {"data.path": data, "out": out}
-        return load_config(self.preset, {"train.members": 1, **self.settings, **(more or {}), **places})
+        return load_config(self.preset, {**_PLAIN, **self.settings, **(more or {}), **places})
 
 
 def read_matrix(path: Path) -> Matrix:
@@ -282,18 +285,22 @@ def _cells(matrix: Matrix) -> Iterator[_Cell]:
                 if arm.spec.match:
                     target = _settings(matrix, task, model, by_name[arm.spec.match.arm], where)
                 identity = [
-                    apply_overrides(_one_network(matrix.models[model].preset), _lasting(settings)),
+                    apply_overrides(_without_plain(matrix.models[model].preset), _lasting(settings)),
                     str(matrix.tasks[task].data or f"{matrix.tasks[task].phantoms} phantoms"),
                     None if arm.spec.match is None else [arm.spec.match.model_dump(), _lasting(target or {})],
                 ]
                 yield _Cell(matrix, task, model, arm, settings, target, canonical_hash(identity))
 
 
-def _one_network(preset: str) -> Settings:
-    """A preset's settings but for its number of networks; see `PlannedRun.config`."""
-    settings = preset_settings(preset)
-    settings["train"] = {key: value for key, value in settings["train"].items() if key != "members"}
-    return settings
+def _without_plain(preset: str) -> Settings:
+    """A preset's settings but for those of `_PLAIN`, which a run's id does not depend on."""
+    kept: Settings = {}
+    for section, values in preset_settings(preset).items():
+        if isinstance(values, dict):
+            values = {key: value for key, value in values.items() if f"{section}.{key}" not in _PLAIN}
+        if values != {}:
+            kept[section] = values
+    return kept
 
 
 def _settings(matrix: Matrix, task: str, model: str, arm: Arm, where: str) -> Settings:

@@ -65,11 +65,15 @@ class Member:
     device: torch.device
 
     @classmethod
-    def from_run(cls, path: Path, device: torch.device, *, block_removed: bool = False) -> Self:
+    def from_run(
+        cls, path: Path, device: torch.device, *, block_removed: bool = False, fast: bool = False
+    ) -> Self:
         """Load plan, block and best weights of a run folder; see `Predictor.from_run`."""
         run_dir = RunDir(path)
         run_dir.check()
-        config = read_config(run_dir.config)
+        config = read_config(
+            run_dir.config, {"inference.flip": False, "inference.turn": False} if fast else {}
+        )
         plan = read_plan(run_dir)
         network = build_network(config.network, **plan.network_sizes, seed=config.train.seed)
         tensors, facts = load_tensors(run_dir.best)
@@ -96,6 +100,7 @@ class Member:
             axis=axis,
             overlap=inference.overlap,
             flip=inference.flip,
+            turn=inference.turn,
             device=self.device,
             normalise=self.normaliser(moments),
             context=self.precision,
@@ -171,10 +176,17 @@ class Predictor:
         return own if self.run_dir is None else cleaning_of(self.run_dir, own)[0]
 
     @classmethod
-    def from_run(cls, *paths: Path | str, device: DeviceChoice = "auto", block_removed: bool = False) -> Self:
+    def from_run(
+        cls,
+        *paths: Path | str,
+        device: DeviceChoice = "auto",
+        block_removed: bool = False,
+        fast: bool = False,
+    ) -> Self:
         """Load a run folder, or several whose predictions are averaged, each with all of its members.
 
         Args:
+            fast: look at each scan once, not mirrored and turned as well.
             block_removed: leave the frozen block out, so that only the residual around it is left.
 
         Raises:
@@ -188,7 +200,7 @@ class Predictor:
         where = choose_device(device)
         check_alike(paths)
         networks = [member.path for path in paths for member in RunDir(Path(path)).members()]
-        members = [Member.from_run(path, where, block_removed=block_removed) for path in networks]
+        members = [Member.from_run(path, where, block_removed=block_removed, fast=fast) for path in networks]
         return cls(members, RunDir(Path(paths[0])))
 
     def predict(
@@ -253,7 +265,8 @@ class Predictor:
             on_share: told after each slab which share of the scan is done.
             on_slab: told each slab's probabilities `[k, x, y, z]`, and its place in the scan in RAS.
         """
-        axis = slab_axis(scan.ras_shape, [member.plan for member in self.members])
+        turn = any(member.config.inference.turn for member in self.members)
+        axis = slab_axis(scan.ras_shape, [member.plan for member in self.members], turn=turn)
         values = label_values(self.plan)
         mask = np.empty(scan.ras_shape, values.dtype)
         kept = np.empty((len(values), *scan.ras_shape), np.uint8) if probabilities else None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from medvisionllama.data.planning import Plan
+from medvisionllama.inference.views import View, brought_back, can_turn, seen, views_of
 from medvisionllama.types import LogitBatch, Triple
 
 Network = Callable[[Tensor], LogitBatch]
@@ -29,6 +30,7 @@ def probability_planes(
     axis: int,
     overlap: float,
     flip: bool,
+    turn: bool = False,
     device: torch.device | str = "cpu",
     normalise: Callable[[Tensor], Tensor] = lambda slab: slab,
     context: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -39,10 +41,11 @@ def probability_planes(
         image: `[c, x, y, z]` on the network's grid.
         overlap: share of a window that its neighbour covers too.
         flip: average with the prediction of the mirrored image, along the axes that training mirrors.
+        turn: average with those of the image turned and zoomed across `axis`, where its voxels allow it.
         normalise: applied to each slab of the image before the network sees it.
         context: entered while the network works on a slab, and left before anything is given out: autocast, say.
     """
-    views: list[tuple[int, ...]] = [(), *((turned,) for turned in plan.flip_axes if flip)]
+    views = views_of(plan, axis=axis, flip=flip, turn=turn)
     for logits in blended_planes(
         network,
         image,
@@ -64,7 +67,7 @@ def blended_planes(
     *,
     axis: int,
     overlap: float,
-    views: Sequence[tuple[int, ...]] = ((),),
+    views: Sequence[View] = (View(),),
     device: torch.device | str = "cpu",
     normalise: Callable[[Tensor], Tensor] = lambda slab: slab,
     context: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -72,7 +75,7 @@ def blended_planes(
     """Yield what the network returns, windows blended: `[view, k, x, y, z]` pieces along `axis`.
 
     Args:
-        views: axes along which the image is mirrored, once for each view; () is the image as it is.
+        views: ways to look at the image, whose logits come back onto its own voxels.
     """
     window, size = plan.crop_size[axis], image.shape[axis + 1]
     starts = window_starts(size, window, overlap)
@@ -81,9 +84,7 @@ def blended_planes(
     for number, start in enumerate(starts):
         slab = normalise(image.narrow(axis + 1, start, min(window, size)))
         with torch.no_grad(), context():
-            logits = torch.cat(
-                [_flipped(network, slab, turns, plan, axis, overlap, device) for turns in views]
-            )
+            logits = torch.cat([_through(view, network, slab, plan, axis, overlap, device) for view in views])
         if len(starts) == 1:
             yield logits
             return
@@ -104,22 +105,29 @@ def predict_probabilities(
     *,
     overlap: float,
     flip: bool,
+    turn: bool = False,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return class probabilities `[k, x, y, z]` of a normalised image `[c, x, y, z]`, all at once."""
-    axis = slab_axis(tuple(image.shape[1:]), [plan])
-    planes = probability_planes(network, image, plan, axis=axis, overlap=overlap, flip=flip, device=device)
+    axis = slab_axis(tuple(image.shape[1:]), [plan], turn=turn)
+    planes = probability_planes(
+        network, image, plan, axis=axis, overlap=overlap, flip=flip, turn=turn, device=device
+    )
     return torch.cat(list(planes), dim=axis + 1)
 
 
-def slab_axis(shape: Sequence[int], plans: Sequence[Plan]) -> int:
+def slab_axis(shape: Sequence[int], plans: Sequence[Plan], *, turn: bool = False) -> int:
     """The longest axis that no plan mirrors: a slab along it is the smallest share of the scan.
 
     Along a mirrored axis the windows of the mirrored image would lie elsewhere than the mirrored windows.
+
+    Args:
+        turn: prefer an axis across which most plans can turn a scan: of thick slices, that across them.
     """
     mirrored = {axis for plan in plans for axis in plan.flip_axes}
     free = [axis for axis in range(3) if axis not in mirrored] or [0, 1, 2]
-    return max(free, key=lambda axis: (shape[axis], axis))
+    turning = [sum(can_turn(plan, axis) for plan in plans) if turn else 0 for axis in range(3)]
+    return max(free, key=lambda axis: (turning[axis], shape[axis], axis))
 
 
 def window_starts(size: int, window: int, overlap: float) -> list[int]:
@@ -142,17 +150,19 @@ def _shifted(held: Tensor, kept: int, dim: int) -> Tensor:
     return torch.cat([held.narrow(dim, length - kept, kept), empty], dim=dim)
 
 
-def _flipped(
+def _through(
+    view: View,
     network: Network,
     slab: Tensor,
-    turns: tuple[int, ...],
     plan: Plan,
     axis: int,
     overlap: float,
     device: torch.device | str,
 ) -> LogitBatch:
-    dims = [turn + 2 for turn in turns]
-    return _blend_row(network, slab[None].flip(dims), plan, axis, overlap, device).flip(dims)
+    """Logits `[1, k, x, y, z]` of a slab `[c, x, y, z]` that the network sees as a view shows it."""
+    x, y, z = slab.shape[1:]
+    logits = _blend_row(network, seen(slab[None], view, axis, plan), plan, axis, overlap, device)
+    return brought_back(logits, view, axis, plan, (x, y, z))
 
 
 def _blend_row(

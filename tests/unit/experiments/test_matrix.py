@@ -72,11 +72,16 @@ def test_a_limit_in_the_matrix_replaces_those_of_the_preset():
     assert run.config(data=Path("A")).train.max_minutes == 20
 
 
-def test_a_run_trains_one_network_unless_the_matrix_says_otherwise():
+@pytest.mark.parametrize(
+    ("setting", "plain", "asked"), [("train.members", 1, 2), ("inference.turn", False, True)]
+)
+def test_what_averages_is_left_out_unless_the_matrix_says_otherwise(setting, plain, asked):
+    section, key = setting.split(".")
     run, *_ = expand(matrix(set={}))
-    assert run.config(data=Path("A")).train.members == 1
-    run, *_ = expand(matrix(set={"train.members": 2}))
-    assert run.config(data=Path("A")).train.members == 2
+    assert getattr(getattr(run.config(data=Path("A")), section), key) == plain
+    other, *_ = expand(matrix(set={setting: asked}))
+    assert getattr(getattr(other.config(data=Path("A")), section), key) == asked
+    assert other.run_id != run.run_id
 
 
 def test_several_values_of_a_setting_make_an_arm_each():

@@ -7,7 +7,13 @@ from torch import nn
 
 from medvisionllama.data.planning import Plan
 from medvisionllama.inference.slabs import native_mask
-from medvisionllama.inference.windows import predict_probabilities, probability_planes, slab_axis
+from medvisionllama.inference.views import views_of
+from medvisionllama.inference.windows import (
+    blended_planes,
+    predict_probabilities,
+    probability_planes,
+    slab_axis,
+)
 
 CROP = (8, 8, 4)
 
@@ -95,6 +101,34 @@ def test_averaging_over_mirrored_images_makes_a_one_sided_network_fair(shape):
     torch.testing.assert_close(predict(image.flip(1), True), predict(image, True).flip(1))
     assert not torch.allclose(predict(image.flip(1), False), predict(image, False).flip(1), atol=1e-2)
     torch.testing.assert_close(predict(image, True).sum(dim=0), torch.ones(shape))
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_turned_views_of_what_is_the_same_everywhere_change_nothing(turn):
+    image = torch.ones(2, 13, 9, 6)
+    found = predict_probabilities(_Voxelwise(3), image, _plan(), overlap=0.5, flip=False, turn=turn)
+    expected = _Voxelwise(3)(image[None])[0].softmax(dim=0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_turned_views_are_four_more_looks_and_their_mean():
+    plan, image = _plan(flip_axes=()), _image((13, 12, 6))
+    once = _together(image, plan, turn=False)
+    views = [_softmax_of(view, image, plan) for view in views_of(plan, axis=2, flip=False, turn=True)]
+    assert len(views) == 5
+    torch.testing.assert_close(views[0], once)
+    assert all(not torch.allclose(view, once, atol=1e-2) for view in views[1:])
+    torch.testing.assert_close(_together(image, plan, turn=True), torch.stack(views).mean(dim=0))
+
+
+def _together(image, plan, *, turn):
+    pieces = probability_planes(_OneSided(), image, plan, axis=2, overlap=0.5, flip=False, turn=turn)
+    return torch.cat(list(pieces), dim=3)
+
+
+def _softmax_of(view, image, plan):
+    pieces = blended_planes(_OneSided(), image, plan, axis=2, overlap=0.5, views=[view])
+    return torch.cat(list(pieces), dim=4)[0].softmax(dim=0)
 
 
 def test_axes_that_training_does_not_mirror_are_not_mirrored():
@@ -201,6 +235,12 @@ def test_slabs_run_along_the_longest_axis_that_is_not_mirrored():
     assert slab_axis((900, 512, 90), [_plan()]) == 1
     assert slab_axis((900, 512, 90), [_plan(flip_axes=())]) == 0
     assert slab_axis((900, 512, 90), [_plan(flip_axes=(0, 1, 2))]) == 0
+
+
+def test_thick_slices_are_read_along_their_axis_where_views_are_turned():
+    plan = _plan(spacing_mm=(1.0, 1.0, 5.0))
+    assert slab_axis((900, 512, 10), [plan], turn=True) == 2
+    assert slab_axis((900, 512, 10), [plan], turn=False) == 1
 
 
 def test_gradients_stay_on_between_the_pieces():

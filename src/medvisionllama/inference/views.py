@@ -1,0 +1,95 @@
+"""Ways to look at a scan whose predictions are averaged: as it is, mirrored, turned and zoomed.
+
+A turned view is resampled in the planes across one axis, segmented, and its logits are brought back. Planes stay
+planes, so a slab of a scan can be turned by itself, and scans with thick slices are not cut between them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from medvisionllama.data.planning import Plan
+from medvisionllama.types import Triple
+
+_MOST_UNEVEN = 1.5
+"""Ratio of spacings in a plane above which turning it would make stairs."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to look at a scan."""
+
+    mirrored: tuple[int, ...] = ()
+    """Axes."""
+    degrees: float = 0.0
+    """Turn in the planes across the axis along which a scan is read."""
+    zoom: float = 1.0
+    """Above 1 everything looks larger."""
+
+    @property
+    def is_turned(self) -> bool:
+        return self.degrees != 0 or self.zoom != 1
+
+
+TURNED = (
+    View(degrees=-18, zoom=0.83),
+    View(degrees=18, zoom=1.2),
+    View(degrees=-18, zoom=1.2),
+    View(degrees=18, zoom=0.83),
+)
+"""Nearly as far as augmentation turns and zooms in training."""
+
+
+def views_of(plan: Plan, *, axis: int, flip: bool, turn: bool) -> list[View]:
+    """List the views of a scan that is read along `axis`: as it is, mirrored as in training, and turned."""
+    mirrored = [View(mirrored=(turned,)) for turned in plan.flip_axes if flip]
+    return [View(), *mirrored, *(TURNED if turn and can_turn(plan, axis) else ())]
+
+
+def can_turn(plan: Plan, axis: int) -> bool:
+    """Whether the planes across `axis` have voxels that are nearly squares; of squeezed scans nobody knows."""
+    edges = [spacing for other, spacing in enumerate(plan.spacing_mm) if other != axis]
+    return not plan.resize and max(edges) <= _MOST_UNEVEN * min(edges)
+
+
+def seen(slab: Tensor, view: View, axis: int, plan: Plan) -> Tensor:
+    """Return a slab `[1, c, x, y, z]` as a view shows it; zoomed, it has more or fewer voxels across `axis`."""
+    slab = slab.flip([other + 2 for other in view.mirrored])
+    if not view.is_turned:
+        return slab
+    sizes = [
+        size if other == axis else max(1, math.ceil(size * view.zoom))
+        for other, size in enumerate(slab.shape[2:])
+    ]
+    return _moved(slab, axis, (sizes[0], sizes[1], sizes[2]), plan, degrees=view.degrees, zoom=view.zoom)
+
+
+def brought_back(logits: Tensor, view: View, axis: int, plan: Plan, shape: Triple) -> Tensor:
+    """Return what was computed from a view `[1, k, x, y, z]`, on the slab's own voxels."""
+    if view.is_turned:
+        logits = _moved(logits, axis, shape, plan, degrees=-view.degrees, zoom=1 / view.zoom)
+    return logits.flip([other + 2 for other in view.mirrored])
+
+
+def _moved(volume: Tensor, axis: int, shape: Triple, plan: Plan, *, degrees: float, zoom: float) -> Tensor:
+    """Turn `[1, c, x, y, z]` about its middle and zoom it, plane by plane across `axis`, onto another shape."""
+    first, second = (other for other in range(3) if other != axis)
+    spacing = np.diag([plan.spacing_mm[first], plan.spacing_mm[second]])
+    angle = np.deg2rad(degrees)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    # From a voxel of the result, counted from the middle, to one of what is given; turned in millimetres.
+    matrix = np.linalg.inv(spacing) @ turn @ spacing / zoom
+    given = np.array([volume.shape[first + 2], volume.shape[second + 2]])
+    wanted = np.array([shape[first], shape[second]])
+    # grid_sample counts each axis from -1 to 1 across its full length and names the last axis first.
+    unit = (matrix * wanted / given[:, None])[::-1, ::-1]
+    theta = volume.new_tensor(np.concatenate([unit, np.zeros((2, 1))], axis=1))
+    # Channels and planes are all moved alike.
+    planes = volume[0].movedim(axis + 1, 1)
+    flat = planes.flatten(0, 1)[None]
+    grid = F.affine_grid(theta[None], [1, 1, *wanted.tolist()], align_corners=False)
+    moved = F.grid_sample(flat, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return moved[0].unflatten(0, planes.shape[:2]).movedim(1, axis + 1)[None]
