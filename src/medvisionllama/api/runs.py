@@ -118,7 +118,7 @@ def predict(
             decide if they remove anything, else what `evaluate` chose on its validation cases
             (postprocessing.json); with `also`, those of the first run.
         min_ml: remove components smaller than so many millilitres.
-        fast: look at each scan once, not mirrored and turned as well; a fifth of the time, slightly worse.
+        fast: look at each scan once, not mirrored and turned as well; a third or quarter of the time.
         overwrite: replace masks that are already there; scans are never replaced.
         resume: leave out scans whose mask is already there.
         keep_going: a scan that fails becomes a record with `error` instead of an exception.

@@ -54,7 +54,7 @@ def predict(
         bool,
         typer.Option(
             "--fast",
-            help="Look at each scan once, not mirrored and turned as well: about a fifth of the time.",
+            help="Look at each scan once, not mirrored and turned as well: a third or quarter of the time.",
         ),
     ] = False,
     overwrite: Annotated[

@@ -57,7 +57,7 @@ def probability_planes(
         normalise=normalise,
         context=context,
     ):
-        yield _squash(logits, plan)
+        yield _squash(logits, plan, torch.tensor([view.weight for view in views]))
 
 
 def blended_planes(
@@ -195,9 +195,9 @@ def _row_weights(window: Triple, axis: int) -> Tensor:
     return reduce(torch.mul, torch.meshgrid(*profiles, indexing="ij")).clamp_min(_LEAST_WEIGHT)[None, None]
 
 
-def _squash(logits: LogitBatch, plan: Plan) -> Tensor:
-    """Logits `[view, k, x, y, z]` to probabilities `[k, x, y, z]`, averaged over views."""
-    if plan.num_outputs == 1:
-        foreground = logits.sigmoid().mean(dim=0)
-        return torch.cat([1 - foreground, foreground])
-    return logits.softmax(dim=1).mean(dim=0)
+def _squash(logits: LogitBatch, plan: Plan, weights: Tensor) -> Tensor:
+    """Logits `[view, k, x, y, z]` to probabilities `[k, x, y, z]`, averaged over views by their weights."""
+    shares = logits.sigmoid() if plan.num_outputs == 1 else logits.softmax(dim=1)
+    # One view is itself, to the last bit.
+    mean = shares[0] if len(shares) == 1 else torch.tensordot(weights / weights.sum(), shares, dims=1)
+    return torch.cat([1 - mean, mean]) if plan.num_outputs == 1 else mean
