@@ -384,8 +384,8 @@ class InferenceConfig(Section):
     flip: bool = True
     """Average the prediction with that of the mirrored scan, along the axes that training mirrors."""
     turn: bool = False
-    """Average it with those of the scan turned by 18 degrees in the plane of its slices, to the left and smaller, to
-    the right and larger: about three times the time. Not where voxels are no squares in that plane."""
+    """Average it with those of the scan turned by 18 degrees in the plane of its slices, to the left and smaller,
+    to the right and larger: about three times the time. Not where voxels are no squares in that plane."""
     largest_foreground: bool = False
     """Keep the largest connected component of all classes together, before what follows removes more."""
     largest_component: bool = False

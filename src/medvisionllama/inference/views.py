@@ -37,7 +37,7 @@ class View:
 
 
 TURNED = (View(degrees=-18, zoom=0.83, weight=0.5), View(degrees=18, zoom=1.2, weight=0.5))
-"""Nearly as far as augmentation turns and zooms in training. Two resamplings blur what is thin, so they count half."""
+"""Nearly as far as augmentation turns and zooms in training. Resampling blurs what is thin, so they count half."""
 
 
 def views_of(plan: Plan, *, axis: int, flip: bool, turn: bool) -> list[View]:
