@@ -23,7 +23,8 @@ from medvisionllama.training.members import check_members, member_config
 
 from .conftest import FAST, settings, wait_for
 
-EPOCHS = 30
+EPOCHS = 60
+"""Long enough that on a fast machine no network ends by itself while the first is asked to end."""
 SLOW = ("--set", "train.save_seconds=0.05", "--set", "train.num_validations=3")
 
 
@@ -95,9 +96,7 @@ def test_whatever_ends_the_first_ends_the_others_saved_and_both_go_on(number, pa
     process.communicate()
     assert process.returncode in {-signal.SIGKILL, 130}
     wait_until_free(run.member(2))
-    # Who is asked to end takes a moment, in which a run as short as this may come to its own end.
-    if number == signal.SIGKILL and run.member(2).history.is_file():
-        assert len(run.member(2).read_history()) < 3
+    assert not run.member(2).history.is_file() or len(run.member(2).read_history()) < 3
     resumed = start(phantoms, run.path, "--resume")
     _, errors = resumed.communicate()
     assert resumed.returncode == 0, errors.decode()
