@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from few_shot_arms import ARMS, NNUNET, RATES, ROWS, TUNING_SHARE
-from few_shot_summary import machine_slug
+from few_shot_summary import machine_slug, unused_table
+from few_shot_unused import score_unused
 
 if TYPE_CHECKING:
     from medvisionllama.run_dir import RunDir
@@ -33,11 +34,11 @@ def run_cell(arguments: argparse.Namespace) -> None:
     arguments.machine = machine_slug(machine["hardware"])
     started, used = time.monotonic(), os.times()
     train = train_nnunet if arm == NNUNET else train_ours
+    path = cell_path(arguments, row, arm, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
     table, facts = train(arguments, row, arm, seed)
     now = os.times()
     cores = sum(now[:4]) - sum(used[:4])
-    path = cell_path(arguments, row, arm, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_table(table, path.with_suffix(".csv"))
     facts = {
         "row": row,
@@ -60,6 +61,7 @@ def train_ours(
     """Train our network, or a rival as it is trained, by our own loop."""
     from medvisionllama import api
     from medvisionllama.cli._progress import TerminalProgress
+    from medvisionllama.evaluation.evaluate import mean_dice, write_table
 
     path, minutes = run_folder(arguments, row, arm, seed), minutes_of(arguments, row)
     rates: dict[float, float] = {}
@@ -72,9 +74,13 @@ def train_ours(
     # As nnU-Net does: components are removed where that pays on the validation cases.
     api.evaluate(run.path, split="validation", choose_cleaning=True, progress=TerminalProgress())
     table = api.evaluate(run.path, progress=TerminalProgress())
+    unused = score_unused(run, TerminalProgress())
+    if not unused.empty:
+        write_table(unused, unused_path(arguments, row, arm, seed))
     history, manifest = run.read_history(), run.read_manifest()
     return table, {
         "validation_dice": best_dice(run),
+        "unused_dice": None if unused.empty else round(mean_dice(unused), 4),
         **({"rates": rates} if rates else {}),
         "steps": history[-1]["step"],
         "seconds": history[-1]["seconds"],
@@ -189,6 +195,11 @@ def folder(arguments: argparse.Namespace, row: str) -> Path:
 def cell_path(arguments: argparse.Namespace, row: str, arm: str, seed: int) -> Path:
     """Facts of a cell; its table lies beside. Machines have a folder each."""
     return folder(arguments, row) / arguments.machine / f"{arm}-s{seed}.json"
+
+
+def unused_path(arguments: argparse.Namespace, row: str, arm: str, seed: int) -> Path:
+    """Table of the patients that the row leaves out."""
+    return unused_table(cell_path(arguments, row, arm, seed))
 
 
 def run_folder(arguments: argparse.Namespace, row: str, arm: str, seed: int) -> Path:

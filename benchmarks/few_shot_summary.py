@@ -1,7 +1,12 @@
-"""The few-shot table in short: a line for each arm and machine."""
+"""The few-shot table in short: a line for each arm and machine.
+
+python benchmarks/few_shot_summary.py benchmarks/results/few_shot/acdc-4-20min      # writes its summary.csv
+"""
 
 import json
 import re
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +14,15 @@ import pandas as pd
 
 
 def summarise(where: Path) -> pd.DataFrame:
-    """A line for each arm and machine: mean over seeds, spread, paired difference from the arm without tokens.
+    """A line for each arm and machine: mean over seeds, spread, paired differences.
+
+    On the test patients from the arm without tokens; on those that the row left out, who are more, from `block`,
+    which is the preset as it is.
 
     `where` is a row's folder, with a folder of cells for each machine: equal minutes on another machine are other
     steps, so machines are kept apart. Empty if no cell is there.
     """
-    from medvisionllama.evaluation.evaluate import mean_class_dice, read_table
-    from medvisionllama.evaluation.statistics import bootstrap_interval, patient_means
+    from medvisionllama.evaluation.evaluate import read_table
 
     paths = sorted(where.glob("*/*-s*.json"))
     if not paths:
@@ -25,9 +32,11 @@ def summarise(where: Path) -> pd.DataFrame:
         (machine_name(cell["hardware"]), cell["arm"], cell["seed"]): read_table(path.with_suffix(".csv"))
         for path, cell in zip(paths, cells, strict=True)
     }
-    dice = {cell: mean_class_dice(table) for cell, table in tables.items()}
-    # The unit is the patient: two scans of one heart are no two witnesses.
-    patients = pd.concat(tables.values()).groupby("case_id")["patient_id"].first()
+    unused = {
+        key: read_table(unused_table(path))
+        for key, path in zip(tables, paths, strict=True)
+        if unused_table(path).is_file()
+    }
     lines = []
     for machine, arm in dict.fromkeys((machine, arm) for machine, arm, _ in tables):
         own = [cell for key, cell in zip(tables, cells, strict=True) if key[:2] == (machine, arm)]
@@ -39,25 +48,51 @@ def summarise(where: Path) -> pd.DataFrame:
             "seed_sd": round(scores.std(), 4),
             "steps": round(sum(cell["steps"] for cell in own) / len(own)),
             "trainable": own[0]["trainable"],
+            "unused": mean_of(cell.get("unused_dice") for cell in own),
             "cores_used": min(cell["mean_cores_used"] for cell in own),
             "machine": machine,
         }
-        pairs = [
-            dice[machine, arm, cell["seed"]] - dice[machine, "no-tokens", cell["seed"]]
-            for cell in own
-            if (machine, "no-tokens", cell["seed"]) in dice and arm != "no-tokens"
-        ]
-        if pairs:
-            difference = pd.concat(pairs)
-            values, groups = difference.tolist(), patients[difference.index].tolist()
-            low, high = bootstrap_interval(values, groups)
-            line |= {
-                "minus_no_tokens": round(patient_means(values, groups).mean(), 4),
-                "low": round(low, 4),
-                "high": round(high, 4),
-            }
+        line |= difference(tables, machine, arm, "no-tokens")
+        line |= {f"unused_{key}": value for key, value in difference(unused, machine, arm, "block").items()}
         lines.append(line)
     return pd.DataFrame(lines).sort_values(["machine", "dice"], ascending=[True, False])
+
+
+Tables = dict[tuple[str, str, int], pd.DataFrame]
+"""Cases of each machine, arm and seed."""
+
+
+def difference(tables: Tables, machine: str, arm: str, reference: str) -> dict[str, float]:
+    """Mean over patients of an arm's Dice minus the reference's on the same cases, with its interval."""
+    from medvisionllama.evaluation.evaluate import mean_class_dice
+    from medvisionllama.evaluation.statistics import bootstrap_interval, patient_means
+
+    pairs = [
+        (table, tables[machine, reference, seed])
+        for (where, name, seed), table in tables.items()
+        if (where, name) == (machine, arm) and (machine, reference, seed) in tables and arm != reference
+    ]
+    if not pairs:
+        return {}
+    differences = pd.concat([mean_class_dice(ours) - mean_class_dice(theirs) for ours, theirs in pairs])
+    # The unit is the patient: two scans of one heart are no two witnesses.
+    patients = pd.concat([ours for ours, _ in pairs]).groupby("case_id")["patient_id"].first()
+    values, groups = differences.tolist(), patients[differences.index].tolist()
+    low, high = bootstrap_interval(values, groups)
+    mean = patient_means(values, groups).mean()
+    name = f"minus_{reference.replace('-', '_')}"
+    return {name: round(mean, 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Of those that there are; cells of before have none."""
+    known = [value for value in values if value is not None]
+    return round(sum(known) / len(known), 4) if known else None
+
+
+def unused_table(cell: Path) -> Path:
+    """Where a cell's table of the patients lies that its row leaves out."""
+    return cell.with_name(f"{cell.stem}-unused.csv")
 
 
 def machine_slug(hardware: dict[str, Any]) -> str:
@@ -70,3 +105,8 @@ def machine_name(hardware: dict[str, Any]) -> str:
     if hardware["gpu"]:
         return str(hardware["gpu"])
     return f"{hardware['processor']}, {hardware['instructions']}, {hardware['threads']} threads"
+
+
+if __name__ == "__main__":
+    for folder in map(Path, sys.argv[1:]):
+        summarise(folder).to_csv(folder / "summary.csv", index=False)

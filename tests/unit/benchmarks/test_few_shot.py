@@ -11,8 +11,11 @@ import pytest
 
 from medvisionllama import api
 from medvisionllama.config import load_config
+from medvisionllama.data.index import open_dataset
 from medvisionllama.data.phantom import write_phantoms
 from medvisionllama.evaluation.evaluate import write_table
+from medvisionllama.progress import Silent
+from medvisionllama.run_dir import RunDir
 
 FAST = {"processor": "CPU", "instructions": "AVX512", "threads": 2, "gpu": None}
 SLOW = FAST | {"instructions": "AVX2"}
@@ -97,6 +100,7 @@ def test_a_tuned_rival_takes_the_rate_that_validates_best(module, monkeypatch, t
 
     monkeypatch.setattr(few_shot, "train_run", train_run)
     monkeypatch.setattr(api, "evaluate", lambda *_, **__: pd.DataFrame())
+    monkeypatch.setattr(few_shot, "score_unused", lambda *_: pd.DataFrame())
     arguments = argparse.Namespace(runs=tmp_path, preset="small", minutes=None, machine="here")
     _, facts = few_shot.train_ours(arguments, "acdc-4", arm, 0)
     assert [length for _, length, _ in trained] == minutes
@@ -167,6 +171,33 @@ def test_a_difference_is_the_mean_over_patients(module, tmp_path):
         write_table(table, tmp_path / "AVX512" / f"{arm}-s0.csv")
     summary = module("few_shot_summary").summarise(tmp_path).set_index("arm")
     assert summary.loc["block", "minus_no_tokens"] == pytest.approx(0.15)
+
+
+def test_patients_that_were_left_out_are_compared_with_the_preset(module, tmp_path):
+    for arm, dice in (("block", 0.7), ("unet-16", 0.6)):
+        write_cell(tmp_path, arm, 0, 0.5, FAST)
+        write_cell(tmp_path, f"{arm}-left-out", 0, dice, FAST)
+        cell = tmp_path / "AVX512" / f"{arm}-s0.json"
+        left_out = cell.with_name(f"{arm}-left-out-s0.json")
+        left_out.with_suffix(".csv").rename(module("few_shot_summary").unused_table(cell))
+        left_out.unlink()
+    summary = module("few_shot_summary").summarise(tmp_path).set_index("arm")
+    assert summary.loc["unet-16", "unused_minus_block"] == pytest.approx(-0.1)
+    assert pd.isna(summary.loc["block", "unused_minus_block"])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_patients_that_were_left_out_are_in_no_part_of_the_run(module, tmp_path):
+    data = write_phantoms(tmp_path / "phantoms", num_cases=12, shape=(20, 24, 16))
+    run = tmp_path / "run"
+    settings = {"network.tokens": False, "train.max_steps": 2, "train.num_validations": 1}
+    api.train(data, out=run, cases=3, overrides=settings, test=False)
+    unused, parts = module("few_shot_unused"), RunDir(run).read_manifest()["cases"]
+    seen = {name for part in parts.values() for name in part}
+    cases = {case.case_id for case in unused.unused_cases(RunDir(run))}
+    assert cases == {case.case_id for case in open_dataset(data).cases} - seen
+    table = unused.score_unused(RunDir(run), Silent())
+    assert set(table["case_id"]) == cases
 
 
 @pytest.mark.usefixtures("one_thread")
