@@ -5,7 +5,7 @@ plan.json          what was decided from the data
 splits.json        who trained, validated and was kept for the test, with a hash
 manifest.json      versions, hardware, seed, hashes of data, splits and block
 history.jsonl      one line per validation
-best.safetensors   trainable weights with the best validation Dice
+best.safetensors   trainable weights with the best validation Dice; the latest where no case validates
 last/              state to resume from
 pseudo_labels/     masks that unlabelled scans train with
 evaluation.csv     one row per test case and class

@@ -4,6 +4,8 @@ Arrays of a scan are `[channel, x, y, z]`; after reorientation x runs to the pat
 (RAS). Tokens are `[batch, token, width]`.
 """
 
+from typing import Literal
+
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Integer
 from torch import Tensor
@@ -17,6 +19,9 @@ ImageBatch = Float[Tensor, "batch channel x y z"]
 LabelBatch = Integer[Tensor, "batch x y z"]
 LogitBatch = Float[Tensor, "batch class x y z"]
 Tokens = Float[Tensor, "batch token width"]
+
+FoldName = int | Literal["all"]
+"""The fold that validates; in `all` every patient trains, and none is left to validate or test."""
 
 Triple = tuple[int, int, int]
 SpacingMm = tuple[float, float, float]

@@ -10,6 +10,7 @@ from medvisionllama.config.load import limits_as_asked, parse_overrides
 from medvisionllama.errors import CheckpointError, ConfigError, command
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir
+from medvisionllama.types import FoldName
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +24,7 @@ def train(
     *,
     out: Path | str,
     preset: str | None = None,
-    fold: int | None = None,
+    fold: FoldName | None = None,
     fraction: float | None = None,
     cases: int | None = None,
     unlabelled: Path | str | None = None,
@@ -40,6 +41,7 @@ def train(
     Args:
         out: the run folder.
         preset: `small` by default.
+        fold: which one validates; `all` trains on every labelled case, and leaves none to validate or test.
         unlabelled: folder of scans without labels to learn from too, or `unused`: the cases that `cases` or
             `fraction` leave out, without their labels.
         members: networks that train side by side in the same minutes; `predict` and `evaluate` average them.
@@ -81,7 +83,7 @@ def train(
         config = load_config(preset or "small", chosen)
     result = fit(config, resume=resume, progress=progress)
     if result.finished and result.is_main:
-        if test:
+        if test and config.data.fold != "all":
             evaluate_run(result.path, split="test", progress=progress)
         write_report(result.path)
     return result

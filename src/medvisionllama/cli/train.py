@@ -18,7 +18,13 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make.")] = None,
     preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
-    fold: Annotated[int | None, typer.Option(min=0, help="Which fold validates, 0 to 4.")] = None,
+    fold: Annotated[
+        str | None,
+        typer.Option(
+            help="Which fold validates, 0 to 4; or all: train on every labelled case, as the last run before use.",
+            metavar="FOLD",
+        ),
+    ] = None,
     fraction: Annotated[
         float | None, typer.Option(help="Share of the training patients to use, e.g. 0.1.")
     ] = None,
@@ -59,8 +65,9 @@ def train(
     """Train on labelled scans, score the test cases once, and write a report.
 
     Patients are divided by seed into test (10 %) and five folds, so equal commands see equal splits whatever the
-    model. What headers tell is checked first; `data check` reads the voxels too, and finds scans that are there
-    twice. Stop with Ctrl-C at any time; --resume goes on where it stopped.
+    model; with --fold all everyone trains, and nobody is left to score the run. What headers tell is checked first;
+    `data check` reads the voxels too, and finds scans that are there twice. Stop with Ctrl-C at any time; --resume
+    goes on where it stopped.
 
     Example: medvisionllama train Task04_Hippocampus --preset small --out runs/hip
     """
@@ -81,7 +88,7 @@ def train(
         data,
         out=out,
         preset=preset,
-        fold=fold,
+        fold=int(fold) if fold and fold.isdecimal() else fold,  # type: ignore[arg-type] # checked by the settings
         fraction=fraction,
         cases=cases,
         unlabelled=unlabelled,
@@ -101,13 +108,15 @@ def train(
         again = command("train", data, "--out", out, "--resume", *([] if test else ["--no-test"]))
         typer.echo(f"stopped at step {result.steps}; go on with: {again}", err=True)
         raise typer.Exit(130)
+    # A run on all labelled cases has no test.
+    scored = test and run_dir.evaluation.is_file()
     if as_json:
         facts = {**asdict(result), "path": str(result.path)}
-        if test:
+        if scored:
             scores = to_json(read_table(run_dir.evaluation), {})
             facts["test"] = {key: value for key, value in json.loads(scores).items() if key != "cases"}
         typer.echo(json.dumps(facts))
         return
-    if test:
+    if scored:
         print_summary(run_dir.evaluation)
     typer.echo(str(run_dir.report))

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from medvisionllama.types import FoldName
+
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]
@@ -110,14 +112,30 @@ class DataConfig(Section):
     """A splits file to use instead of drawing one."""
     split_seed: Seed = 0
     """Seed of the split; equal seeds give equal splits whatever the model."""
-    fold: Annotated[int, Field(ge=0)] = 0
-    """Which fold validates."""
+    fold: FoldName = 0
+    """Which fold validates. `all` trains on every labelled case, those of the test too: the run to use once others
+    have shown what to expect, as no case is left to choose weights by or to score it."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the fold's training patients used; smaller shares are subsets of larger ones."""
     num_cases: Positive | None = None
     """Number of training cases used instead of a fraction; whole patients, nested like fractions."""
     foreground_share: Share = 0.5
     """Share of crops centred on a labelled voxel, classes taking turns."""
+
+    @field_validator("fold", mode="before")
+    @classmethod
+    def _known_fold(cls, fold: object) -> object:
+        if fold != "all" and not (isinstance(fold, int | str) and str(fold).isdecimal()):
+            raise ValueError("must be the number of a fold, from 0, or all")
+        return fold
+
+    @model_validator(mode="after")
+    def _all_is_all(self) -> "DataConfig":
+        if self.fold == "all" and (self.num_cases is not None or self.fraction < 1):
+            raise ValueError(
+                "data.fold=all trains on every labelled case; drop --cases and --fraction, or choose a fold by its number"
+            )
+        return self
 
     @field_validator("normalisation")
     @classmethod
@@ -419,6 +437,10 @@ class Config(Section):
         if self.train.shard_block and not (has_frozen and network.block.weights != "identity"):
             raise ValueError(
                 "train.shard_block=true has no effect without a frozen block (network.tokens, insert, block.frozen, block.weights); drop it"
+            )
+        if self.data.fold == "all" and self.train.schedule == "plateau":
+            raise ValueError(
+                "train.schedule=plateau goes by validation cases, and data.fold=all has none; choose another schedule, or a fold by its number"
             )
         if self.network.head != "skip" and self.data.strides:
             raise ValueError(

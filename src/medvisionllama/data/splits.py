@@ -15,6 +15,7 @@ import numpy as np
 
 from medvisionllama._files import canonical_hash, write_json
 from medvisionllama.errors import DataError, command
+from medvisionllama.types import FoldName
 
 TEST_SHARE = 0.1
 NUM_FOLDS = 5
@@ -92,21 +93,26 @@ def select(
     splits: Splits,
     patients: Mapping[str, str],
     *,
-    fold: int,
+    fold: FoldName,
     fraction: float = 1.0,
     num_cases: int | None = None,
 ) -> Selection:
     """Name the cases of one run.
 
     Args:
+        fold: `all` takes every case, and neither a fraction nor a number.
         fraction: share of the fold's training patients, rounded up.
         num_cases: take whole patients until so many cases are reached, instead of a fraction.
 
     Raises:
         DataError: no such fold, or patients of the dataset that the splits do not know.
     """
+    if fold == "all":
+        return Selection(tuple(sorted(patients)), (), ())
     if not 0 <= fold < len(splits.folds):
-        raise DataError(f"fold {fold} does not exist; this split has folds 0 to {len(splits.folds) - 1}")
+        raise DataError(
+            f"fold {fold} does not exist; this split has folds 0 to {len(splits.folds) - 1}, and all"
+        )
     chosen = splits.folds[fold]
     unknown = set(patients.values()) - {*splits.test, *chosen.train, *chosen.validation}
     if unknown:

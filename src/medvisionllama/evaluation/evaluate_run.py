@@ -8,6 +8,7 @@ import pandas as pd
 from medvisionllama.config import Config, read_config
 from medvisionllama.data.index import Case, Dataset, open_configured
 from medvisionllama.data.splits import read_splits, select
+from medvisionllama.errors import ConfigError, command
 from medvisionllama.evaluation.calibrate import CalibrationTally
 from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
 from medvisionllama.evaluation.evaluate import Split, evaluate_files, write_table
@@ -128,4 +129,8 @@ def _cases(run_dir: RunDir, config: Config, split: Split) -> tuple[Dataset, list
     dataset = open_configured(config.data)
     chosen = select(read_splits(run_dir.splits), dataset.patients, fold=config.data.fold)
     names = set(chosen.test if split == "test" else chosen.validation)
+    if not names:
+        raise ConfigError(
+            f"{run_dir.path} trained on all labelled cases (data.fold=all), so it has no {split} cases; score a run of a fold by its number, or masks of new scans: {command('evaluate', 'MASKS', 'LABELS')}"
+        )
     return dataset, [case for case in dataset.cases if case.case_id in names]

@@ -57,7 +57,7 @@ def write_report(run: Path) -> Path:
         dots=None if table is None else plots.dice_by_case(table),
         pictures=[] if table is None else _pictures(run_dir, config, table),
         colours=[colour_of(index) for index in range(len(plan.mask_classes))],
-        best=max((record["dice"] for record in history), default=None),
+        best=max((record["dice"] for record in history if record["dice"] is not None), default=None),
         tolerance=_tolerance(table, config),
     )
     write_text(run_dir.report, page)

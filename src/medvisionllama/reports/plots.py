@@ -38,13 +38,16 @@ PLANES = (Plane("sagittal", 0, 1, 2), Plane("coronal", 1, 0, 2), Plane("axial", 
 
 
 def curves(history: Sequence[dict[str, Any]]) -> str:
-    """Training loss and validation Dice over the steps of a run."""
+    """Training loss and, if there are validation cases, their Dice over the steps of a run."""
     figure = Figure(figsize=(9, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    names = list(history[0]["dice_per_class"])
+    left, *others = figure.subplots(1, 2 if names else 1, squeeze=False)[0]
     steps = [record["step"] for record in history]
     left.plot(steps, [record["loss"] for record in history], marker="o", color="#555555")
     left.set(xlabel="step", ylabel="mean training loss")
-    names = list(history[0]["dice_per_class"])
+    if not others:
+        return png(figure)
+    (right,) = others
     many = len(names) > _NAMED
     for index, name in enumerate(names):
         values = [record["dice_per_class"][name] for record in history]

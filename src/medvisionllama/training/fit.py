@@ -57,7 +57,8 @@ class RunResult:
     """False if it was interrupted; `fit(config, resume=True)` goes on."""
     steps: int
     seconds: float
-    validation_dice: float
+    validation_dice: float | None
+    """None if no case was left to validate."""
     is_main: bool = True
     """False in all but the first process of a distributed run, which alone writes and prints."""
 

@@ -47,7 +47,8 @@ _ECHO_SECONDS = 2.0
 """Within it a launcher passes on to its processes a Ctrl-C that the terminal has sent them already."""
 
 Validate = Callable[[TokenSegmenter], dict[str, Any]]
-"""Segments the validation cases and returns a record with the key `dice`."""
+"""Segments the validation cases and returns a record with the key `dice`; that is None if there are none, and then
+the latest weights are kept."""
 
 
 @dataclass
@@ -68,8 +69,9 @@ class LoopState:
     """Of the steps since the last validation."""
 
     @property
-    def best(self) -> float:
-        return max(self.dices, default=-math.inf)
+    def best(self) -> float | None:
+        """None before the first validation, and where there are no cases for one."""
+        return max(self.dices, default=None)
 
 
 class TrainingLoop:
@@ -126,7 +128,7 @@ class TrainingLoop:
             interruptible(echo_seconds=echo) as interrupted,
             progress.track("training", 1.0) as advance,
         ):
-            while self.progress < 1.0 or not self.state.dices:
+            while self.progress < 1.0 or not self.state.validated_step:
                 # Before a step: a run that ended while it made masks was saved without them, and begins here.
                 if self._masks_due():
                     advance(self.progress, "segmenting the scans without labels")
@@ -258,10 +260,12 @@ class TrainingLoop:
         before = time.monotonic()
         with self._averaged_weights():
             record = self.validate(self.network)
-            improved = record["dice"] > self.state.best
-            self.state.dices.append(record["dice"])
-            if improved and self.processes.is_main:
-                facts = {**self.facts, "step": self.state.step, "validation_dice": record["dice"]}
+            # Without validation cases there never is a best one, and each save takes the place of the last.
+            dice, best = record["dice"], self.state.best
+            if dice is not None:
+                self.state.dices.append(dice)
+            if (best is None or dice > best) and self.processes.is_main:
+                facts = {**self.facts, "step": self.state.step, "validation_dice": dice}
                 save_tensors(self.run_dir.best, self.parameters, facts)
         self._tick()
         took = self.processes.first(time.monotonic() - before)
@@ -301,7 +305,8 @@ class TrainingLoop:
             self.self_training.forget(before)
 
     def _note(self, loss: float) -> str:
-        validated = f"  validation Dice {self.state.best:.4f}" if self.state.dices else ""
+        best = self.state.best
+        validated = "" if best is None else f"  validation Dice {best:.4f}"
         return f"step {self.state.step}  loss {loss:.3f}{validated}"
 
     def _tick(self) -> None:

@@ -55,10 +55,7 @@ def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> P
     chosen = [case for case in seen if case.case_id in wanted]
     unlabelled = unlabelled_cases(config, dataset, splits, selection)
     chosen += unlabelled
-    progress.say(
-        f"{dataset.name}: {len(dataset.cases)} cases of {len(set(dataset.patients.values()))} patients; "
-        f"{len(selection.train)} train, {len(selection.validation)} validate, {len(selection.test)} are kept for the test"
-    )
+    progress.say(_say_division(dataset, selection))
     if unlabelled:
         progress.say(
             f"{len(unlabelled)} more scans train without labels, by masks that the network gives them"
@@ -157,8 +154,10 @@ def unlabelled_cases(config: Config, dataset: Dataset, splits: Splits, selection
     if scans == "none":
         return []
     if scans == "unused":
-        patients = set(splits.folds[config.data.fold].train)
-        rest = {case for case, patient in dataset.patients.items() if patient in patients}
+        rest: set[str] = set()
+        if config.data.fold != "all":
+            patients = set(splits.folds[config.data.fold].train)
+            rest = {case for case, patient in dataset.patients.items() if patient in patients}
         rest -= set(selection.train)
         if not rest:
             raise ConfigError(
@@ -193,6 +192,14 @@ def _case_of(scan: Scan, pattern: str | None) -> Case:
         return Case(name, patient, (first.folder,), label=None, series=first)
     files = tuple(source for source in scan.images if isinstance(source, Path))
     return Case(name, patient, files, label=None)
+
+
+def _say_division(dataset: Dataset, selection: Selection) -> str:
+    """How many train, validate and are kept for the test."""
+    scans = f"{len(dataset.cases)} cases of {len(set(dataset.patients.values()))} patients"
+    if not selection.validation:
+        return f"{dataset.name}: all {scans} train; none is left to choose weights by or to score the run"
+    return f"{dataset.name}: {scans}; {len(selection.train)} train, {len(selection.validation)} validate, {len(selection.test)} are kept for the test"
 
 
 def _say_warnings(dataset: Dataset, found: Fingerprint, progress: Progress) -> None:

@@ -35,12 +35,16 @@ def case_probabilities(
 def validate_cases(
     network: TokenSegmenter, cases: Sequence[CachedCase], plan: Plan, config: Config, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Segment every case and return mean Dice over cases and classes, and per class.
+    """Segment every case and return mean Dice over cases and classes, and per class; none if there are no cases.
 
     Mirrored copies are left out here: they multiply the time and change all checkpoints alike. The processes of a
     run share the cases among them and return the same; around a sharded block, which takes all of them at once,
     each segments every case.
     """
+    gate = getattr(network.insert, "gate", None)
+    opened = {} if gate is None else {"gate_rms": float(gate.detach().square().mean().sqrt())}
+    if not cases:
+        return {"dice": None, "dice_per_class": {}, **opened}
     processes = Processes(accelerator)
     shared = processes.num > 1 and not config.train.shard_block
     numbers = range(processes.index, len(cases), processes.num) if shared else range(len(cases))
@@ -64,11 +68,8 @@ def validate_cases(
         table = processes.sum(table)
     per_class = np.mean(table.numpy(), axis=0)
     names = plan.mask_classes.values()
-    record: dict[str, Any] = {
+    return {
         "dice": float(per_class.mean()),
         "dice_per_class": dict(zip(names, map(float, per_class), strict=True)),
+        **opened,
     }
-    gate = getattr(network.insert, "gate", None)
-    if gate is not None:
-        record["gate_rms"] = float(gate.detach().square().mean().sqrt())
-    return record

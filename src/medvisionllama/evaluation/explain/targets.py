@@ -67,6 +67,10 @@ def scans_to_explain(
         assert config.data.path is not None, "fit wrote it"
         dataset = open_configured(config.data)
         parts = _parts(run_dir, config, dataset)
+        if split not in parts.values():
+            raise ConfigError(
+                f"{run_dir.path} trained on all labelled cases (data.fold=all), so it has no {split} cases; give images to explain"
+            )
         return [
             _of_dataset(case, parts[case.case_id]) for case in dataset.cases if parts[case.case_id] == split
         ]
