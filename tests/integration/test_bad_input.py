@@ -228,6 +228,15 @@ def test_another_division_is_not_written_over_one(phantoms, tmp_path, cli):
     assert file.read_bytes() == before
 
 
+def test_a_file_that_is_no_division_is_left_alone(phantoms, tmp_path, cli):
+    file = tmp_path / "notes.json"
+    file.write_text("my notes")
+    refused = cli("data", "split", phantoms, "--out", file)
+    assert refused.code == 2
+    assert "or something else; choose another --out" in one_line(refused.err)
+    assert file.read_text() == "my notes"
+
+
 def test_a_run_goes_on_with_its_own_preset(trained_folds, phantoms, cli):
     outcome = cli("train", phantoms, "--out", trained_folds / "fold0", "--resume", "--preset", "unet")
     assert outcome.code == 2

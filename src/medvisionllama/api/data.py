@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -121,11 +122,13 @@ def split(
     dataset = open_dataset(Path(data), patient_pattern=patient_pattern, exclude=exclude)
     splits = make_splits(dataset.patients, seed=seed)
     if out.exists():
-        if out.is_dir() or read_splits(out) != splits:
-            raise DataError(
-                f"{out} is there and holds another division, to which runs may refer; choose another --out, or remove it"
-            )
-        return splits
+        # What is damaged or no division at all is left alone too.
+        with suppress(DataError):
+            if out.is_file() and read_splits(out) == splits:
+                return splits
+        raise DataError(
+            f"{out} is there and holds another division, to which runs may refer, or something else; choose another --out, or remove it"
+        )
     write_splits(splits, out)
     return splits
 
