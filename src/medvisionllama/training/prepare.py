@@ -53,7 +53,7 @@ def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> P
     plan = plan_of(dataset, found, config)
     wanted = {*selection.train, *selection.validation}
     chosen = [case for case in seen if case.case_id in wanted]
-    unlabelled = unlabelled_cases(config, dataset, splits, selection)
+    unlabelled = unlabelled_cases(config, dataset, selection)
     chosen += unlabelled
     progress.say(_say_division(dataset, selection))
     if unlabelled:
@@ -142,7 +142,7 @@ def divide(config: Config, *, drawn: Path | None) -> tuple[Dataset, Splits, Sele
     return dataset, splits, chosen
 
 
-def unlabelled_cases(config: Config, dataset: Dataset, splits: Splits, selection: Selection) -> list[Case]:
+def unlabelled_cases(config: Config, dataset: Dataset, selection: Selection) -> list[Case]:
     """Scans that train without labels: those of a folder, or of the fold's patients whom the run leaves out.
 
     Raises:
@@ -154,11 +154,8 @@ def unlabelled_cases(config: Config, dataset: Dataset, splits: Splits, selection
     if scans == "none":
         return []
     if scans == "unused":
-        rest: set[str] = set()
-        if config.data.fold != "all":
-            patients = set(splits.folds[config.data.fold].train)
-            rest = {case for case, patient in dataset.patients.items() if patient in patients}
-        rest -= set(selection.train)
+        # In no part are only training patients whom the run leaves out.
+        rest = set(dataset.patients) - {*selection.train, *selection.validation, *selection.test}
         if not rest:
             raise ConfigError(
                 "unlabelled.scans=unused, but all training cases of the fold train with their labels; drop it, or leave cases out by --cases or --fraction"
