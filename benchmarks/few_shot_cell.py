@@ -34,11 +34,11 @@ def run_cell(arguments: argparse.Namespace) -> None:
     arguments.machine = machine_slug(machine["hardware"])
     started, used = time.monotonic(), os.times()
     train = train_nnunet if arm == NNUNET else train_ours
-    path = cell_path(arguments, row, arm, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
     table, facts = train(arguments, row, arm, seed)
     now = os.times()
     cores = sum(now[:4]) - sum(used[:4])
+    path = cell_path(arguments, row, arm, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_table(table, path.with_suffix(".csv"))
     facts = {
         "row": row,
@@ -76,7 +76,7 @@ def train_ours(
     table = api.evaluate(run.path, progress=TerminalProgress())
     unused = score_unused(run, TerminalProgress())
     if not unused.empty:
-        write_table(unused, unused_path(arguments, row, arm, seed))
+        write_table(unused, unused_table(cell_path(arguments, row, arm, seed)))
     history, manifest = run.read_history(), run.read_manifest()
     return table, {
         "validation_dice": best_dice(run),
@@ -195,11 +195,6 @@ def folder(arguments: argparse.Namespace, row: str) -> Path:
 def cell_path(arguments: argparse.Namespace, row: str, arm: str, seed: int) -> Path:
     """Facts of a cell; its table lies beside. Machines have a folder each."""
     return folder(arguments, row) / arguments.machine / f"{arm}-s{seed}.json"
-
-
-def unused_path(arguments: argparse.Namespace, row: str, arm: str, seed: int) -> Path:
-    """Table of the patients that the row leaves out."""
-    return unused_table(cell_path(arguments, row, arm, seed))
 
 
 def run_folder(arguments: argparse.Namespace, row: str, arm: str, seed: int) -> Path:

@@ -6,7 +6,6 @@ python benchmarks/few_shot_summary.py benchmarks/results/few_shot/acdc-4-20min  
 import json
 import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ def summarise(where: Path) -> pd.DataFrame:
     `where` is a row's folder, with a folder of cells for each machine: equal minutes on another machine are other
     steps, so machines are kept apart. Empty if no cell is there.
     """
-    from medvisionllama.evaluation.evaluate import read_table
+    from medvisionllama.evaluation.evaluate import mean_class_dice, read_table
 
     paths = sorted(where.glob("*/*-s*.json"))
     if not paths:
@@ -37,6 +36,12 @@ def summarise(where: Path) -> pd.DataFrame:
         for key, path in zip(tables, paths, strict=True)
         if unused_table(path).is_file()
     }
+    # The unit is the patient: two scans of one heart are no two witnesses.
+    patients = (
+        pd.concat([*tables.values(), *unused.values()]).groupby("case_id")["patient_id"].first().to_dict()
+    )
+    tested = {key: mean_class_dice(table) for key, table in tables.items()}
+    left_out = {key: mean_class_dice(table) for key, table in unused.items()}
     lines = []
     for machine, arm in dict.fromkeys((machine, arm) for machine, arm, _ in tables):
         own = [cell for key, cell in zip(tables, cells, strict=True) if key[:2] == (machine, arm)]
@@ -48,46 +53,41 @@ def summarise(where: Path) -> pd.DataFrame:
             "seed_sd": round(scores.std(), 4),
             "steps": round(sum(cell["steps"] for cell in own) / len(own)),
             "trainable": own[0]["trainable"],
-            "unused": mean_of(cell.get("unused_dice") for cell in own),
+            # Cells of before have none.
+            "unused": round(pd.Series([cell.get("unused_dice") for cell in own], dtype=float).mean(), 4),
             "cores_used": min(cell["mean_cores_used"] for cell in own),
             "machine": machine,
         }
-        line |= difference(tables, machine, arm, "no-tokens")
-        line |= {f"unused_{key}": value for key, value in difference(unused, machine, arm, "block").items()}
+        line |= difference(tested, patients, machine, arm, "no-tokens")
+        unused_line = difference(left_out, patients, machine, arm, "block")
+        line |= {f"unused_{key}": value for key, value in unused_line.items()}
         lines.append(line)
     return pd.DataFrame(lines).sort_values(["machine", "dice"], ascending=[True, False])
 
 
-Tables = dict[tuple[str, str, int], pd.DataFrame]
-"""Cases of each machine, arm and seed."""
+Scores = dict[tuple[str, str, int], pd.Series]
+"""Dice of the cases of each machine, arm and seed."""
 
 
-def difference(tables: Tables, machine: str, arm: str, reference: str) -> dict[str, float]:
+def difference(
+    scores: Scores, patients: dict[str, str], machine: str, arm: str, reference: str
+) -> dict[str, float]:
     """Mean over patients of an arm's Dice minus the reference's on the same cases, with its interval."""
-    from medvisionllama.evaluation.evaluate import mean_class_dice
     from medvisionllama.evaluation.statistics import bootstrap_interval, patient_means
 
     pairs = [
-        (table, tables[machine, reference, seed])
-        for (where, name, seed), table in tables.items()
-        if (where, name) == (machine, arm) and (machine, reference, seed) in tables and arm != reference
+        dice - scores[machine, reference, seed]
+        for (where, name, seed), dice in scores.items()
+        if (where, name) == (machine, arm) and (machine, reference, seed) in scores and arm != reference
     ]
     if not pairs:
         return {}
-    differences = pd.concat([mean_class_dice(ours) - mean_class_dice(theirs) for ours, theirs in pairs])
-    # The unit is the patient: two scans of one heart are no two witnesses.
-    patients = pd.concat([ours for ours, _ in pairs]).groupby("case_id")["patient_id"].first()
-    values, groups = differences.tolist(), patients[differences.index].tolist()
+    differences = pd.concat(pairs)
+    values, groups = differences.tolist(), [patients[case] for case in differences.index]
     low, high = bootstrap_interval(values, groups)
     mean = patient_means(values, groups).mean()
     name = f"minus_{reference.replace('-', '_')}"
     return {name: round(mean, 4), "low": round(low, 4), "high": round(high, 4)}
-
-
-def mean_of(values: Iterable[float | None]) -> float | None:
-    """Of those that there are; cells of before have none."""
-    known = [value for value in values if value is not None]
-    return round(sum(known) / len(known), 4) if known else None
 
 
 def unused_table(cell: Path) -> Path:

@@ -21,24 +21,13 @@ def score_unused(run: "RunDir", progress: "Progress") -> pd.DataFrame:
     """Segment and measure them as `evaluate` does, removal of components included; empty if there are none."""
     from medvisionllama.config import read_config
     from medvisionllama.evaluation.evaluate import evaluate_files
-    from medvisionllama.evaluation.masks import Pair
-    from medvisionllama.inference.cleaning import cleaning_of
-    from medvisionllama.inference.postprocess import clean
+    from medvisionllama.evaluation.evaluate_run import segment_cases
     from medvisionllama.inference.predictor import Predictor
-    from medvisionllama.inference.writers import write_mask
 
-    config = read_config(run.config)
-    predictor = Predictor.from_run(run.path)
-    cleaning, _ = cleaning_of(run, config.inference, num_runs=1)
-    pairs, cases = [], unused_cases(run)
+    config, predictor, cases = read_config(run.config), Predictor.from_run(run.path), unused_cases(run)
+    masks = run.path / "predictions" / "unused"
     with progress.track("segmenting patients that were left out", len(cases)) as advance:
-        for number, case in enumerate(cases, start=1):
-            assert case.label is not None, "datasets list labelled cases"
-            path = run.path / "predictions" / "unused" / f"{case.case_id}.nii.gz"
-            mask = clean(predictor.predict(case.images, cleaned=False).mask, cleaning)
-            write_mask(path, mask.array, mask.affine, like=case.images[0])
-            pairs.append(Pair(case.case_id, case.patient_id, path, case.label, by_value=True))
-            advance(number)
+        pairs = segment_cases(predictor, cases, masks, predictor.cleaning, advance=advance)
     tolerance = config.inference.tolerance_mm
     return evaluate_files(pairs, predictor.plan.mask_classes, tolerance_mm=tolerance, progress=progress)
 

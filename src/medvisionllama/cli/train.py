@@ -88,7 +88,7 @@ def train(
         data,
         out=out,
         preset=preset,
-        fold=int(fold) if fold and fold.isdecimal() else fold,  # type: ignore[arg-type] # checked by the settings
+        fold=fold,  # type: ignore[arg-type] # a text, which the settings read and check
         fraction=fraction,
         cases=cases,
         unlabelled=unlabelled,

@@ -1,19 +1,19 @@
 """A run, or the mean of several, measured on one of the first run's own splits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from medvisionllama.config import Config, read_config
+from medvisionllama.config import Config, InferenceConfig, read_config
 from medvisionllama.data.index import Case, Dataset, open_configured
 from medvisionllama.data.splits import read_splits, select
-from medvisionllama.errors import ConfigError, command
+from medvisionllama.errors import command
 from medvisionllama.evaluation.calibrate import CalibrationTally
 from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
 from medvisionllama.evaluation.evaluate import Split, evaluate_files, write_table
 from medvisionllama.evaluation.masks import Pair
-from medvisionllama.evaluation.members import check_distinct, check_unseen, name_ensemble
+from medvisionllama.evaluation.members import check_distinct, check_has_cases, check_unseen, name_ensemble
 from medvisionllama.inference.cleaning import cleaning_of, write_choice
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.predictor import Predictor, check_alike
@@ -72,17 +72,9 @@ def evaluate_run(
     predictor = Predictor.from_run(*(member.path for member in members), block_removed=block_removed)
     part = _part(run_dir, split, also=also, block_removed=block_removed)
     tally = CalibrationTally(predictor.plan) if calibration else None
-    pairs = []
+    masks = run_dir.path / "predictions" / part
     with progress.track(f"segmenting the {split} cases", len(cases)) as advance:
-        for number, case in enumerate(cases, start=1):
-            assert case.label is not None, "datasets list labelled cases"
-            path = run_dir.path / "predictions" / part / f"{case.case_id}.nii.gz"
-            scan = predictor.prepare(case.images)
-            on_slab = None if tally is None else tally.watch(case, scan)
-            mask = clean(predictor.segment(scan, on_slab=on_slab).mask, cleaning)
-            write_mask(path, mask.array, mask.affine, like=case.images[0])
-            pairs.append(Pair(case.case_id, case.patient_id, path, case.label, by_value=True))
-            advance(number)
+        pairs = segment_cases(predictor, cases, masks, cleaning, tally=tally, advance=advance)
     if tally is not None:
         file = calibration_file(run_dir, split, also=also, block_removed=block_removed)
         tally.write(file, members, split)
@@ -99,6 +91,29 @@ def evaluate_run(
     )
     write_table(table, table_file(run_dir, split, also=also, block_removed=block_removed))
     return table
+
+
+def segment_cases(
+    predictor: Predictor,
+    cases: Sequence[Case],
+    folder: Path,
+    cleaning: InferenceConfig,
+    *,
+    tally: CalibrationTally | None = None,
+    advance: Callable[[int], None],
+) -> list[Pair]:
+    """Write a mask of each labelled case into a folder, and pair it with its label."""
+    pairs = []
+    for number, case in enumerate(cases, start=1):
+        assert case.label is not None, "datasets list labelled cases"
+        path = folder / f"{case.case_id}.nii.gz"
+        scan = predictor.prepare(case.images)
+        on_slab = None if tally is None else tally.watch(case, scan)
+        mask = clean(predictor.segment(scan, on_slab=on_slab).mask, cleaning)
+        write_mask(path, mask.array, mask.affine, like=case.images[0])
+        pairs.append(Pair(case.case_id, case.patient_id, path, case.label, by_value=True))
+        advance(number)
+    return pairs
 
 
 def table_file(
@@ -126,11 +141,14 @@ def _part(run_dir: RunDir, split: Split, *, also: Sequence[Path | str], block_re
 def _cases(run_dir: RunDir, config: Config, split: Split) -> tuple[Dataset, list[Case]]:
     """The run's dataset, and its cases of a split."""
     assert config.data.path is not None, "fit wrote it"
+    masks = command("evaluate", "MASKS", "LABELS")
+    check_has_cases(
+        run_dir,
+        config,
+        split,
+        instead=f"score a run of a fold by its number, or masks of new scans: {masks}",
+    )
     dataset = open_configured(config.data)
     chosen = select(read_splits(run_dir.splits), dataset.patients, fold=config.data.fold)
     names = set(chosen.test if split == "test" else chosen.validation)
-    if not names:
-        raise ConfigError(
-            f"{run_dir.path} trained on all labelled cases (data.fold=all), so it has no {split} cases; score a run of a fold by its number, or masks of new scans: {command('evaluate', 'MASKS', 'LABELS')}"
-        )
     return dataset, [case for case in dataset.cases if case.case_id in names]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from medvisionllama.colours import colour_of
@@ -41,25 +42,29 @@ def curves(history: Sequence[dict[str, Any]]) -> str:
     """Training loss and, if there are validation cases, their Dice over the steps of a run."""
     figure = Figure(figsize=(9, 3), layout="constrained")
     names = list(history[0]["dice_per_class"])
-    left, *others = figure.subplots(1, 2 if names else 1, squeeze=False)[0]
+    left, *right = figure.subplots(1, 2 if names else 1, squeeze=False)[0]
     steps = [record["step"] for record in history]
     left.plot(steps, [record["loss"] for record in history], marker="o", color="#555555")
     left.set(xlabel="step", ylabel="mean training loss")
-    if not others:
-        return png(figure)
-    (right,) = others
+    for axes in right:
+        _draw_dice(axes, steps, history, names)
+    return png(figure)
+
+
+def _draw_dice(
+    axes: Axes, steps: Sequence[int], history: Sequence[dict[str, Any]], names: Sequence[str]
+) -> None:
     many = len(names) > _NAMED
     for index, name in enumerate(names):
         values = [record["dice_per_class"][name] for record in history]
         # More names than fit would squeeze the axes to nothing; then only the mean of the lines is named.
         label, look = (None, {"linewidth": 0.7}) if many else (name, {"marker": "o"})
-        right.plot(steps, values, label=label, color=colour_of(index), **look)
+        axes.plot(steps, values, label=label, color=colour_of(index), **look)
     if many:
         means = [np.mean(list(record["dice_per_class"].values())) for record in history]
-        right.plot(steps, means, marker="o", color="black", label=f"mean of {len(names)} classes")
-    right.set(xlabel="step", ylabel="validation Dice")
-    right.legend(frameon=False)
-    return png(figure)
+        axes.plot(steps, means, marker="o", color="black", label=f"mean of {len(names)} classes")
+    axes.set(xlabel="step", ylabel="validation Dice")
+    axes.legend(frameon=False)
 
 
 def dice_by_case(table: pd.DataFrame) -> str:

@@ -14,6 +14,7 @@ from medvisionllama.data.volume import Volume
 from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.evaluation.evaluate import Split, merged_foreground
 from medvisionllama.evaluation.masks import read_mask
+from medvisionllama.evaluation.members import check_has_cases
 from medvisionllama.inference.inputs import collect_scans
 from medvisionllama.run_dir import RunDir
 from medvisionllama.types import LabelArray
@@ -64,13 +65,10 @@ def scans_to_explain(
     if split:
         if label is not None:
             raise ConfigError("--label is the mask of one image; a split has the dataset's labels")
+        check_has_cases(run_dir, config, split, instead="give images to explain")
         assert config.data.path is not None, "fit wrote it"
         dataset = open_configured(config.data)
         parts = _parts(run_dir, config, dataset)
-        if split not in parts.values():
-            raise ConfigError(
-                f"{run_dir.path} trained on all labelled cases (data.fold=all), so it has no {split} cases; give images to explain"
-            )
         return [
             _of_dataset(case, parts[case.case_id]) for case in dataset.cases if parts[case.case_id] == split
         ]
