@@ -10,13 +10,15 @@ import numpy as np
 import pandas as pd
 
 from medvisionllama._files import write_text
+from medvisionllama.config import Config
 from medvisionllama.data.index import patient_of
 from medvisionllama.data.labels import FOREGROUND, may_be_cropped, on_one_grid, whole_label
 from medvisionllama.data.volume import Volume, same_place, to_ras
-from medvisionllama.errors import DataError
+from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.evaluation.masks import Pair, by_name, check_values, classes_of, read_mask, read_truth
 from medvisionllama.evaluation.metrics import measure
 from medvisionllama.progress import Progress, Silent
+from medvisionllama.run_dir import RunDir
 
 Split = Literal["test", "validation"]
 
@@ -48,6 +50,14 @@ def evaluate_files(
             ]
             advance(number)
     return pd.DataFrame(rows)
+
+
+def check_has_cases(run_dir: RunDir, config: Config, split: Split, *, instead: str) -> None:
+    """Raise ConfigError if a run trained on every case, so that none is left for a split."""
+    if config.data.fold == "all":
+        raise ConfigError(
+            f"{run_dir.path} trained on all labelled cases (data.fold=all), so it has no {split} cases; {instead}"
+        )
 
 
 def read_pair(pair: Pair, classes: dict[int, str], *, merged: bool = False) -> tuple[Volume, Volume]:

@@ -11,9 +11,9 @@ from medvisionllama.data.splits import read_splits, select
 from medvisionllama.errors import command
 from medvisionllama.evaluation.calibrate import CalibrationTally
 from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
-from medvisionllama.evaluation.evaluate import Split, evaluate_files, write_table
+from medvisionllama.evaluation.evaluate import Split, check_has_cases, evaluate_files, write_table
 from medvisionllama.evaluation.masks import Pair
-from medvisionllama.evaluation.members import check_distinct, check_has_cases, check_unseen, name_ensemble
+from medvisionllama.evaluation.members import check_distinct, check_unseen, name_ensemble
 from medvisionllama.inference.cleaning import cleaning_of, write_choice
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.predictor import Predictor, check_alike

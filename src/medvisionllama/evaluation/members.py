@@ -1,9 +1,9 @@
-"""Which runs may score which cases: none may have seen the patients, and files of several have own names."""
+"""Runs that are measured as one: none may have seen the scored patients, and their files have own names."""
 
 import hashlib
 from collections.abc import Collection, Sequence
 
-from medvisionllama.config import Config, read_config
+from medvisionllama.config import read_config
 from medvisionllama.data.index import Case, Dataset, patient_of
 from medvisionllama.errors import CheckpointError, ConfigError, DataError
 from medvisionllama.evaluation.evaluate import Split
@@ -46,14 +46,6 @@ def check_unseen(
                 raise DataError(
                     f"{member.path} has {len(both)} of the {len(patients)} {split} patients among its {part} patients (the first is {both[0]!r}), so the result would leak; give runs of the same splits{' and fold' if split == 'validation' else ''}"
                 )
-
-
-def check_has_cases(run_dir: RunDir, config: Config, split: Split, *, instead: str) -> None:
-    """Raise ConfigError if a run trained on every case, so that none is left for a split."""
-    if config.data.fold == "all":
-        raise ConfigError(
-            f"{run_dir.path} trained on all labelled cases (data.fold=all), so it has no {split} cases; {instead}"
-        )
 
 
 def name_ensemble(first: RunDir, also: Sequence[RunDir]) -> str:

@@ -12,9 +12,8 @@ from medvisionllama.data.readers import ScanSource, read_label
 from medvisionllama.data.splits import read_splits, select
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import ConfigError, DataError
-from medvisionllama.evaluation.evaluate import Split, merged_foreground
+from medvisionllama.evaluation.evaluate import Split, check_has_cases, merged_foreground
 from medvisionllama.evaluation.masks import read_mask
-from medvisionllama.evaluation.members import check_has_cases
 from medvisionllama.inference.inputs import collect_scans
 from medvisionllama.run_dir import RunDir
 from medvisionllama.types import LabelArray
