@@ -9,7 +9,8 @@ from pydicom import dcmread
 from pydicom.uid import generate_uid
 
 from dicom_files import classic, save
-from medvisionllama import check
+from medvisionllama import check, load_config
+from medvisionllama.cli._progress import TerminalProgress
 from medvisionllama.data.check.division import division_findings
 from medvisionllama.data.check.listing import scans_in
 from medvisionllama.data.formats.dicom_grid import grid_of
@@ -19,6 +20,7 @@ from medvisionllama.data.splits import Fold, Splits
 from medvisionllama.errors import DataError
 from medvisionllama.inference.dicom_seg import write_seg
 from medvisionllama.inference.writers import write_mask
+from medvisionllama.training.prepare import prepare_data
 
 
 @pytest.fixture
@@ -251,6 +253,16 @@ def test_series_with_one_patient_number_are_one_person(persons, fast):
     joined = check(root, fast=fast, patient_pattern="^([a-z]+)")
     assert joined.num_patients == 3
     assert not [finding for finding in joined.findings if finding.code == "person-apart"]
+
+
+def test_training_says_first_that_series_are_one_persons(persons, capsys):
+    # The names look alike as well, and only the first warning is shown.
+    root = persons(p1_left="ID-1", p1_right="ID-2", p2="ID-3", zulu="ID-3")
+    config = load_config("small", {"data.path": root})
+    prepare_data(config, drawn=None, progress=TerminalProgress())
+    shown = capsys.readouterr().err
+    assert "look at this: p2 and zulu have one PatientID but count as 2 patients" in " ".join(shown.split())
+    assert "ID-3" not in shown
 
 
 @pytest.mark.parametrize("number", ["", "ANONYMOUS"])

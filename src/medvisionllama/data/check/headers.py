@@ -8,6 +8,8 @@ import numpy as np
 from medvisionllama.data.check.facts import CaseFacts, FileFacts
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.check.storage import read_storage
+from medvisionllama.data.formats import dicom, format_of
+from medvisionllama.data.formats.dicom_series import person_of
 from medvisionllama.data.formats.header import channel_problem
 from medvisionllama.data.index import Case, Dataset
 from medvisionllama.data.labels import may_be_cropped, offset_in
@@ -20,7 +22,7 @@ def read_headers(case: Case) -> tuple[CaseFacts | None, list[Finding]]:
     """Read the headers of one case.
 
     Returns:
-        The facts, without a label that cannot be read; None if an image cannot be read.
+        The facts, with the PatientIDs of DICOM, without a label that cannot be read; None if an image cannot be.
     """
     findings: list[Finding] = []
     files: list[FileFacts | None] = []
@@ -34,7 +36,13 @@ def read_headers(case: Case) -> tuple[CaseFacts | None, list[Finding]]:
     if len(images) < len(case.images):
         return None, findings
     label = files[-1] if case.label else None
-    return CaseFacts(case.case_id, case.patient_id, tuple(images), label), findings
+    facts = CaseFacts(case.case_id, case.patient_id, tuple(images), label, persons=_persons(case))
+    return facts, findings
+
+
+def _persons(case: Case) -> frozenset[str]:
+    found = {person_of(source) for source in case.sources if format_of(source) is dicom}
+    return frozenset(found - {""})
 
 
 def check_headers(dataset: Dataset) -> tuple[list[CaseFacts], list[Finding]]:

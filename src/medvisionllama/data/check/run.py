@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 from medvisionllama.data.check.case_rules import value_findings
@@ -35,8 +34,8 @@ from medvisionllama.data.check.rules import (
     intensity_findings,
     outlier_findings,
 )
-from medvisionllama.data.formats import ScanSource, dicom, format_of
-from medvisionllama.data.formats.dicom_series import Series, person_of
+from medvisionllama.data.formats import ScanSource
+from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.index import Case, Dataset, index_dataset
 from medvisionllama.data.labels import whole_label
 from medvisionllama.data.near_names import datasets_in, misnamed_folders
@@ -114,8 +113,9 @@ def dataset_findings(facts: Sequence[CaseFacts], dataset: Dataset) -> list[Findi
     # Scans without labels are not divided.
     labelled = [case for case in dataset.cases if case.label is not None]
     return [
-        *patient_name_findings(labelled),
+        # First, as `train` shows the first one: what a scan says of itself is surer than what names look like.
         *(person_findings(facts) if labelled else []),
+        *patient_name_findings(labelled),
         *class_findings(facts, dataset.classes),
         *duplicate_findings(facts),
         *intensity_findings(facts, dataset.channels),
@@ -191,11 +191,6 @@ def _examine(
     ]
 
 
-def _persons(case: Case) -> frozenset[str]:
-    found = {person_of(source) for source in case.sources if format_of(source) is dicom}
-    return frozenset(found - {""})
-
-
 def _examine_one(
     case: Case, dataset: Dataset, *, labelled: bool, fast: bool, look: Look | None
 ) -> tuple[CaseFacts | None, list[Finding]]:
@@ -205,7 +200,6 @@ def _examine_one(
     findings += grid_findings(facts)
     if labelled:
         findings += channel_findings(facts, dataset.channels)
-        facts = replace(facts, persons=_persons(case))
     if fast:
         return facts, findings
     volumes: list[Volume | None] = []
