@@ -1,11 +1,14 @@
 """From a dataset's folder to what training needs: division, plan, and preprocessed cases."""
 
+from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medvisionllama._files import canonical_hash
 from medvisionllama.config import Config
 from medvisionllama.data.cache import CachedCase, build_cache, fit_normalisation, found_classes
+from medvisionllama.data.check.headers import persons_of
 from medvisionllama.data.check.run import dataset_findings
 from medvisionllama.data.fingerprint import Fingerprint, fingerprint
 from medvisionllama.data.formats.dicom_series import Series
@@ -148,7 +151,7 @@ def unlabelled_cases(config: Config, dataset: Dataset, selection: Selection) -> 
     Raises:
         ConfigError: it leaves out none.
         DataError: no scans in the folder, scans that the dataset has with labels, or scans of patients who validate
-            or test.
+            or test, by their names or by the PatientIDs of DICOM.
     """
     scans = config.unlabelled.scans
     if scans == "none":
@@ -164,6 +167,7 @@ def unlabelled_cases(config: Config, dataset: Dataset, selection: Selection) -> 
     found = collect_scans([scans], channels=dataset.channels)
     known = {case.case_id for case in dataset.cases}
     kept = {dataset.patients[name] for name in (*selection.validation, *selection.test)}
+    persons = _persons_of(kept, dataset)
     cases = [_case_of(scan, config.data.patient_pattern) for scan in found]
     for case, scan in zip(cases, found, strict=True):
         if scan.case_id in known:
@@ -175,7 +179,20 @@ def unlabelled_cases(config: Config, dataset: Dataset, selection: Selection) -> 
             raise DataError(
                 f"{scan.images[0]} is of the patient {case.patient_id!r}, who validates or tests this run; take that patient's scans out of {scans}"
             )
+        if persons & persons_of(case):
+            raise DataError(
+                f"{scan.images[0]} has the PatientID of a patient who validates or tests this run; take that patient's scans out of {scans}"
+            )
     return cases
+
+
+def _persons_of(patients: Collection[str], dataset: Dataset) -> set[str]:
+    """PatientIDs, hashed, of some patients; one that several have, as the anonymous may, tells nothing."""
+    owners: dict[str, set[str]] = defaultdict(set)
+    for case in dataset.cases:
+        for person in persons_of(case):
+            owners[person].add(case.patient_id)
+    return {person for person, found in owners.items() if len(found) == 1 and found <= set(patients)}
 
 
 def _case_of(scan: Scan, pattern: str | None) -> Case:

@@ -20,7 +20,7 @@ from medvisionllama.data.splits import Fold, Splits
 from medvisionllama.errors import DataError
 from medvisionllama.inference.dicom_seg import write_seg
 from medvisionllama.inference.writers import write_mask
-from medvisionllama.training.prepare import prepare_data
+from medvisionllama.training.prepare import divide, prepare_data, unlabelled_cases
 
 
 @pytest.fixture
@@ -263,6 +263,24 @@ def test_training_says_first_that_series_are_one_persons(persons, capsys):
     shown = capsys.readouterr().err
     assert "look at this: p2 and zulu have one PatientID but count as 2 patients" in " ".join(shown.split())
     assert "ID-3" not in shown
+
+
+@pytest.mark.parametrize("number", ["ID-1", "ID-2", "ID-3", "ANONYMOUS"])
+def test_a_scan_without_a_label_is_no_test_patients_under_another_name(persons, tmp_path_factory, number):
+    root = persons(alpha="ID-1", bravo="ID-2", charlie="ID-3", delta="ANONYMOUS", echo="ANONYMOUS")
+    extra = tmp_path_factory.mktemp("extra")
+    datasets = classic(np.zeros((6, 8, 5), np.int16))
+    for dataset in datasets:
+        dataset.PatientID = number
+    save(datasets, extra / "zulu")
+    config = load_config("small", {"data.path": root, "unlabelled.scans": extra})
+    found, _, selection = divide(config, drawn=None)
+    owner = {"ID-1": "alpha", "ID-2": "bravo", "ID-3": "charlie"}.get(number)
+    if owner in {*selection.validation, *selection.test}:
+        with pytest.raises(DataError, match=r"zulu\) has the PatientID of a patient who validates or tests"):
+            unlabelled_cases(config, found, selection)
+    else:
+        assert [case.case_id for case in unlabelled_cases(config, found, selection)] == ["zulu"]
 
 
 @pytest.mark.parametrize("number", ["", "ANONYMOUS"])

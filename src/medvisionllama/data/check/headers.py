@@ -36,11 +36,12 @@ def read_headers(case: Case) -> tuple[CaseFacts | None, list[Finding]]:
     if len(images) < len(case.images):
         return None, findings
     label = files[-1] if case.label else None
-    facts = CaseFacts(case.case_id, case.patient_id, tuple(images), label, persons=_persons(case))
+    facts = CaseFacts(case.case_id, case.patient_id, tuple(images), label, persons=persons_of(case))
     return facts, findings
 
 
-def _persons(case: Case) -> frozenset[str]:
+def persons_of(case: Case) -> frozenset[str]:
+    """SHA-256 of each PatientID in a case's DICOM series; none for other files."""
     found = {person_of(source) for source in case.sources if format_of(source) is dicom}
     return frozenset(found - {""})
 
