@@ -52,6 +52,7 @@ def main() -> None:
     ]
     hours = sum(training_minutes(arguments, row, arm) for row, arm, _ in due) / 60
     print(f"{len(due)} cells to make: {hours:.1f} hours of training", flush=True)
+    failed: list[str] = []
     for row, arm, seed in due:
         print(f"{row}, {arm}, seed {seed}", flush=True)
         command = [sys.executable, __file__, *sys.argv[1:], "--cell", row, arm, str(seed)]
@@ -60,13 +61,16 @@ def main() -> None:
             raise SystemExit(INTERRUPTED)
         # A rival that fails is missing from the table, and the others go on.
         if code:
-            print(f"{row}, {arm}, seed {seed} failed", flush=True)
+            failed.append(f"{row}, {arm}, seed {seed}")
+            print(f"{failed[-1]} failed", flush=True)
     for row in rows:
         where = folder(arguments, row)
         if not (summary := summarise(where)).empty:
             summary.to_csv(where / "summary.csv", index=False)
             print(f"\n{row}, {minutes_of(arguments, row):g} minutes on {arguments.threads} cores")
             print(summary.to_string(index=False))
+    if failed:
+        raise SystemExit(f"failed: {'; '.join(failed)}")
 
 
 def training_minutes(arguments: argparse.Namespace, row: str, arm: str) -> float:

@@ -1,7 +1,6 @@
 """One cell of the few-shot table: an arm trained on a row's cases for its minutes, and tested."""
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ def run_cell(arguments: argparse.Namespace) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    from medvisionllama._files import write_json
     from medvisionllama.evaluation.evaluate import mean_dice, write_table
     from medvisionllama.run_dir import machine_facts
 
@@ -52,7 +52,8 @@ def run_cell(arguments: argparse.Namespace) -> None:
         "hardware": machine["hardware"],
         "git_revision": machine.get("git_revision"),
     }
-    path.write_text(json.dumps(facts, indent=2) + "\n")
+    # Whole or not at all: a cell that is there is not made again.
+    write_json(path, facts)
 
 
 def train_ours(

@@ -103,9 +103,13 @@ class RunDir:
             )
 
     def check_resumable(self) -> None:
-        """Raise CheckpointError unless the folder holds a run to go on with."""
+        """Raise CheckpointError unless the folder holds a run to go on with, and not its weights alone."""
         if not self.config.is_file():
             raise CheckpointError(f"{self.path} holds no run to resume; start one without --resume")
+        if self.best.is_file() and not self.state.is_file():
+            raise CheckpointError(
+                f"{self.path} has trained weights, but {self.state.parent.name}/{self.state.name} to go on from is gone; going on would begin anew and replace them: start a new run, or delete {self.best} first"
+            )
 
     def check_same_data(self, facts: dict[str, Any]) -> None:
         """Raise CheckpointError if the manifest's hashes of data and splits are not those given."""

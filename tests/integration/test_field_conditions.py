@@ -10,6 +10,7 @@ import pytest
 from medvisionllama import api
 from medvisionllama.config import read_config
 from medvisionllama.data.index import patient_of
+from medvisionllama.errors import DataError
 from medvisionllama.evaluation.evaluate import read_table
 from medvisionllama.inference.inputs import collect_scans
 from medvisionllama.reports.html import write_report
@@ -146,6 +147,9 @@ def test_channel_files_are_put_in_order_and_gaps_are_refused(tmp_path, write_nif
     assert [path.name for path in scan.images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
     with pytest.raises(ValueError, match="must end in _0000 to _0001"):
         collect_scans([paths[1], paths[2]], channels=["T1", "T2"])
+    unnumbered = write_nifti(tmp_path / "a.nii.gz", np.zeros((4, 4, 4), np.float32))
+    with pytest.raises(DataError, match="must end in _0000 to _0001"):
+        collect_scans([unnumbered, paths[0]], channels=["T1", "T2"])
 
 
 def test_4d_scans_with_numbers_in_their_names_stay_apart(tmp_path, write_nifti):
@@ -222,6 +226,13 @@ def test_masks_of_a_merged_run_are_scored_against_merged_labels(plain, tmp_path,
     assert {row["class"] for row in rows} == {"foreground"}
     label = np.asarray(nib.load(plain / "labels" / f"{rows[0]['case_id']}.nii.gz").dataobj)
     assert rows[0]["volume_ml"] == pytest.approx((label > 0).sum() / 1000)
+    # Its 255 would be measured as background.
+    mask = tmp_path / "masks" / f"{rows[0]['case_id']}.nii.gz"
+    image = nib.load(mask)
+    nib.save(nib.Nifti1Image(np.full(image.shape, 255, np.uint8), image.affine), mask)
+    outcome = cli("evaluate", tmp_path / "masks", plain / "labels", "--merged")
+    assert outcome.code == 2
+    assert "holds the value 255" in outcome.err
 
 
 def test_evaluation_of_a_run_takes_tolerance_and_file(run, tmp_path, cli):

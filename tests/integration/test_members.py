@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 from medvisionllama import Predictor, api
 from medvisionllama._files import file_sha256
 from medvisionllama.config import load_config, read_config
+from medvisionllama.data.index import open_dataset
+from medvisionllama.data.splits import make_splits, write_splits
 from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.evaluation.explain.job import open_networks
 from medvisionllama.inference.predictor import Member
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.members import check_members, member_config
+from medvisionllama.training.members import _COMMAND, check_members, member_config
 
 from .conftest import FAST, settings, wait_for
 
@@ -150,6 +152,46 @@ def test_a_finished_run_can_be_given_a_member_more(phantoms, tmp_path):
     api.train(phantoms, out=run.path, members=2, resume=True, test=False)
     assert len(Predictor.from_run(run.path).members) == 2
     assert all(torch.equal(value, before[name]) for name, value in load_file(run.best).items())
+
+
+def test_a_member_that_joins_later_obeys_the_run_s_division(phantoms, tmp_path):
+    """Drawn anew it could be another by then, and train with what tests the run."""
+    file, patients = tmp_path / "splits.json", open_dataset(phantoms).patients
+    write_splits(make_splits(patients, seed=3), file)
+    run = train(phantoms, tmp_path / "run", "--set", f"data.splits={file}")
+    write_splits(make_splits(patients, seed=4), file)
+    assert file.read_text() != run.splits.read_text()
+    api.train(phantoms, out=run.path, members=2, resume=True, test=False)
+    assert run.member(2).splits.read_text() == run.splits.read_text()
+    assert run.member(2).read_manifest()["cases"] == run.read_manifest()["cases"]
+
+
+def test_weights_without_a_state_to_go_on_from_are_not_trained_over(pair, phantoms, tmp_path):
+    run = RunDir(shutil.copytree(pair.path, tmp_path / "run"))
+    shutil.rmtree(run.state.parent)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="going on would begin anew and replace them"):
+        api.train(phantoms, out=run.path, resume=True, test=False)
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_refused_resume_leaves_the_run_s_files_as_they_were(pair, phantoms, tmp_path):
+    run = RunDir(shutil.copytree(pair.path, tmp_path / "run"))
+    run.state.write_bytes(run.state.read_bytes()[:200])
+    before = run.config.read_bytes(), run.manifest.read_bytes()
+    with pytest.raises(CheckpointError):
+        api.train(phantoms, out=run.path, members=3, resume=True, test=False)
+    assert (run.config.read_bytes(), run.manifest.read_bytes()) == before
+    assert len(Predictor.from_run(run.path).members) == 2
+
+
+def test_a_file_in_the_folder_one_stands_in_is_no_module_of_python(tmp_path):
+    (tmp_path / "random.py").write_text("raise SystemExit(77)")
+    config = load_config("small", {**FAST, "data.path": tmp_path / "none", "out": tmp_path / "run"})
+    request = {"config": config.model_dump(mode="json"), "resume": False, "began": time.time()}
+    line = json.dumps(request).encode() + b"\n"
+    ended = subprocess.run([sys.executable, *_COMMAND], input=line, cwd=tmp_path, check=False)
+    assert ended.returncode in {2, 130}
 
 
 def test_a_choice_of_cleaning_is_that_of_all_networks(pair, tmp_path):

@@ -124,6 +124,25 @@ def test_an_interrupted_batch_goes_on_with_the_scans_that_are_left(runs, scans, 
     assert (tmp_path / "m" / "phantom_000.nii.gz").stat().st_mtime_ns == before
 
 
+def test_resume_takes_no_mask_of_another_scan_of_that_name(runs, scans, tmp_path, cli):
+    scan = scans / "phantom_000.nii.gz"
+    assert cli("predict", runs[0], scan, "--out", tmp_path / "m").code == 0
+    again = cli("predict", runs[0], scan, "--out", tmp_path / "m", "--resume")
+    assert again.code == 0
+    assert "1 of 1 scans have their masks" in again.err
+    image = nib.load(scan)
+    moved = np.diag([1.0, 1.0, 1.5, 1.0]) @ image.affine
+    for other in (
+        nib.Nifti1Image(image.get_fdata()[:-2], image.affine),
+        nib.Nifti1Image(image.get_fdata(), moved),
+    ):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        nib.save(other, tmp_path / "other" / scan.name)
+        outcome = cli("predict", runs[0], tmp_path / "other" / scan.name, "--out", tmp_path / "m", "--resume")
+        assert outcome.code == 2
+        assert "the mask of another scan of that name" in outcome.err
+
+
 def test_maps_that_are_missing_are_made_by_resume(runs, scans, tmp_path, cli):
     scan = scans / "phantom_000.nii.gz"
     assert cli("predict", runs[0], scan, "--out", tmp_path / "m").code == 0

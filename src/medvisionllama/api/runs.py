@@ -147,18 +147,20 @@ def predict(
     outputs = Outputs(Path(out), mask_format, probabilities, uncertainty)  # type: ignore[arg-type] # checked above
     plan = check_alike([run, *also])
     scans = collect_scans([Path(path) for path in inputs], channels=plan.channels)
-    scans = outputs.missing(scans, overwrite=overwrite, resume=resume)
+    progress = progress or Silent()
+    left = outputs.missing(scans, overwrite=overwrite, resume=resume)
+    if len(left) < len(scans):
+        progress.say(f"{len(scans) - len(left)} of {len(scans)} scans have their masks and are left out")
     predictor = Predictor.from_run(run, *also, device=device, fast=fast)  # type: ignore[arg-type] # checked above
     settings = predictor.members[0].config.inference
     cleaning, reason = cleaning_of(
         RunDir(Path(run)), settings, largest=largest, min_ml=min_ml, num_runs=1 + len(also)
     )
-    progress = progress or Silent()
     if reason:
         progress.say(reason)
     return predict_scans(
         predictor,
-        scans,
+        left,
         outputs,
         cleaning=cleaning,
         overwrite=overwrite,

@@ -74,11 +74,10 @@ def read_pair(pair: Pair, classes: dict[int, str], *, merged: bool = False) -> t
     if may_be_cropped(pair.prediction) and may_be_cropped(pair.label):
         predicted, truth = on_one_grid(predicted, truth)
     _same_grid(pair, predicted, truth)
-    if not merged:
-        check_values(pair.prediction, predicted, classes)
-        # A dataset that declares no classes has those of the cases that trained, and its others may have more.
-        if not pair.by_value:
-            check_values(pair.label, truth, classes)
+    check_values(pair.prediction, predicted, classes)
+    # A dataset that declares no classes has those of the cases that trained, and its others may have more.
+    if not merged and not pair.by_value:
+        check_values(pair.label, truth, classes)
     return predicted, merged_foreground(truth) if merged else truth
 
 

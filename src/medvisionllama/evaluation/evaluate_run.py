@@ -69,7 +69,12 @@ def evaluate_run(
     dataset, cases = _cases(run_dir, config, split)
     if also:
         check_unseen(members, dataset, cases, split=split)
-    predictor = Predictor.from_run(*(member.path for member in members), block_removed=block_removed)
+    predictor = Predictor.from_run(
+        *(member.path for member in members),
+        # A run that was kept off the GPU is scored off it; one of a GPU may be scored where there is none.
+        device="cpu" if config.train.device == "cpu" else "auto",
+        block_removed=block_removed,
+    )
     part = _part(run_dir, split, also=also, block_removed=block_removed)
     tally = CalibrationTally(predictor.plan) if calibration else None
     masks = run_dir.path / "predictions" / part

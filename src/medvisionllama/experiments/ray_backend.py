@@ -79,7 +79,7 @@ class RayBackend:
         }
         with self._log_file.open("ab") as log:
             self._driver = subprocess.Popen(
-                [sys.executable, "-m", "medvisionllama.experiments.ray_driver"],
+                [sys.executable, "-P", "-m", "medvisionllama.experiments.ray_driver"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -112,7 +112,7 @@ def _folder_fault(token: Path) -> str:
 
 def _code_fault(expected: str) -> str:
     """Ask the interpreter that will run the worker: Ray's own process has further import paths."""
-    command = [sys.executable, "-m", "medvisionllama.experiments.ray_node"]
+    command = [sys.executable, "-P", "-m", "medvisionllama.experiments.ray_node"]
     told = subprocess.run(command, capture_output=True, text=True, check=False)
     if told.returncode:
         last = (told.stderr.strip().splitlines() or ["no reason given"])[-1]

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-COMMAND = ("-m", "medvisionllama.experiments.worker")
+COMMAND = ("-P", "-m", "medvisionllama.experiments.worker")
 """Arguments of Python, before the folder and the run's id."""
 SECONDS_TO_SAVE = 120.0
 """How long a worker that is asked to end may take."""

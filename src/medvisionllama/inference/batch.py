@@ -12,7 +12,8 @@ from medvisionllama._files import write_text
 from medvisionllama.config import InferenceConfig
 from medvisionllama.data.formats.dicom_labels import referenced_series
 from medvisionllama.data.formats.dicom_series import Series
-from medvisionllama.data.readers import SUFFIXES, ScanSource
+from medvisionllama.data.readers import SUFFIXES, ScanSource, read_header
+from medvisionllama.data.volume import same_place
 from medvisionllama.errors import OUT_OF_MEMORY, DataError, MedVisionLlamaError, is_out_of_memory
 from medvisionllama.inference.cautions import cautions
 from medvisionllama.inference.dicom_seg import write_seg
@@ -82,8 +83,10 @@ class Outputs:
                     raise DataError(
                         f"{file} already exists; choose another --out, or give --overwrite to replace it, --resume to keep it"
                     )
-            if resume and fallback and mask.exists():
-                _check_same_series(mask, scan)
+            if resume:
+                for file in (mask, *([fallback] if fallback else [])):
+                    if file.exists():
+                        _check_same_scan(file, scan)
             finished = all(file.exists() for file in files[:-1]) and (
                 mask.exists() or bool(fallback and fallback.exists())
             )
@@ -116,12 +119,19 @@ def format_like(source: ScanSource) -> str:
     return {".nrrd": "nrrd", ".mha": "mha"}.get(suffix, "nifti")
 
 
-def _check_same_series(mask: Path, scan: Scan) -> None:
-    """Raise DataError if a DICOM mask is there that belongs to another scan of this name."""
-    series = scan.images[0]
-    if isinstance(series, Series) and referenced_series(mask) not in {"", series.series_uid}:
+def _check_same_scan(mask: Path, scan: Scan) -> None:
+    """Raise DataError if the mask that is there belongs to another scan of this name."""
+    source = scan.images[0]
+    if mask.name.endswith(".dcm"):
+        if isinstance(source, Series) and referenced_series(mask) not in {"", source.series_uid}:
+            raise DataError(
+                f"{mask} is the mask of another series than {source}, whose folder has the same name; choose another --out"
+            )
+        return
+    ours, theirs = read_header(source), read_header(mask)
+    if ours.shape != theirs.shape or not same_place(ours.affine, theirs.affine, ours.shape):
         raise DataError(
-            f"{mask} is the mask of another series than {series}, whose folder has the same name; choose another --out"
+            f"{mask} lies on another grid than {source}, so it is the mask of another scan of that name; choose another --out"
         )
 
 

@@ -83,12 +83,16 @@ def _checked(scan: Scan, channels: Sequence[str]) -> Scan:
         raise DataError(
             f"{scan.images[0]} has {found} channels, the run was trained on {len(channels)} ({', '.join(channels)}); give scans like those"
         )
-    numbers = [int(stem_of(path)[-4:]) for path in scan.images] if len(scan.images) > 1 else [0]
-    if numbers != list(range(len(numbers))):
+    if len(scan.images) > 1 and not _are_numbered(scan.images):
         raise DataError(
             f"{scan.images[0]}: the channel files of {scan.case_id} must end in _0000 to _{len(channels) - 1:04d}"
         )
     return replace(scan, num_voxels=found * math.prod(headers[0].shape))
+
+
+def _are_numbered(files: Sequence[ScanSource]) -> bool:
+    """Whether names end in _0000, _0001 and so on, in this order."""
+    return all(stem_of(file).endswith(f"_{number:04d}") for number, file in enumerate(files))
 
 
 def _named_series(found: Iterable[Series], taken: Container[str]) -> list[tuple[str, Series]]:

@@ -135,10 +135,11 @@ def _fit(
         started=started,
     )
     with alone_in(run_dir, processes):
+        # Before anything is written: what cannot go on stays as it was.
+        loop.resume()
         if processes.is_main:
             about = {"precision": accelerator.mixed_precision, "network": facts}
             write_run_files(run_dir, config, data, about)
-        loop.resume()
         if config.train.members > 1:
             progress.say(
                 f"{config.train.members} networks train side by side; predictions are the mean of theirs"

@@ -28,7 +28,8 @@ from medvisionllama.run_dir import RunDir
 from medvisionllama.training.interrupts import interruptible
 
 INTERRUPTED = 130
-_COMMAND = ("-m", "medvisionllama.training.member_process")
+# -P: a random.py in the folder one stands in is not Python's.
+_COMMAND = ("-P", "-m", "medvisionllama.training.member_process")
 _SECONDS_TO_SAVE = 120.0
 
 
@@ -128,12 +129,18 @@ def others_beside(config: Config, *, resume: bool, started: float) -> Iterator[O
 
 
 def member_config(config: Config, number: int) -> Config:
-    """Configuration of a further member: the run's own, with a seed and a folder of its own."""
+    """Configuration of a further member: the run's own, with a seed and a folder of its own.
+
+    It obeys the run's own splits file. Drawn anew, splits would be others if the dataset has changed since, and a
+    member that joins later would train with what tests the run.
+    """
     assert config.out is not None, "checked by the caller"
     # Not the next seeds, which may be those of other runs that this one is compared with.
     seed = int(np.random.SeedSequence((config.train.seed, number)).generate_state(1)[0])
     train = config.train.model_copy(update={"members": 1, "seed": seed})
-    return config.model_copy(update={"train": train, "out": RunDir(config.out).member(number).path})
+    run_dir = RunDir(config.out)
+    data = config.data.model_copy(update={"splits": run_dir.splits})
+    return config.model_copy(update={"train": train, "data": data, "out": run_dir.member(number).path})
 
 
 def check_members(num_members: int, num_processes: int) -> None:
