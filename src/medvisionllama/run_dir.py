@@ -59,6 +59,7 @@ class RunDir:
         self.state = self.path / "last" / "state.safetensors"
         self.lock = self.path / "last" / ".lock"
         self.evaluation = self.path / "evaluation.csv"
+        self.scored = self.path / "evaluation.json"
         self.report = self.path / "report.html"
         self.calibration = self.path / "calibration.json"
         self.postprocessing = self.path / "postprocessing.json"
@@ -106,7 +107,8 @@ class RunDir:
         """Raise CheckpointError unless the folder holds a run to go on with, and not its weights alone."""
         if not self.config.is_file():
             raise CheckpointError(f"{self.path} holds no run to resume; start one without --resume")
-        if self.best.is_file() and not self.state.is_file():
+        # One that was killed between its first weights and its first save has one record at most, and begins anew.
+        if self.best.is_file() and not self.state.is_file() and len(self.read_history()) > 1:
             raise CheckpointError(
                 f"{self.path} has trained weights, but {self.state.parent.name}/{self.state.name} to go on from is gone; going on would begin anew and replace them: start a new run, or delete {self.best} first"
             )

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from medvisionllama import api
+from medvisionllama.checkpoint import load_tensors, save_tensors
 from medvisionllama.config import read_config
 from medvisionllama.data.index import patient_of
 from medvisionllama.errors import DataError
 from medvisionllama.evaluation.evaluate import read_table
+from medvisionllama.inference.cleaning import Choice, write_choice
 from medvisionllama.inference.inputs import collect_scans
 from medvisionllama.reports.html import write_report
 from medvisionllama.run_dir import RunDir
@@ -214,6 +216,20 @@ def test_resume_takes_a_longer_limit_and_another_learning_rate(run, plain, tmp_p
     )
     assert outcome.code == 0, outcome.err
     assert copy.read_history()[-1]["step"] == 3 * before
+
+
+def test_a_page_says_if_its_test_is_not_of_what_predicts_now(run, tmp_path):
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "run"))
+    api.evaluate(copy.path)
+    assert "Out of date" not in copy.report.read_text()
+    chosen = Choice(largest_component=True, num_cases=1, weights_sha256=copy.weights_sha256(), candidates=())
+    write_choice(copy, chosen)
+    assert "measured with another removal of components" in write_report(copy.path).read_text()
+    api.evaluate(copy.path)
+    assert "Out of date" not in copy.report.read_text()
+    tensors, facts = load_tensors(copy.best)
+    save_tensors(copy.best, {name: tensor + 1e-3 for name, tensor in tensors.items()}, facts)
+    assert "measured with earlier weights" in write_report(copy.path).read_text()
 
 
 def test_masks_of_a_merged_run_are_scored_against_merged_labels(plain, tmp_path, cli):

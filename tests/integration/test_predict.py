@@ -124,6 +124,22 @@ def test_an_interrupted_batch_goes_on_with_the_scans_that_are_left(runs, scans, 
     assert (tmp_path / "m" / "phantom_000.nii.gz").stat().st_mtime_ns == before
 
 
+def test_a_sheared_scan_is_doubted_and_its_volumes_are_right(runs, scans, tmp_path):
+    image = nib.load(scans / "phantom_000.nii.gz")
+    tilt = np.eye(4)
+    tilt[1, 2] = np.tan(np.radians(20))
+    nib.save(nib.Nifti1Image(image.get_fdata(), image.affine @ tilt), tmp_path / "tilted.nii.gz")
+    straight, tilted = api.predict(
+        runs[0], [scans / "phantom_000.nii.gz", tmp_path / "tilted.nii.gz"], out=tmp_path / "m"
+    )
+    assert not any("right angle" in line for line in straight["warnings"])
+    assert any("20.0 degrees off a right angle" in line for line in tilted["warnings"])
+    mask = np.asarray(nib.load(tilted["mask"]).dataobj)
+    # Slices that are shifted along each other are no further apart.
+    edges = np.prod(image.header.get_zooms()[:3])
+    assert sum(tilted["volumes_ml"].values()) == pytest.approx((mask > 0).sum() * edges / 1000)
+
+
 def test_resume_takes_no_mask_of_another_scan_of_that_name(runs, scans, tmp_path, cli):
     scan = scans / "phantom_000.nii.gz"
     assert cli("predict", runs[0], scan, "--out", tmp_path / "m").code == 0

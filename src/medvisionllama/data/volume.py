@@ -17,6 +17,8 @@ from nibabel.orientations import (
 from medvisionllama.types import AffineMatrix, SpacingMm, Triple
 
 RAS = axcodes2ornt(("R", "A", "S"))
+SHEARED_DEGREES = 0.57
+"""Edges that miss the right angle by more make lengths and areas wrong, and are worth a word."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,18 @@ def spacing_of(affine: AffineMatrix) -> SpacingMm:
     """Edge lengths of a voxel, in millimetres."""
     x, y, z = np.sqrt((affine[:3, :3] ** 2).sum(axis=0)).tolist()
     return (x, y, z)
+
+
+def voxel_ml(affine: AffineMatrix) -> float:
+    """Volume of a voxel in millilitres, of one whose edges are not at right angles too."""
+    return abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+
+
+def shear_degrees(affine: AffineMatrix) -> float:
+    """By how much two edges of a voxel miss the right angle at most, as slices of a tilted gantry do."""
+    axes = affine[:3, :3] / np.array(spacing_of(affine))
+    cosines = np.abs(axes.T @ axes)
+    return float(np.degrees(np.arcsin(min(1.0, max(cosines[0, 1], cosines[0, 2], cosines[1, 2])))))
 
 
 def same_place(affine: AffineMatrix, other: AffineMatrix, shape: Triple) -> bool:

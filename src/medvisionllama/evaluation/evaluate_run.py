@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pandas as pd
 
+from medvisionllama._files import write_json
 from medvisionllama.config import Config, InferenceConfig, read_config
 from medvisionllama.data.index import Case, Dataset, open_configured
 from medvisionllama.data.splits import read_splits, select
-from medvisionllama.errors import command
+from medvisionllama.errors import CheckpointError, command
 from medvisionllama.evaluation.calibrate import CalibrationTally
 from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
 from medvisionllama.evaluation.evaluate import Split, check_has_cases, evaluate_files, write_table
 from medvisionllama.evaluation.masks import Pair
 from medvisionllama.evaluation.members import check_distinct, check_unseen, name_ensemble
-from medvisionllama.inference.cleaning import cleaning_of, write_choice
+from medvisionllama.inference.cleaning import Cleaning, cleaning_of, write_choice
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.predictor import Predictor, check_alike
 from medvisionllama.inference.writers import write_mask
@@ -35,7 +36,8 @@ def evaluate_run(
 ) -> pd.DataFrame:
     """Segment a split with the run's best weights, measure it on the scans' own grids, and write the table.
 
-    The masks are kept in the run's `predictions/` folder; the test split's table is evaluation.csv.
+    The masks are kept in the run's `predictions/` folder; the test split's table is evaluation.csv, and
+    evaluation.json beside it says which weights made it and what was removed.
 
     Args:
         also: further runs whose probabilities are averaged with this one's; masks and table get names of their own.
@@ -69,6 +71,8 @@ def evaluate_run(
     dataset, cases = _cases(run_dir, config, split)
     if also:
         check_unseen(members, dataset, cases, split=split)
+    # Of the weights that are about to be loaded: a run that goes on beside this may replace them meanwhile.
+    weights = run_dir.weights_sha256()
     predictor = Predictor.from_run(
         *(member.path for member in members),
         # A run that was kept off the GPU is scored off it; one of a GPU may be scored where there is none.
@@ -85,6 +89,10 @@ def evaluate_run(
         tally.write(file, members, split)
     if choose:
         choice = choose_cleaning(run_dir, pairs, predictor.plan, progress)
+        if choice.weights_sha256 != weights:
+            raise CheckpointError(
+                f"{run_dir.path} was trained further meanwhile; choose again when it has ended"
+            )
         clean_files(pairs, choice)
         write_choice(run_dir, choice)
     table = evaluate_files(
@@ -94,7 +102,12 @@ def evaluate_run(
         tolerance_mm=config.inference.tolerance_mm if tolerance_mm is None else tolerance_mm,
         progress=progress,
     )
-    write_table(table, table_file(run_dir, split, also=also, block_removed=block_removed))
+    file = table_file(run_dir, split, also=also, block_removed=block_removed)
+    write_table(table, file)
+    if file == run_dir.evaluation:
+        write_json(
+            run_dir.scored, {"weights_sha256": weights, "cleaning": Cleaning.of(cleaning).model_dump()}
+        )
     return table
 
 

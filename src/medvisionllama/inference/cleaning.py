@@ -30,6 +30,11 @@ class Cleaning(BaseModel):
     largest_component: bool = False
     min_component_ml: float = 0.0
 
+    @classmethod
+    def of(cls, settings: InferenceConfig) -> "Cleaning":
+        """What settings remove."""
+        return Cleaning(**{name: getattr(settings, name) for name in Cleaning.model_fields})
+
     @property
     def words(self) -> str:
         """What is done, for people."""
@@ -188,8 +193,10 @@ def cleaning_of(
     if given:
         return settings.model_copy(update=given), ""
     if removes(settings):
-        own = Cleaning(**{name: getattr(settings, name) for name in Cleaning.model_fields})
-        return settings, f"{own.words}, as the run's own settings say ({run_dir.config}: inference)"
+        return (
+            settings,
+            f"{Cleaning.of(settings).words}, as the run's own settings say ({run_dir.config}: inference)",
+        )
     choice = read_choice(run_dir)
     if choice is None:
         return settings, ""

@@ -16,7 +16,7 @@ from medvisionllama.config import Config, InferenceConfig, read_config
 from medvisionllama.data.cache import image_moments, normalise, to_grid
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.readers import ScanSource, check_finite, read_image
-from medvisionllama.data.volume import Volume, from_ras, to_ras
+from medvisionllama.data.volume import Volume, from_ras, to_ras, voxel_ml
 from medvisionllama.devices import DeviceChoice, autocast, choose_device, fast_layout
 from medvisionllama.errors import CheckpointError, DataError
 from medvisionllama.inference.cleaning import cleaning_of
@@ -50,9 +50,9 @@ class Prediction:
     @property
     def volumes_ml(self) -> dict[int, float]:
         """Volume of each label value present."""
-        voxel_ml = float(np.prod(self.mask.spacing_mm)) / 1000
+        volume = voxel_ml(self.mask.affine)
         counts = np.bincount(self.mask.array.ravel()) if self.mask.array.size else np.zeros(0)
-        return {int(value): int(counts[value]) * voxel_ml for value in np.flatnonzero(counts) if value}
+        return {int(value): int(counts[value]) * volume for value in np.flatnonzero(counts) if value}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """`write_report`: a run's page, from what its folder holds."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from medvisionllama.data.index import Case, open_configured
 from medvisionllama.data.labels import whole_label
 from medvisionllama.data.readers import read_image, read_label
 from medvisionllama.data.volume import to_ras
-from medvisionllama.errors import ConfigError, DataError
+from medvisionllama.errors import CheckpointError, ConfigError, DataError, command
 from medvisionllama.evaluation.evaluate import mean_class_dice, mean_dice, read_table, summarise
+from medvisionllama.inference.cleaning import Cleaning, cleaning_of
 from medvisionllama.inference.predictor import read_plan
 from medvisionllama.reports import plots
 from medvisionllama.reports.pages import render
@@ -53,6 +55,8 @@ def write_report(run: Path) -> Path:
         curves=plots.curves(history) if history else None,
         summary=None if table is None else summarise(table).to_dict(orient="records"),
         mean_dice=None if table is None else mean_dice(table),
+        out_of_date="" if table is None else out_of_date(run_dir, config),
+        again=command("evaluate", run_dir.path),
         cases=None if table is None else table.to_dict(orient="records"),
         dots=None if table is None else plots.dice_by_case(table),
         pictures=[] if table is None else _pictures(run_dir, config, table),
@@ -62,6 +66,20 @@ def write_report(run: Path) -> Path:
     )
     write_text(run_dir.report, page)
     return run_dir.report
+
+
+def out_of_date(run_dir: RunDir, config: Config) -> str:
+    """With what the test cases were measured, if not with what predicts now; "" if so, or if nothing tells."""
+    try:
+        scored = json.loads(run_dir.scored.read_text())
+        if scored["weights_sha256"] != run_dir.weights_sha256():
+            return "earlier weights"
+    except CheckpointError:
+        return "fewer networks"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    now = Cleaning.of(cleaning_of(run_dir, config.inference)[0]).model_dump()
+    return "" if scored.get("cleaning") == now else "another removal of components"
 
 
 def _tolerance(table: pd.DataFrame | None, config: Config) -> float:

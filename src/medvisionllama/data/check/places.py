@@ -10,12 +10,10 @@ import numpy as np
 from medvisionllama.data.check.facts import CaseFacts, FileFacts
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.check.outliers import robust_spread
-from medvisionllama.data.volume import same_place
+from medvisionllama.data.volume import SHEARED_DEGREES, same_place, shear_degrees
 
 _MIN_CASES = 10
 _MIN_SIDED_CASES = 5
-# Cosine of the angle between two axes of a grid; 0.01 is about half a degree.
-_SHEAR = 0.01
 # Nearer to the middle than this, a label has no side.
 _MIRROR_SHARE = 0.15
 _AXES = ("left to right", "back to front", "down to up")
@@ -44,9 +42,8 @@ def storage_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
             message = f"{file.path} gives lengths in {file.storage.unit}s, and is read so: make sure that its numbers are {file.storage.unit}s"
             findings.append(Finding("spacing-unit", message, (case.case_id,), file.path))
     for case, file in files:
-        shear = _shear(file)
-        if shear > _SHEAR:
-            degrees = 90 - np.degrees(np.arccos(shear))
+        degrees = shear_degrees(file.header.affine)
+        if degrees > SHEARED_DEGREES:
             message = f"{file.path}: its axes are {degrees:.1f} degrees off a right angle (gantry tilt?); resample it to a grid with right angles"
             findings.append(Finding("affine-sheared", message, (case.case_id,), file.path))
     unknown = sorted(
@@ -166,12 +163,6 @@ def side_findings(cases: Sequence[CaseFacts], classes: Mapping[int, str]) -> lis
 
 def _placed(file: FileFacts) -> bool:
     return file.storage is not None and file.storage.placed
-
-
-def _shear(file: FileFacts) -> float:
-    axes = file.header.affine[:3, :3] / np.array(file.header.spacing_mm)
-    cosines = np.abs(axes.T @ axes)
-    return float(max(cosines[0, 1], cosines[0, 2], cosines[1, 2]))
 
 
 def _sided(classes: Mapping[int, str]) -> list[tuple[int, int]]:
