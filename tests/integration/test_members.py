@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -21,7 +22,7 @@ from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.evaluation.explain.job import open_networks
 from medvisionllama.inference.predictor import Member
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.members import _COMMAND, check_members, member_config
+from medvisionllama.training.members import _COMMAND, OtherMember, check_members, member_config
 
 from .conftest import FAST, settings, wait_for
 
@@ -144,6 +145,15 @@ def test_a_member_that_fails_is_named_in_one_line_and_the_first_is_kept(phantoms
     assert run.best.is_file()
     with pytest.raises(CheckpointError, match=r"members/2 has no best\.safetensors yet"):
         api.predict(run.path, phantoms / "imagesTr", out=tmp_path / "masks")
+
+
+def test_a_member_that_was_killed_says_so(tmp_path):
+    killed = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    killed.kill()
+    killed.wait()
+    with tempfile.TemporaryFile() as errors:
+        errors.write(b"UserWarning: of no weight\n")
+        assert "ended by SIGKILL" in OtherMember(RunDir(tmp_path), killed, errors).last_words()
 
 
 def test_a_finished_run_can_be_given_a_member_more(phantoms, tmp_path):

@@ -8,6 +8,7 @@ so whatever ends the first one, nobody is left behind.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,10 @@ class OtherMember:
         self.process.stdin.close()
 
     def last_words(self) -> str:
-        """The last line that it wrote: why it failed."""
+        """Why it failed: the last line that it wrote, or what ended it."""
+        if (code := self.process.returncode) is not None and code < 0:
+            # What it wrote before, a warning perhaps, is not the reason.
+            return f"it was ended by {signal.Signals(-code).name}, as when memory runs out; --members 1 needs half of it"
         self.errors.seek(0)
         lines = self.errors.read().decode(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
