@@ -1,5 +1,6 @@
 """Many scans at once: ensembles, maps, formats, and what happens when one of them is bad."""
 
+import errno
 import json
 import os
 import shutil
@@ -122,6 +123,42 @@ def test_an_interrupted_batch_goes_on_with_the_scans_that_are_left(runs, scans, 
     assert outcome.code == 0, outcome.err
     assert [record["case"] for record in json.loads(outcome.out)] == ["phantom_001", "phantom_002"]
     assert (tmp_path / "m" / "phantom_000.nii.gz").stat().st_mtime_ns == before
+
+
+def test_a_table_that_contradicts_the_dataset_of_the_labels_is_refused(tmp_path, write_nifti):
+    truth = np.zeros((6, 6, 6), np.uint8)
+    truth[:2], truth[4:] = 1, 2
+    masks, labels = tmp_path / "masks", tmp_path / "set" / "labelsTr"
+    for folder in (masks, labels):
+        write_nifti(folder / "a.nii.gz", truth)
+    names = {"background": 0, "spleen": 1, "liver": 2}
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps({"labels": names}))
+    for written in ({1: "Spleen", 2: "liver"}, {1: "Milz", 2: "Leber"}):
+        (masks / "labels.txt").write_text(label_table(written))
+        assert set(api.evaluate(masks, labels)["dice"]) == {1.0}
+    for written, words in (
+        ({1: "liver", 2: "spleen"}, "gives liver the value 1, .* the value 2"),
+        ({1: "foreground"}, "give --merged"),
+    ):
+        (masks / "labels.txt").write_text(label_table(written))
+        with pytest.raises(DataError, match=words):
+            api.evaluate(masks, labels)
+
+
+def test_what_was_done_before_a_disk_filled_is_printed(runs, scans, tmp_path, cli, monkeypatch):
+    written = []
+
+    def write(path, *arguments, **options):
+        if written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        return write_mask(path, *arguments, **options)
+
+    monkeypatch.setattr("medvisionllama.inference.batch.write_mask", write)
+    outcome = cli("predict", runs[0], scans, "--out", tmp_path / "m", "--json")
+    assert outcome.code == 2
+    assert "disk is full" in outcome.err
+    assert [record["mask"] for record in json.loads(outcome.out)] == [str(path) for path in written]
 
 
 def test_a_sheared_scan_is_doubted_and_its_volumes_are_right(runs, scans, tmp_path):

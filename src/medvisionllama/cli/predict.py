@@ -107,14 +107,12 @@ def predict(
         )
     except KeyboardInterrupt:
         stopped = True
-    if as_json:
-        typer.echo(json.dumps(records, indent=2))
-    else:
-        for record in records:
-            _show(record)
-    failed = [record for record in records if "error" in record]
-    for record in failed:
-        typer.echo(f"medvisionllama: {record['error']}", err=True)
+    except Exception:
+        # A disk that is full, say: the masks before it are there, and so are their volumes and warnings.
+        if records:
+            _show_all(records, as_json=as_json)
+        raise
+    failed = _show_all(records, as_json=as_json)
     if stopped:
         typer.echo(
             "stopped; masks that are there are whole; go on with the same command and --resume", err=True
@@ -122,6 +120,19 @@ def predict(
         raise typer.Exit(130)
     if failed:
         raise typer.Exit(2)
+
+
+def _show_all(records: list[dict[str, Any]], *, as_json: bool) -> bool:
+    """Print what was done, and say whether a scan failed."""
+    if as_json:
+        typer.echo(json.dumps(records, indent=2))
+    else:
+        for record in records:
+            _show(record)
+    failed = [record["error"] for record in records if "error" in record]
+    for error in failed:
+        typer.echo(f"medvisionllama: {error}", err=True)
+    return bool(failed)
 
 
 def _show(record: dict[str, Any]) -> None:

@@ -54,8 +54,8 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
     """Names of the classes: from the dataset of the labels, the table beside the masks, the files, or the values.
 
     Raises:
-        DataError: DICOM-SEG without such a dataset or table, names in the files that contradict each other, or
-            classes that cannot be measured: regions, voxels to ignore, two of one name.
+        DataError: DICOM-SEG without such a dataset or table, names in the files, or in dataset and table, that
+            contradict each other, or classes that cannot be measured: regions, voxels to ignore, two of one name.
     """
     description = labels.parent / "dataset.json"
     if description.is_file():
@@ -75,6 +75,7 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
                 by_value[int(number)] = str(name)
         if named := {value: by_value[value] for value in sorted(by_value) if value}:
             check_class_names(named, description)
+            _check_table(pairs[0].prediction, named, description)
             return named
     table = pairs[0].prediction.parent / "labels.txt"
     if table.is_file() and (named := read_label_table(table.read_text(errors="replace"))):
@@ -97,6 +98,25 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
             f"all masks and labels are empty and nothing names their classes; put a labels.txt beside {pairs[0].prediction.parent}, or give other folders"
         )
     return {value: named.get(value, f"class {value}") for value in sorted(values)}
+
+
+def _check_table(mask: Path, named: Mapping[int, str], description: Path) -> None:
+    """Raise DataError if the table beside a mask gives classes other values than the dataset of the labels does."""
+    table = mask.parent / "labels.txt"
+    # Those that hold names are read by them.
+    if not table.is_file() or _is_dicom_mask(mask) or _segments(mask):
+        return
+    written = read_label_table(table.read_text(errors="replace"))
+    if [_plain(name) for name in written.values()] == ["foreground"] and len(named) > 1:
+        raise DataError(
+            f"{table} says that the masks know one foreground only, {description} has {len(named)} classes; give --merged"
+        )
+    values = {_plain(name): value for value, name in named.items()}
+    for value, name in written.items():
+        if values.get(_plain(name), value) != value:
+            raise DataError(
+                f"{table} gives {name} the value {value}, {description} the value {values[_plain(name)]}; renumber the masks or the labels"
+            )
 
 
 def read_truth(pair: Pair, classes: dict[int, str]) -> Volume:
