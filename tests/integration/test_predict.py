@@ -170,7 +170,7 @@ def test_a_sheared_scan_is_doubted_and_its_volumes_are_right(runs, scans, tmp_pa
         runs[0], [scans / "phantom_000.nii.gz", tmp_path / "tilted.nii.gz"], out=tmp_path / "m"
     )
     assert not any("right angle" in line for line in straight["warnings"])
-    assert any("degrees off a right angle" in line for line in tilted["warnings"])
+    assert any("20.0 degrees off a right angle" in line for line in tilted["warnings"])
     mask = np.asarray(nib.load(tilted["mask"]).dataobj)
     # Slices that are shifted along each other are no further apart.
     edges = np.prod(image.header.get_zooms()[:3])

@@ -17,8 +17,8 @@ from nibabel.orientations import (
 from medvisionllama.types import AffineMatrix, SpacingMm, Triple
 
 RAS = axcodes2ornt(("R", "A", "S"))
-SHEARED_DEGREES = 0.57
-"""Edges that miss the right angle by more make lengths and areas wrong, and are worth a word."""
+# Cosine of the angle between two axes of a grid; 0.01 is about half a degree.
+_SHEAR = 0.01
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,15 @@ def voxel_ml(affine: AffineMatrix) -> float:
     return abs(float(np.linalg.det(affine[:3, :3]))) / 1000
 
 
-def shear_degrees(affine: AffineMatrix) -> float:
-    """By how much two edges of a voxel miss the right angle at most, as slices of a tilted gantry do."""
+def shear_fault(affine: AffineMatrix) -> str:
+    """Say by how much a grid's axes miss the right angle, and what to do; "" where they do not."""
     axes = affine[:3, :3] / np.array(spacing_of(affine))
     cosines = np.abs(axes.T @ axes)
-    return float(np.degrees(np.arcsin(min(1.0, max(cosines[0, 1], cosines[0, 2], cosines[1, 2])))))
+    shear = max(cosines[0, 1], cosines[0, 2], cosines[1, 2])
+    if shear <= _SHEAR:
+        return ""
+    degrees = 90 - np.degrees(np.arccos(shear))
+    return f"its axes are {degrees:.1f} degrees off a right angle (gantry tilt?); resample it to a grid with right angles"
 
 
 def same_place(affine: AffineMatrix, other: AffineMatrix, shape: Triple) -> bool:

@@ -57,6 +57,9 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
         DataError: DICOM-SEG without such a dataset or table, names in the files, or in dataset and table, that
             contradict each other, or classes that cannot be measured: regions, voxels to ignore, two of one name.
     """
+    first = pairs[0].prediction
+    table = first.parent / "labels.txt"
+    written = read_label_table(table.read_text(errors="replace")) if table.is_file() else {}
     description = labels.parent / "dataset.json"
     if description.is_file():
         declared = read_dataset_json(description).get("labels", {})
@@ -75,12 +78,13 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
                 by_value[int(number)] = str(name)
         if named := {value: by_value[value] for value in sorted(by_value) if value}:
             check_class_names(named, description)
-            _check_table(pairs[0].prediction, named, description)
+            # Masks that hold names are read by them.
+            if not _is_dicom_mask(first) and not _segments(first):
+                _check_table(table, written, named, description)
             return named
-    table = pairs[0].prediction.parent / "labels.txt"
-    if table.is_file() and (named := read_label_table(table.read_text(errors="replace"))):
-        check_class_names(named, table)
-        return named
+    if written:
+        check_class_names(written, table)
+        return written
     dicom = next(
         (path for pair in pairs for path in (pair.prediction, pair.label) if _is_dicom_mask(path)), None
     )
@@ -100,13 +104,10 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
     return {value: named.get(value, f"class {value}") for value in sorted(values)}
 
 
-def _check_table(mask: Path, named: Mapping[int, str], description: Path) -> None:
-    """Raise DataError if the table beside a mask gives classes other values than the dataset of the labels does."""
-    table = mask.parent / "labels.txt"
-    # Those that hold names are read by them.
-    if not table.is_file() or _is_dicom_mask(mask) or _segments(mask):
-        return
-    written = read_label_table(table.read_text(errors="replace"))
+def _check_table(
+    table: Path, written: Mapping[int, str], named: Mapping[int, str], description: Path
+) -> None:
+    """Raise DataError if the table beside masks gives classes other values than the dataset of the labels does."""
     if [_plain(name) for name in written.values()] == ["foreground"] and len(named) > 1:
         raise DataError(
             f"{table} says that the masks know one foreground only, {description} has {len(named)} classes; give --merged"

@@ -68,13 +68,14 @@ class Outputs:
         sources = {file.resolve() for scan in scans for source in scan.images for file in _files(source)}
         left = []
         for scan in scans:
-            files = list(self.files(scan).values())
-            mask, fallback = files[-1], self.fallback(scan)
+            *maps, mask = self.files(scan).values()
+            fallback = self.fallback(scan)
+            masks = [mask, fallback] if fallback else [mask]
             if fallback and not isinstance(scan.images[0], Series):
                 raise DataError(
                     f"{scan.images[0]} is no DICOM series, so no DICOM mask can refer to it; choose --format auto, nifti, nrrd or mha"
                 )
-            for file in [*files, *([fallback] if fallback else [])]:
+            for file in [*maps, *masks]:
                 if file.resolve() in sources:
                     raise DataError(
                         f"{file} is one of the scans and would be overwritten by its mask or map; choose another --out"
@@ -83,13 +84,10 @@ class Outputs:
                     raise DataError(
                         f"{file} already exists; choose another --out, or give --overwrite to replace it, --resume to keep it"
                     )
-            if resume:
-                for file in (mask, *([fallback] if fallback else [])):
-                    if file.exists():
-                        _check_same_scan(file, scan)
-            finished = all(file.exists() for file in files[:-1]) and (
-                mask.exists() or bool(fallback and fallback.exists())
-            )
+            there = [file for file in masks if file.exists()]
+            for file in there if resume else ():
+                _check_same_scan(file, scan)
+            finished = there and all(file.exists() for file in maps)
             if overwrite or not finished:
                 left.append(scan)
         return left

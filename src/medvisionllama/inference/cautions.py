@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from medvisionllama.data.planning import Plan
-from medvisionllama.data.volume import SHEARED_DEGREES, shear_degrees
+from medvisionllama.data.volume import shear_fault
 from medvisionllama.inference.predictor import Prediction, PreparedScan
 
 _SPACING_RATIO = 2.0
@@ -21,11 +21,8 @@ def cautions(scan: PreparedScan, prediction: Prediction, plan: Plan) -> list[str
                 " × ".join(f"{edge:.3g}" for edge in edges) for edges in (scan.spacing_mm, plan.spacing_mm)
             )
             lines.append(f"voxels of {theirs} mm are far from those of training, {ours} mm")
-    degrees = shear_degrees(scan.affine)
-    if degrees > SHEARED_DEGREES:
-        lines.append(
-            f"its axes are {degrees:.1f} degrees off a right angle (gantry tilt?); resample it to a grid with right angles first"
-        )
+    if fault := shear_fault(scan.affine):
+        lines.append(fault)
     for name, (low, high), rule in zip(plan.channels, scan.ranges, plan.normalisation, strict=True):
         if low == high:
             lines.append(f"channel {name} is the same everywhere")

@@ -1,13 +1,14 @@
 """From a dataset's folder to what training needs: division, plan, and preprocessed cases."""
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medvisionllama._files import canonical_hash
 from medvisionllama.config import Config
 from medvisionllama.data.cache import CachedCase, build_cache, fit_normalisation, found_classes
+from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.check.headers import persons_of
 from medvisionllama.data.check.run import dataset_findings
 from medvisionllama.data.fingerprint import Fingerprint, fingerprint
@@ -56,7 +57,7 @@ def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> P
     plan = plan_of(dataset, found, config)
     wanted = {*selection.train, *selection.validation}
     chosen = [case for case in seen if case.case_id in wanted]
-    unlabelled = unlabelled_cases(config, dataset, selection)
+    unlabelled = unlabelled_cases(config, dataset, selection, found.facts)
     chosen += unlabelled
     progress.say(_say_division(dataset, selection))
     if unlabelled:
@@ -145,8 +146,13 @@ def divide(config: Config, *, drawn: Path | None) -> tuple[Dataset, Splits, Sele
     return dataset, splits, chosen
 
 
-def unlabelled_cases(config: Config, dataset: Dataset, selection: Selection) -> list[Case]:
+def unlabelled_cases(
+    config: Config, dataset: Dataset, selection: Selection, facts: Sequence[CaseFacts]
+) -> list[Case]:
     """Scans that train without labels: those of a folder, or of the fold's patients whom the run leaves out.
+
+    Args:
+        facts: of the dataset's cases, whose PatientIDs tell patients under other names.
 
     Raises:
         ConfigError: it leaves out none.
@@ -167,7 +173,7 @@ def unlabelled_cases(config: Config, dataset: Dataset, selection: Selection) -> 
     found = collect_scans([scans], channels=dataset.channels)
     known = {case.case_id for case in dataset.cases}
     kept = {dataset.patients[name] for name in (*selection.validation, *selection.test)}
-    persons = _persons_of(kept, dataset)
+    persons = _persons_of(kept, facts)
     cases = [_case_of(scan, config.data.patient_pattern) for scan in found]
     for case, scan in zip(cases, found, strict=True):
         if scan.case_id in known:
@@ -186,11 +192,11 @@ def unlabelled_cases(config: Config, dataset: Dataset, selection: Selection) -> 
     return cases
 
 
-def _persons_of(patients: Collection[str], dataset: Dataset) -> set[str]:
+def _persons_of(patients: Collection[str], facts: Sequence[CaseFacts]) -> set[str]:
     """PatientIDs, hashed, of some patients; one that several have, as the anonymous may, tells nothing."""
     owners: dict[str, set[str]] = defaultdict(set)
-    for case in dataset.cases:
-        for person in persons_of(case):
+    for case in facts:
+        for person in case.persons:
             owners[person].add(case.patient_id)
     return {person for person, found in owners.items() if len(found) == 1 and found <= set(patients)}
 

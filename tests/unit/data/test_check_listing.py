@@ -13,6 +13,7 @@ from medvisionllama import check, load_config
 from medvisionllama.cli._progress import TerminalProgress
 from medvisionllama.data.check.division import division_findings
 from medvisionllama.data.check.listing import scans_in
+from medvisionllama.data.fingerprint import fingerprint
 from medvisionllama.data.formats.dicom_grid import grid_of
 from medvisionllama.data.formats.dicom_series import find_series
 from medvisionllama.data.index import index_dataset, open_dataset
@@ -275,12 +276,13 @@ def test_a_scan_without_a_label_is_no_test_patients_under_another_name(persons, 
     save(datasets, extra / "zulu")
     config = load_config("small", {"data.path": root, "unlabelled.scans": extra})
     found, _, selection = divide(config, drawn=None)
+    facts = fingerprint(found).facts
     owner = {"ID-1": "alpha", "ID-2": "bravo", "ID-3": "charlie"}.get(number)
     if owner in {*selection.validation, *selection.test}:
         with pytest.raises(DataError, match=r"zulu\) has the PatientID of a patient who validates or tests"):
-            unlabelled_cases(config, found, selection)
+            unlabelled_cases(config, found, selection, facts)
     else:
-        assert [case.case_id for case in unlabelled_cases(config, found, selection)] == ["zulu"]
+        assert [case.case_id for case in unlabelled_cases(config, found, selection, facts)] == ["zulu"]
 
 
 @pytest.mark.parametrize("number", ["", "ANONYMOUS"])

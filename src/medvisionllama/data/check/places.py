@@ -10,7 +10,7 @@ import numpy as np
 from medvisionllama.data.check.facts import CaseFacts, FileFacts
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.check.outliers import robust_spread
-from medvisionllama.data.volume import SHEARED_DEGREES, same_place, shear_degrees
+from medvisionllama.data.volume import same_place, shear_fault
 
 _MIN_CASES = 10
 _MIN_SIDED_CASES = 5
@@ -42,10 +42,8 @@ def storage_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
             message = f"{file.path} gives lengths in {file.storage.unit}s, and is read so: make sure that its numbers are {file.storage.unit}s"
             findings.append(Finding("spacing-unit", message, (case.case_id,), file.path))
     for case, file in files:
-        degrees = shear_degrees(file.header.affine)
-        if degrees > SHEARED_DEGREES:
-            message = f"{file.path}: its axes are {degrees:.1f} degrees off a right angle (gantry tilt?); resample it to a grid with right angles"
-            findings.append(Finding("affine-sheared", message, (case.case_id,), file.path))
+        if fault := shear_fault(file.header.affine):
+            findings.append(Finding("affine-sheared", f"{file.path}: {fault}", (case.case_id,), file.path))
     unknown = sorted(
         {case.case_id for case, file in stored if file.storage and file.storage.unit == "unknown"}
     )
