@@ -1,16 +1,15 @@
 """Measures of one predicted mask against one true mask.
 
-Surfaces are MONAI's. Empty masks follow one rule: both empty is perfect (Dice 1, NSD 1, HD95 0); one empty is as
-wrong as can be (Dice 0, NSD 0, HD95 the diagonal of the scan). They are counted, so that nobody averages over them
-unknowing.
+Surfaces are edge voxels, as MONAI's are by default, and their measures equal its. Empty masks follow one rule: both
+empty is perfect (Dice 1, NSD 1, HD95 0); one empty is as wrong as can be (Dice 0, NSD 0, HD95 the diagonal of the
+scan). They are counted, so that nobody averages over them unknowing.
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from medvisionllama.types import MaskArray, SpacingMm
 
@@ -72,16 +71,27 @@ def _surface(
         if not predicted.any() and not truth.any():
             return 1.0, 0.0
         return 0.0, float(np.linalg.norm(np.multiply(truth.shape, spacing_mm)))
-    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
-
-    # MONAI 1.6 warns of an argument that it passes itself.
-    warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
     box = _bounding_box(predicted | truth)
-    # A rim of background, so that a mask that ends at the box still has its outer surface there.
-    a, b = (torch.from_numpy(np.pad(mask[box], 1))[None, None] for mask in (predicted, truth))
-    nsd = compute_surface_dice(a, b, [tolerance_mm], include_background=True, spacing=spacing_mm)
-    hd95 = compute_hausdorff_distance(a, b, include_background=True, percentile=95, spacing=spacing_mm)
-    return float(nsd), float(hd95)
+    a, b = (_edge_points(mask[box], spacing_mm) for mask in (predicted, truth))
+    there, back = _distances(a, b), _distances(b, a)
+    # In single precision a distance of exactly the tolerance counts, however its root was rounded.
+    within = sum(int((distances <= np.float32(tolerance_mm)).sum()) for distances in (there, back))
+    hd95 = max(float(np.percentile(distances, 95)) for distances in (there, back))
+    return within / (len(there) + len(back)), hd95
+
+
+def _edge_points(mask: MaskArray, spacing_mm: SpacingMm) -> NDArray[np.float64]:
+    """Centres `[n, 3]` in mm of the voxels that touch, by a face, another one or the end of the scan."""
+    from scipy.ndimage import binary_erosion
+
+    return np.argwhere(mask & ~binary_erosion(mask)).astype(np.float64) * np.asarray(spacing_mm)
+
+
+def _distances(points: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float32]:
+    """From each point to the nearest of the others."""
+    from scipy.spatial import KDTree
+
+    return np.asarray(KDTree(others).query(points)[0], dtype=np.float32)
 
 
 def _bounding_box(mask: MaskArray) -> tuple[slice, ...]:

@@ -1,14 +1,15 @@
 """Probabilities on the grid that the network sees, a few planes at a time.
 
-Windows of the training crop's size are blended with Gaussian weights. MONAI blends those that lie side by side in a
-slab; we blend the slabs along one axis and give out each plane as soon as no further slab touches it. The weights
-are a product over axes, so the result is that of blending all windows at once, and memory holds one slab of logits
-however long the scan is.
+Windows of the training crop's size are blended with Gaussian weights: first those that lie side by side in a slab,
+then the slabs along one axis, whose planes are given out as soon as no further slab touches them. The weights are a
+product over axes, so the result is that of blending all windows at once, as MONAI does, and memory holds one slab
+of logits however long the scan is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -168,26 +169,39 @@ def _through(
 def _blend_row(
     network: Network, slab: Tensor, plan: Plan, axis: int, overlap: float, device: torch.device | str
 ) -> LogitBatch:
-    """Logits `[1, k, x, y, z]` of a slab `[1, c, x, y, z]` one window thick."""
-    from monai.inferers import sliding_window_inference
-
-    def logits(windows: Tensor) -> LogitBatch:
+    """Logits `[1, k, x, y, z]` of a slab `[1, c, x, y, z]` one window thick, equal to MONAI's to the bit."""
+    window = plan.crop_size
+    padded, inside = _padded(slab, window)
+    weights = _row_weights(window, axis)
+    starts = (window_starts(*lengths, overlap) for lengths in zip(padded.shape[2:], window, strict=True))
+    total = weight = torch.empty(0)
+    for corner in product(*starts):
+        here = _box(corner, window)
+        # Windows visit the device one by one; the scan itself, which may be large, stays in main memory.
         # The averaged thing must be linear in what is averaged, so blend logits and squash once.
-        return network(windows).float()
+        logits = network(padded[here].to(device)).float().cpu()
+        if not total.numel():
+            total = torch.zeros(1, logits.shape[1], *padded.shape[2:])
+            weight = torch.zeros(1, 1, *padded.shape[2:])
+        total[here] += logits * weights
+        weight[here] += weights
+    return (total / weight)[inside]
 
-    # Windows visit the device one by one; the scan itself, which may be large, stays in main memory.
-    blended = sliding_window_inference(
-        slab,
-        plan.crop_size,
-        1,
-        logits,
-        overlap=overlap,
-        roi_weight_map=_row_weights(plan.crop_size, axis),
-        sw_device=device,
-        device="cpu",
-    )
-    assert isinstance(blended, Tensor)
-    return blended
+
+def _padded(slab: Tensor, window: Triple) -> tuple[Tensor, tuple[slice, ...]]:
+    """A slab with zeros around it where it is smaller than a window, and where in that it lies."""
+    sizes = slab.shape[2:]
+    missing = [max(0, length - size) for size, length in zip(sizes, window, strict=True)]
+    before = [number // 2 for number in missing]
+    # PyTorch names the last axis first.
+    margins = [end for axis in (2, 1, 0) for end in (before[axis], missing[axis] - before[axis])]
+    return torch.nn.functional.pad(slab, margins), _box(before, sizes)
+
+
+def _box(corner: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    """Where a box lies in `[b, k, x, y, z]`."""
+    sides = (slice(start, start + length) for start, length in zip(corner, size, strict=True))
+    return (slice(None), slice(None), *sides)
 
 
 def _row_weights(window: Triple, axis: int) -> Tensor:

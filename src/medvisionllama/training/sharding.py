@@ -6,8 +6,6 @@ gradient to give back. Every forward pass is then a collective: all processes mu
 """
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from medvisionllama.checkpoint import frozen
@@ -18,6 +16,10 @@ from medvisionllama.training.processes import Processes
 
 def shard_frozen_block(model: SupervisedSegmenter, processes: Processes) -> None:
     """Keep a share of each layer's frozen weights in each process, in place, before DDP wraps the model."""
+    # Half a second or more, which runs that share nothing need not wait for.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     block = getattr(model.network.insert, "block", None)
     assert isinstance(block, FrozenBlock), "train.shard_block needs one, as the configuration has checked"
     device: torch.device = processes.accelerator.device

@@ -2,6 +2,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from scipy.ndimage import gaussian_filter
 
 from medvisionllama.evaluation.metrics import Measures, dice, measure
 
@@ -107,6 +110,26 @@ def test_measures_do_not_depend_on_where_the_masks_lie():
     first = measured(cube(start=2, edge=6, shift=(1, 2, 0)), cube(start=2, edge=6))
     second = measured(cube(start=9, edge=6, shift=(1, 2, 0)), cube(start=9, edge=6))
     assert first == second
+
+
+@pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
+@pytest.mark.parametrize("seed", range(8))
+def test_surfaces_are_measured_as_monai_does(seed):
+    """At tolerances that are themselves distances between voxels too, where rounding decides."""
+    rng = np.random.default_rng(seed)
+    shape, spacing = rng.integers(9, 24, size=3), tuple(rng.choice([0.7, 1.0, 1.85, 3.3, 10.0], size=3))
+    field = gaussian_filter(rng.normal(size=(2, *shape)), (0, 2, 2, 2))
+    truth, predicted = field[0] > 0, field[0] + 0.5 * field[1] > 0
+    batches = [torch.from_numpy(np.pad(mask, 1))[None, None] for mask in (predicted, truth)]
+    kept = {"include_background": True, "spacing": spacing}
+    hd95 = float(compute_hausdorff_distance(*batches, percentile=95, **kept))
+    for tolerance in (1.0, *spacing, math.hypot(*spacing[:2]), 2 * spacing[0]):
+        found = measured(predicted, truth, spacing, tolerance)
+        assert found.nsd == pytest.approx(
+            float(compute_surface_dice(*batches, [tolerance], **kept)), abs=1e-6
+        )
+        assert found.hd95_mm == pytest.approx(hd95, rel=1e-6)
+    assert 0 < found.nsd < 1 or hd95 < 2 * spacing[0], "masks that differ, or the test says nothing"
 
 
 def test_volumes_are_in_millilitres():

@@ -3,12 +3,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from monai.inferers import sliding_window_inference
 from torch import nn
 
 from medvisionllama.data.planning import Plan
 from medvisionllama.inference.slabs import native_mask
 from medvisionllama.inference.views import views_of
 from medvisionllama.inference.windows import (
+    _blend_row,
+    _row_weights,
     blended_planes,
     predict_probabilities,
     probability_planes,
@@ -205,6 +208,17 @@ def test_blending_slab_by_slab_is_blending_all_windows_at_once(axis, overlap, sh
         torch.cat(pieces, axis + 1), _all_at_once(_OneSided(), image, overlap, axis), atol=1e-5, rtol=1e-5
     )
     assert max(piece.shape[axis + 1] for piece in pieces) <= CROP[axis]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize("shape", [(21, 19, 11), (8, 20, 4), (5, 9, 3), (3, 30, 2)])
+def test_windows_side_by_side_are_blended_as_monai_does_to_the_bit(axis, overlap, shape):
+    slab = _image(shape).narrow(axis + 1, 0, min(shape[axis], CROP[axis]))[None]
+    expected = sliding_window_inference(
+        slab, CROP, 1, _OneSided(), overlap=overlap, roi_weight_map=_row_weights(CROP, axis)
+    )
+    assert torch.equal(_blend_row(_OneSided(), slab, _plan(), axis, overlap, "cpu"), expected)
 
 
 def test_only_one_slab_of_the_scan_is_normalised_at_a_time():
