@@ -63,6 +63,7 @@ def train_ours(
     from medvisionllama import api
     from medvisionllama.cli._progress import TerminalProgress
     from medvisionllama.evaluation.evaluate import mean_dice, write_table
+    from medvisionllama.run_dir import revisions
 
     path, minutes = run_folder(arguments, row, arm, seed), minutes_of(arguments, row)
     rates: dict[float, float] = {}
@@ -91,6 +92,8 @@ def train_ours(
         "precision": manifest["precision"],
         "splits_sha256": manifest["splits_sha256"],
         "train_cases": manifest["cases"]["train"],
+        # Of a run that was cut off and went on they may differ.
+        "trained_at": revisions(manifest),
     }
 
 

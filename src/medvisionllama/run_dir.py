@@ -173,6 +173,11 @@ class RunDir:
         write_text(self.history, "".join(json.dumps(record) + "\n" for record in kept))
 
 
+def revisions(manifest: dict[str, Any]) -> list[str | None]:
+    """Revisions of the code that a run was trained with, in turn; one that went on may have several."""
+    return [session["git_revision"] for session in (manifest, *manifest.get("resumed", []))]
+
+
 def machine_facts() -> dict[str, Any]:
     """Versions, hardware and revision, for the manifest."""
     return {

@@ -64,6 +64,7 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(number, undisturbed,
     assert process.returncode in {-signal.SIGKILL, 130}, (
         f"the run ended before the signal; delay {delay:.2f} s"
     )
+    before = run.read_manifest()
     # Threads that make batches ahead change nothing either.
     resumed = start(phantoms, run.path, "--resume", "--set", "train.batch_threads=3")
     _, errors = resumed.communicate()
@@ -75,3 +76,6 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(number, undisturbed,
         assert not different, f"after a kill at {delay:.2f} s: {different[:3]}"
     steps = [(record["step"], record["dice"]) for record in run.read_history()]
     assert steps == [(record["step"], record["dice"]) for record in undisturbed.read_history()]
+    after = run.read_manifest()
+    assert (after["created"], before["resumed"]) == (before["created"], [])
+    assert [session["git_revision"] for session in after["resumed"]] == [before["git_revision"]]

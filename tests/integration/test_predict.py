@@ -397,7 +397,8 @@ def test_voxels_that_are_no_numbers_are_refused_in_python_too(runs, scans):
         Predictor.from_run(runs[0]).predict(Volume(array, scan.affine))
 
 
-def test_ctrl_c_stops_at_once_and_leaves_whole_masks_only(runs, phantoms, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_at_once_and_leaves_whole_masks_only(sent, runs, phantoms, tmp_path):
     scans = tmp_path / "many"
     scans.mkdir()
     for number in range(150):
@@ -417,7 +418,7 @@ def test_ctrl_c_stops_at_once_and_leaves_whole_masks_only(runs, phantoms, tmp_pa
     while not list((tmp_path / "m").glob("[0-9]*.nii.gz")) and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in errors

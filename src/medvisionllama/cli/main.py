@@ -4,7 +4,9 @@ import errno
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 
 import typer
@@ -63,6 +65,9 @@ def main() -> None:
         # A file's name need not be text in any encoding, and must not end a batch when it is shown.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if threading.current_thread() is threading.main_thread():
+        # As Ctrl-C, and not at once: a queue that ends a job shall find no half-written file either.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("medvisionllama").setLevel(logging.INFO)
     try:

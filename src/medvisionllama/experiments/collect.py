@@ -78,7 +78,8 @@ def collect(
                     *facts["patients"]["train"],
                     *facts["patients"]["validation"],
                 )
-                revisions.add(str(facts.get("git_revision")))
+                # Experiments of before runs told all their revisions have the last one.
+                revisions |= {str(one) for one in facts.get("git_revisions", [facts.get("git_revision")])}
                 curves += _curve_rows(run, files.path)
             advance(number)
     return Frames(

@@ -138,13 +138,13 @@ def _fit(
         # Before anything is written: what cannot go on stays as it was.
         loop.resume()
         if processes.is_main:
-            about = {"precision": accelerator.mixed_precision, "network": facts}
-            write_run_files(run_dir, config, data, about)
+            session = {**machine_facts(), "precision": accelerator.mixed_precision}
+            write_run_files(run_dir, config, data, facts, session, goes_on=loop.state.step > 0)
         if config.train.members > 1:
             progress.say(
                 f"{config.train.members} networks train side by side; predictions are the mean of theirs"
             )
-        with others_beside(config, resume=resume, started=started) as others:
+        with others_beside(config, resume=resume, started=started, progress=progress) as others:
             finished = loop.run(progress)
             if finished:
                 finished = others.finish(progress)
@@ -272,16 +272,35 @@ def network_facts(network: TokenSegmenter) -> dict[str, Any]:
     }
 
 
-def write_run_files(run_dir: RunDir, config: Config, data: PreparedData, about: dict[str, Any]) -> None:
-    """Write everything that does not change while training; config.yaml last, as it makes the folder a run."""
+def write_run_files(
+    run_dir: RunDir,
+    config: Config,
+    data: PreparedData,
+    network: dict[str, Any],
+    session: dict[str, Any],
+    *,
+    goes_on: bool,
+) -> None:
+    """Write everything that does not change while training; config.yaml last, as it makes the folder a run.
+
+    Args:
+        session: machine, versions and revision of now. Of a run that goes on, those that it began with stay where
+            they are, and these are added to the list `resumed`.
+    """
     chosen = data.selection
     parts = {"train": chosen.train, "validation": chosen.validation, "test": chosen.test}
+    resumed = []
+    if goes_on:
+        before = run_dir.read_manifest()
+        resumed = [*before.get("resumed", []), session]
+        session = {key: before.get(key, value) for key, value in session.items()}
     manifest = {
-        **machine_facts(),
+        **session,
+        "resumed": resumed,
         "seed": config.train.seed,
         **data.hashes,
         "fingerprint": describe(data.train, data.plan),
-        **about,
+        "network": network,
         # With their patients, as those of a folder are no cases of the dataset, which would know them.
         "unlabelled": {case.case_id: case.patient_id for case in data.unlabelled},
         "num_cases": {part: len(names) for part, names in parts.items()},

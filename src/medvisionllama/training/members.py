@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,10 @@ class OtherMember:
         assert self.process.stdin is not None, "opened as a pipe"
         self.process.stdin.close()
 
+    @property
+    def has_failed(self) -> bool:
+        return self.process.poll() not in {None, 0, INTERRUPTED}
+
     def last_words(self) -> str:
         """Why it failed: the last line that it wrote, or what ended it."""
         if (code := self.process.returncode) is not None and code < 0:
@@ -78,13 +83,31 @@ class OtherMembers:
                     advance(ended)
                     time.sleep(0.1)
         self.stop()
-        codes = [member.process.returncode for member in self.members]
-        for member, code in zip(self.members, codes, strict=True):
-            if code not in {0, INTERRUPTED}:
+        for member in self.members:
+            if member.has_failed:
                 raise OtherProcessError(
                     f"{member.run_dir.path} failed: {member.last_words()} (the other members are kept; go on with --resume)"
                 )
-        return INTERRUPTED not in codes
+        return all(member.process.returncode == 0 for member in self.members)
+
+    @contextmanager
+    def watched(self, progress: Progress) -> Iterator[None]:
+        """Say at once if one fails, rather than when the first has trained for all its minutes."""
+
+        def wait_for(member: OtherMember) -> None:
+            member.process.wait()
+            if member.has_failed:
+                progress.say(f"{member.run_dir.path} failed: {member.last_words()} (the others train on)")
+
+        watchers = [threading.Thread(target=wait_for, args=(member,)) for member in self.members]
+        for watcher in watchers:
+            watcher.start()
+        try:
+            yield
+        finally:
+            self.stop()
+            for watcher in watchers:
+                watcher.join()
 
     def stop(self) -> None:
         """Ask all that still train to save and end, and wait for them."""
@@ -103,7 +126,9 @@ class OtherMembers:
 
 
 @contextmanager
-def others_beside(config: Config, *, resume: bool, started: float) -> Iterator[OtherMembers]:
+def others_beside(
+    config: Config, *, resume: bool, started: float, progress: Progress
+) -> Iterator[OtherMembers]:
     """Train a run's further members while the caller trains the first one, all on their share of the threads.
 
     Args:
@@ -124,7 +149,8 @@ def others_beside(config: Config, *, resume: bool, started: float) -> Iterator[O
             others.members.append(
                 _start(member_config(config, number), resume=resume, age=age, threads=threads)
             )
-        yield others
+        with others.watched(progress):
+            yield others
     finally:
         others.stop()
         for member in others.members:

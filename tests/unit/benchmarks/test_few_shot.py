@@ -96,6 +96,7 @@ def test_a_tuned_rival_takes_the_rate_that_validates_best(module, monkeypatch, t
         record = {"step": 1, "seconds": 1.0, "dice": dice.get(more.get("train.learning_rate"), 0.5)}
         network = {"trainable_parameters": 1, "frozen_parameters": 0}
         manifest = {"network": network, "precision": "no", "splits_sha256": "", "cases": {"train": []}}
+        manifest |= {"git_revision": "a", "resumed": [{"git_revision": "b"}]}
         return SimpleNamespace(path=path, read_history=lambda: [record], read_manifest=lambda: manifest)
 
     monkeypatch.setattr(few_shot, "train_run", train_run)
@@ -107,6 +108,7 @@ def test_a_tuned_rival_takes_the_rate_that_validates_best(module, monkeypatch, t
     assert len({name for name, _, _ in trained}) == len(trained), "each run has a folder of its own"
     assert trained[-1][2] == (7e-4 if "tuned" in arm else None)
     assert facts.get("rates", {}) == (dice if "tuned" in arm else {})
+    assert facts["trained_at"] == ["a", "b"], "a run that went on at another revision says so"
 
 
 @pytest.mark.parametrize("arm", ["no-tokens", "unet-16-tuned"])
