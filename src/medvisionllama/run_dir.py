@@ -173,9 +173,14 @@ class RunDir:
         write_text(self.history, "".join(json.dumps(record) + "\n" for record in kept))
 
 
+def sessions(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a run was trained on and with, in turn; one that went on may have had other machines and revisions."""
+    return [manifest, *manifest.get("resumed", [])]
+
+
 def revisions(manifest: dict[str, Any]) -> list[str | None]:
-    """Revisions of the code that a run was trained with, in turn; one that went on may have several."""
-    return [session["git_revision"] for session in (manifest, *manifest.get("resumed", []))]
+    """Revisions of the code that a run was trained with, in turn."""
+    return [session["git_revision"] for session in sessions(manifest)]
 
 
 def machine_facts() -> dict[str, Any]:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medvisionllama.run_dir import RunDir
+from medvisionllama import api
+from medvisionllama.run_dir import RunDir, revisions
 
 from .conftest import settings, wait_for
 
@@ -78,4 +79,8 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(number, undisturbed,
     assert steps == [(record["step"], record["dice"]) for record in undisturbed.read_history()]
     after = run.read_manifest()
     assert (after["created"], before["resumed"]) == (before["created"], [])
-    assert [session["git_revision"] for session in after["resumed"]] == [before["git_revision"]]
+    assert len(after["resumed"]) == 1
+    assert revisions(after) == [before["git_revision"]] * 2
+    # Nothing is left to train, so this is no session of it.
+    api.train(phantoms, out=run.path, resume=True, test=False)
+    assert run.read_manifest()["resumed"] == after["resumed"]

@@ -151,10 +151,25 @@ def test_a_member_that_fails_is_named_in_one_line_and_the_first_is_kept(phantoms
     [line] = [line for line in outcome.err.splitlines() if line.startswith("medvisionllama:")]
     assert f"{run.member(2).path} failed" in line
     assert "already holds a run" in line
-    assert "(the others train on)" in outcome.err, "nor is it kept back until the first has trained"
     assert run.best.is_file()
     with pytest.raises(CheckpointError, match=r"members/2 has no best\.safetensors yet"):
         api.predict(run.path, phantoms / "imagesTr", out=tmp_path / "masks")
+
+
+def test_a_member_that_fails_is_named_while_the_first_still_trains(phantoms, tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.member(2).path.mkdir(parents=True)
+    run.member(2).config.write_text("in the way")
+    # Ends by itself if nothing is said.
+    process = start(phantoms, run.path, "--max-minutes", 1, members=2)
+    said = next(line for line in process.stderr if b"the others train on" in line)
+    assert b"already holds a run" in said
+    assert process.poll() is None
+    wait_for(run.state, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors.decode()
+    assert errors.count(b"already holds a run") == 0, "said once"
 
 
 def test_a_member_that_was_killed_says_so(tmp_path):

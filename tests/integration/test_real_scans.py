@@ -69,7 +69,7 @@ def test_every_format_and_orientation_comes_back_on_its_own_grid(coarse, data_ro
 
 
 def test_frames_of_one_heart_stay_together_and_thick_slices_are_kept_apart(data_root, tmp_path):
-    overrides = {**TINY, "train.num_validations": 1, "data.max_crop_voxels": 20_000}
+    overrides = {**TINY, "train.num_validations": 1, "data.max_crop_voxels": 20_000, "inference.overlap": 0.1}
     result = api.train(
         data_root / "Task101_ACDC", out=tmp_path / "run", cases=4, epochs=1, overrides=overrides, test=False
     )

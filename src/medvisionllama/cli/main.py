@@ -4,9 +4,7 @@ import errno
 import io
 import logging
 import os
-import signal
 import sys
-import threading
 import warnings
 
 import typer
@@ -14,6 +12,7 @@ import typer
 from medvisionllama import __version__
 from medvisionllama.cli import data, demo, evaluate, experiment, explain, llm, predict, train
 from medvisionllama.errors import OUT_OF_MEMORY, MedVisionLlamaError, is_out_of_memory
+from medvisionllama.training.interrupts import sigterm_as_ctrl_c
 
 app = typer.Typer(
     help="Segment 3-D medical scans from a handful of labelled cases. Research use only; not a medical device.",
@@ -65,9 +64,7 @@ def main() -> None:
         # A file's name need not be text in any encoding, and must not end a batch when it is shown.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if threading.current_thread() is threading.main_thread():
-        # As Ctrl-C, and not at once: a queue that ends a job shall find no half-written file either.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sigterm_as_ctrl_c()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("medvisionllama").setLevel(logging.INFO)
     try:

@@ -16,7 +16,7 @@ from medvisionllama.experiments.fair import matched_settings, sizes_of_run
 from medvisionllama.experiments.matrix import WITHOUT_EFFECT, PlannedRun, variant_name
 from medvisionllama.experiments.store import Experiment, RunFiles
 from medvisionllama.progress import Progress
-from medvisionllama.run_dir import RunDir, revisions
+from medvisionllama.run_dir import RunDir, revisions, sessions
 from medvisionllama.training.fit import RunResult, fit, with_absolute_paths
 
 _TRAINED = ("steps", "seconds", "validation_dice")
@@ -81,7 +81,9 @@ def _facts(files: RunFiles, dice: dict[str, float], evaluation_seconds: float) -
     config = read_config(run_dir.config)
     manifest, history = run_dir.read_manifest(), run_dir.read_history()
     patients = open_configured(config.data).patients
-    hardware = manifest["hardware"]
+    # A run may go on on another machine; steps and seconds are then mostly its.
+    last = sessions(manifest)[-1]
+    hardware = last["hardware"]
     on_gpu = choose_device(config.train.device).type == "cuda"
     device = hardware["gpu"] if on_gpu else f"{hardware['processor']}, {hardware['threads']} threads"
     return {
@@ -98,6 +100,6 @@ def _facts(files: RunFiles, dice: dict[str, float], evaluation_seconds: float) -
         "gate_rms": history[-1].get("gate_rms") if history else None,
         **sizes_of_run(config, run_dir),
         "attempts": len(files.read_failures()) + 1,
-        "machine": f"{device}, {manifest['precision']}",
+        "machine": f"{device}, {last['precision']}",
         "git_revisions": revisions(manifest),
     }

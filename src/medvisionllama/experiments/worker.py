@@ -18,6 +18,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from medvisionllama.training.interrupts import sigterm_as_ctrl_c
+
 COMMAND = ("-P", "-m", "medvisionllama.experiments.worker")
 """Arguments of Python, before the folder and the run's id."""
 SECONDS_TO_SAVE = 120.0
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     _stay_on_cores(os.environ.get(CORES, ""))
     _end_with_parent()
+    sigterm_as_ctrl_c()
     # Imported here: cores and threads must be chosen before PyTorch starts.
     from medvisionllama.experiments.store import RunFiles
 

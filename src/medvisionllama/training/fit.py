@@ -139,7 +139,7 @@ def _fit(
         loop.resume()
         if processes.is_main:
             session = {**machine_facts(), "precision": accelerator.mixed_precision}
-            write_run_files(run_dir, config, data, facts, session, goes_on=loop.state.step > 0)
+            write_run_files(run_dir, config, data, facts, sessions_of(run_dir, loop, session))
         if config.train.members > 1:
             progress.say(
                 f"{config.train.members} networks train side by side; predictions are the mean of theirs"
@@ -272,31 +272,31 @@ def network_facts(network: TokenSegmenter) -> dict[str, Any]:
     }
 
 
+def sessions_of(run_dir: RunDir, loop: TrainingLoop, now: dict[str, Any]) -> dict[str, Any]:
+    """Machine, versions and revision that a run began with, and under `resumed` those that it went on with.
+
+    Args:
+        now: those of this session, which count only if it trains.
+    """
+    if not loop.state.step:
+        return {**now, "resumed": []}
+    before = run_dir.read_manifest()
+    began = {key: before.get(key, value) for key, value in now.items()}
+    return {**began, "resumed": [*before.get("resumed", []), *([] if loop.is_over else [now])]}
+
+
 def write_run_files(
     run_dir: RunDir,
     config: Config,
     data: PreparedData,
     network: dict[str, Any],
-    session: dict[str, Any],
-    *,
-    goes_on: bool,
+    about: dict[str, Any],
 ) -> None:
-    """Write everything that does not change while training; config.yaml last, as it makes the folder a run.
-
-    Args:
-        session: machine, versions and revision of now. Of a run that goes on, those that it began with stay where
-            they are, and these are added to the list `resumed`.
-    """
+    """Write everything that does not change while training; config.yaml last, as it makes the folder a run."""
     chosen = data.selection
     parts = {"train": chosen.train, "validation": chosen.validation, "test": chosen.test}
-    resumed = []
-    if goes_on:
-        before = run_dir.read_manifest()
-        resumed = [*before.get("resumed", []), session]
-        session = {key: before.get(key, value) for key, value in session.items()}
     manifest = {
-        **session,
-        "resumed": resumed,
+        **about,
         "seed": config.train.seed,
         **data.hashes,
         "fingerprint": describe(data.train, data.plan),

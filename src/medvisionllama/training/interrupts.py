@@ -1,10 +1,20 @@
-"""Ctrl-C and SIGTERM as a flag that the loop reads between steps."""
+"""Ctrl-C and SIGTERM as a flag that the loop reads between steps, and as an exception elsewhere."""
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+
+def sigterm_as_ctrl_c() -> None:
+    """Let SIGTERM raise KeyboardInterrupt, so that what was half written goes when a queue ends a job.
+
+    Not in a process of a launcher, which may wait for the others where no exception reaches it.
+    """
+    if threading.current_thread() is threading.main_thread() and "WORLD_SIZE" not in os.environ:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextmanager

@@ -120,6 +120,11 @@ class TrainingLoop:
         """Share of the run that is over."""
         return self._progress_at(self.state.step, self.state.elapsed_seconds)
 
+    @property
+    def is_over(self) -> bool:
+        """True of a run that has nothing left to do."""
+        return self.progress >= 1.0 and self.state.validated_step > 0
+
     def run(self, progress: Progress) -> bool:
         """Train to the end; return False if interrupted, with everything saved."""
         echo = _ECHO_SECONDS if self.processes.num > 1 else 0.0
@@ -128,7 +133,7 @@ class TrainingLoop:
             interruptible(echo_seconds=echo) as interrupted,
             progress.track("training", 1.0) as advance,
         ):
-            while self.progress < 1.0 or not self.state.validated_step:
+            while not self.is_over:
                 # Before a step: a run that ended while it made masks was saved without them, and begins here.
                 if self._masks_due():
                     advance(self.progress, "segmenting the scans without labels")

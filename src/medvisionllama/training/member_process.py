@@ -16,6 +16,7 @@ from io import FileIO
 from medvisionllama.config import Config
 from medvisionllama.errors import MedVisionLlamaError
 from medvisionllama.training.fit import fit_since
+from medvisionllama.training.interrupts import sigterm_as_ctrl_c
 from medvisionllama.training.members import INTERRUPTED
 
 
@@ -23,6 +24,7 @@ def main() -> int:
     """Train as standard input says, and return the exit code."""
     # A shell script's background jobs inherit that Ctrl-C is ignored, and so is what `_end_with` then does.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sigterm_as_ctrl_c()
     # Without a buffer: a thread that waits for one would keep Python from ending.
     channel = FileIO(sys.stdin.fileno(), closefd=False)
     request = json.loads(channel.readline())

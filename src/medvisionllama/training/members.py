@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO
 
 import numpy as np
@@ -42,6 +42,8 @@ class OtherMember:
     run_dir: RunDir
     process: subprocess.Popen[bytes]
     errors: IO[bytes]
+    reading: threading.Lock = field(default_factory=threading.Lock)
+    """Whoever waits for all and whoever watches may both ask why it failed."""
 
     def end(self) -> None:
         """Ask it to save and end, if it has not ended."""
@@ -57,8 +59,9 @@ class OtherMember:
         if (code := self.process.returncode) is not None and code < 0:
             # What it wrote before, a warning perhaps, is not the reason.
             return f"it was ended by {signal.Signals(-code).name}, as when memory runs out; --members 1 needs half of it"
-        self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").split("\n")
+        with self.reading:
+            self.errors.seek(0)
+            lines = self.errors.read().decode(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
@@ -67,6 +70,7 @@ class OtherMembers:
 
     def __init__(self, members: list[OtherMember]) -> None:
         self.members = members
+        self._stopping = threading.Event()
 
     def finish(self, progress: Progress) -> bool:
         """Wait until all have ended; return False if they were interrupted, with everything saved.
@@ -96,21 +100,25 @@ class OtherMembers:
 
         def wait_for(member: OtherMember) -> None:
             member.process.wait()
-            if member.has_failed:
+            if member.has_failed and not self._stopping.is_set():
                 progress.say(f"{member.run_dir.path} failed: {member.last_words()} (the others train on)")
 
-        watchers = [threading.Thread(target=wait_for, args=(member,)) for member in self.members]
+        watchers = [threading.Thread(target=wait_for, args=(member,), daemon=True) for member in self.members]
         for watcher in watchers:
             watcher.start()
         try:
             yield
         finally:
-            self.stop()
-            for watcher in watchers:
-                watcher.join()
+            try:
+                self.stop()
+            finally:
+                # None waits longer than its process, and none may read what is closed next.
+                for watcher in watchers:
+                    watcher.join(timeout=1.0)
 
     def stop(self) -> None:
         """Ask all that still train to save and end, and wait for them."""
+        self._stopping.set()
         for member in self.members:
             member.end()
         deadline = time.monotonic() + _SECONDS_TO_SAVE

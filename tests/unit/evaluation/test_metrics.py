@@ -129,7 +129,7 @@ def test_surfaces_are_measured_as_monai_does(seed):
             float(compute_surface_dice(*batches, [tolerance], **kept)), abs=1e-6
         )
         assert found.hd95_mm == pytest.approx(hd95, rel=1e-6)
-    assert 0 < found.nsd < 1 or hd95 < 2 * spacing[0], "masks that differ, or the test says nothing"
+    assert hd95 > 0, "masks that differ, or the test says nothing"
 
 
 def test_volumes_are_in_millilitres():
