@@ -81,7 +81,7 @@ def _facts(files: RunFiles, dice: dict[str, float], evaluation_seconds: float) -
     config = read_config(run_dir.config)
     manifest, history = run_dir.read_manifest(), run_dir.read_history()
     patients = open_configured(config.data).patients
-    # A run may go on on another machine; steps and seconds are then mostly its.
+    # Of a run that went on on another machine the last one is named.
     last = sessions(manifest)[-1]
     hardware = last["hardware"]
     on_gpu = choose_device(config.train.device).type == "cuda"
