@@ -142,10 +142,16 @@ def test_a_member_is_ended_before_its_first_step_where_ctrl_c_is_ignored(phantom
     assert ended.returncode == 130
 
 
-def test_a_member_that_fails_is_named_in_one_line_and_the_first_is_kept(phantoms, tmp_path, cli):
-    run = RunDir(tmp_path / "run")
+def without_room(path):
+    """A folder for a run whose second member cannot begin."""
+    run = RunDir(path)
     run.member(2).path.mkdir(parents=True)
     run.member(2).config.write_text("in the way")
+    return run
+
+
+def test_a_member_that_fails_is_named_in_one_line_and_the_first_is_kept(phantoms, tmp_path, cli):
+    run = without_room(tmp_path / "run")
     outcome = cli("train", phantoms, "--out", run.path, "--epochs", 2, "--no-test", *tiny(2))
     assert outcome.code == 2
     [line] = [line for line in outcome.err.splitlines() if line.startswith("medvisionllama:")]
@@ -157,9 +163,7 @@ def test_a_member_that_fails_is_named_in_one_line_and_the_first_is_kept(phantoms
 
 
 def test_a_member_that_fails_is_named_while_the_first_still_trains(phantoms, tmp_path):
-    run = RunDir(tmp_path / "run")
-    run.member(2).path.mkdir(parents=True)
-    run.member(2).config.write_text("in the way")
+    run = without_room(tmp_path / "run")
     # Ends by itself if nothing is said.
     process = start(phantoms, run.path, "--max-minutes", 1, members=2)
     said = next(line for line in process.stderr if b"the others train on" in line)

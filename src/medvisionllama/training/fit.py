@@ -138,8 +138,8 @@ def _fit(
         # Before anything is written: what cannot go on stays as it was.
         loop.resume()
         if processes.is_main:
-            session = {**machine_facts(), "precision": accelerator.mixed_precision}
-            write_run_files(run_dir, config, data, facts, sessions_of(run_dir, loop, session))
+            sessions = sessions_of(run_dir, loop, precision=accelerator.mixed_precision)
+            write_run_files(run_dir, config, data, facts, sessions)
         if config.train.members > 1:
             progress.say(
                 f"{config.train.members} networks train side by side; predictions are the mean of theirs"
@@ -147,7 +147,7 @@ def _fit(
         with others_beside(config, resume=resume, started=started, progress=progress) as others:
             finished = loop.run(progress)
             if finished:
-                finished = others.finish(progress)
+                finished = others.finish()
     accelerator.free_memory()
     return RunResult(
         path=run_dir.path,
@@ -272,12 +272,12 @@ def network_facts(network: TokenSegmenter) -> dict[str, Any]:
     }
 
 
-def sessions_of(run_dir: RunDir, loop: TrainingLoop, now: dict[str, Any]) -> dict[str, Any]:
+def sessions_of(run_dir: RunDir, loop: TrainingLoop, *, precision: str) -> dict[str, Any]:
     """Machine, versions and revision that a run began with, and under `resumed` those that it went on with.
 
-    Args:
-        now: those of this session, which count only if it trains.
+    Those of now count only if this session has something to train.
     """
+    now = {**machine_facts(), "precision": precision}
     if not loop.state.step:
         return {**now, "resumed": []}
     before = run_dir.read_manifest()

@@ -68,11 +68,17 @@ class OtherMember:
 class OtherMembers:
     """The further members of a run; none if it has one network."""
 
-    def __init__(self, members: list[OtherMember]) -> None:
-        self.members = members
+    def __init__(self, progress: Progress) -> None:
+        self.members: list[OtherMember] = []
+        self._progress = progress
         self._stopping = threading.Event()
 
-    def finish(self, progress: Progress) -> bool:
+    def add(self, member: OtherMember) -> None:
+        """Take a member in; if it fails, that is said at once, rather than when the first has trained."""
+        self.members.append(member)
+        threading.Thread(target=self._tell_if_it_fails, args=(member,), daemon=True).start()
+
+    def finish(self) -> bool:
         """Wait until all have ended; return False if they were interrupted, with everything saved.
 
         Raises:
@@ -81,7 +87,7 @@ class OtherMembers:
         if self.members and self._num_ended() < len(self.members):
             with (
                 interruptible() as interrupted,
-                progress.track("other members", len(self.members)) as advance,
+                self._progress.track("other members", len(self.members)) as advance,
             ):
                 while (ended := self._num_ended()) < len(self.members) and not interrupted():
                     advance(ended)
@@ -93,28 +99,6 @@ class OtherMembers:
                     f"{member.run_dir.path} failed: {member.last_words()} (the other members are kept; go on with --resume)"
                 )
         return all(member.process.returncode == 0 for member in self.members)
-
-    @contextmanager
-    def watched(self, progress: Progress) -> Iterator[None]:
-        """Say at once if one fails, rather than when the first has trained for all its minutes."""
-
-        def wait_for(member: OtherMember) -> None:
-            member.process.wait()
-            if member.has_failed and not self._stopping.is_set():
-                progress.say(f"{member.run_dir.path} failed: {member.last_words()} (the others train on)")
-
-        watchers = [threading.Thread(target=wait_for, args=(member,), daemon=True) for member in self.members]
-        for watcher in watchers:
-            watcher.start()
-        try:
-            yield
-        finally:
-            try:
-                self.stop()
-            finally:
-                # None waits longer than its process, and none may read what is closed next.
-                for watcher in watchers:
-                    watcher.join(timeout=1.0)
 
     def stop(self) -> None:
         """Ask all that still train to save and end, and wait for them."""
@@ -128,6 +112,11 @@ class OtherMembers:
             except subprocess.TimeoutExpired:
                 member.process.kill()
                 member.process.wait()
+
+    def _tell_if_it_fails(self, member: OtherMember) -> None:
+        member.process.wait()
+        if member.has_failed and not self._stopping.is_set():
+            self._progress.say(f"{member.run_dir.path} failed: {member.last_words()} (the others train on)")
 
     def _num_ended(self) -> int:
         return sum(member.process.poll() is not None for member in self.members)
@@ -144,21 +133,18 @@ def others_beside(
     """
     num = config.train.members
     if num == 1:
-        yield OtherMembers([])
+        yield OtherMembers(progress)
         return
     before = torch.get_num_threads()
     threads = max(1, before // num)
     # Of a run that goes on, a member that is only begun now has its minutes before it.
     age = 0.0 if resume else time.monotonic() - started
-    others = OtherMembers([])
+    others = OtherMembers(progress)
     torch.set_num_threads(threads)
     try:
         for number in range(2, num + 1):
-            others.members.append(
-                _start(member_config(config, number), resume=resume, age=age, threads=threads)
-            )
-        with others.watched(progress):
-            yield others
+            others.add(_start(member_config(config, number), resume=resume, age=age, threads=threads))
+        yield others
     finally:
         others.stop()
         for member in others.members:
