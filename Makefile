@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # One process per core and one thread in each: two threads share tiny tensors worse than one alone works on them.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --maxprocesses 4 \
+# Files in their order, integration before unit: the other way round, long ones would end alone in one process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --maxprocesses 4 \
 	--numprocesses $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help

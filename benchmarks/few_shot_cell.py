@@ -124,8 +124,6 @@ def train_run(
         max_minutes=minutes,
         overrides={
             **(settings_but_network(arguments.preset) if spec.rival else {}),
-            # Few validations: those of a slow network would eat a good part of its minutes.
-            "train.num_validations": 4,
             **spec.overrides,
             "data.exclude": list(ROWS[row].exclude),
             "data.split_seed": seed,

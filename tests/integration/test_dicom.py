@@ -209,5 +209,6 @@ def test_the_mask_of_before_goes_when_it_was_the_other_kind_of_file(run, tmp_pat
 
         monkeypatch.setattr("medvisionllama.inference.batch.write_seg", refuse)
     [record] = api.predict(run, tmp_path / "CT", out=tmp_path / "m", overwrite=True)
-    assert {path for path in before.parent.iterdir() if path.name != "labels.txt"} == {Path(record["mask"])}
+    beside = {"labels.txt", "predictions.jsonl"}
+    assert {path for path in before.parent.iterdir() if path.name not in beside} == {Path(record["mask"])}
     assert Path(record["mask"]) != before

@@ -196,6 +196,28 @@ def test_resume_takes_no_mask_of_another_scan_of_that_name(runs, scans, tmp_path
         assert "the mask of another scan of that name" in outcome.err
 
 
+def test_resume_takes_no_mask_of_another_run_or_of_other_voxels(runs, scans, tmp_path, cli):
+    scan, folder = scans / "phantom_000.nii.gz", tmp_path / "m"
+    assert cli("predict", runs[0], scan, "--out", folder).code == 0
+    mask = (folder / scan.name).read_bytes()
+
+    def refused(*arguments: object) -> str:
+        outcome = cli("predict", *arguments, "--out", folder, "--resume")
+        assert outcome.code == 2
+        assert (folder / scan.name).read_bytes() == mask
+        return outcome.err
+
+    assert "was made by other networks" in refused(runs[1], scan)
+    assert "was made by other networks" in refused(runs[0], scan, "--also", runs[1])
+    assert "was made without --fast" in refused(runs[0], scan, "--fast")
+    assert "no component is removed" in refused(runs[0], scan, "--largest")
+    image = nib.load(scan)
+    nib.save(nib.Nifti1Image(image.get_fdata() + 1, image.affine), scan)
+    assert "has changed since" in refused(runs[0], scan)
+    (folder / "predictions.jsonl").unlink()
+    assert "no predictions.jsonl beside it" in refused(runs[0], scan)
+
+
 def test_maps_that_are_missing_are_made_by_resume(runs, scans, tmp_path, cli):
     scan = scans / "phantom_000.nii.gz"
     assert cli("predict", runs[0], scan, "--out", tmp_path / "m").code == 0
@@ -236,7 +258,12 @@ def test_a_segmentation_beside_its_scan_is_no_scan(runs, scans, tmp_path, cli):
     folder.mkdir()
     sitk.WriteImage(sitk.ReadImage(str(scans / "phantom_002.nii.gz")), str(folder / "a.nrrd"))
     assert cli("predict", runs[0], folder / "a.nrrd", "--out", folder).code == 0
-    assert sorted(path.name for path in folder.iterdir()) == ["a.nrrd", "a.seg.nrrd", "labels.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "a.nrrd",
+        "a.seg.nrrd",
+        "labels.txt",
+        "predictions.jsonl",
+    ]
     outcome = cli("predict", runs[0], folder, "--out", tmp_path / "m", "--json")
     assert [record["case"] for record in json.loads(outcome.out)] == ["a"]
     refused = cli("predict", runs[0], folder / "a.seg.nrrd", "--out", tmp_path / "m2")

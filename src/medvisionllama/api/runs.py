@@ -122,7 +122,8 @@ def predict(
         min_ml: remove components smaller than so many millilitres.
         fast: look at each scan once, not mirrored and turned as well; a third or quarter of the time.
         overwrite: replace masks that are already there; scans are never replaced.
-        resume: leave out scans whose mask is already there.
+        resume: leave out scans whose mask is already there; predictions.jsonl beside it must say that these
+            networks made it of this scan in this way.
         keep_going: a scan that fails becomes a record with `error` instead of an exception.
         on_record: told each record as soon as its files are whole, for those who may be interrupted.
 
@@ -134,8 +135,9 @@ def predict(
             headers tell.
     """
     from medvisionllama.inference.batch import Outputs, predict_scans
-    from medvisionllama.inference.cleaning import cleaning_of
+    from medvisionllama.inference.cleaning import Cleaning, cleaning_of
     from medvisionllama.inference.inputs import collect_scans
+    from medvisionllama.inference.ledger import MadeBy
     from medvisionllama.inference.predictor import Predictor, check_alike
     from medvisionllama.progress import Silent
 
@@ -144,18 +146,29 @@ def predict(
     if min_ml is not None and not 0 <= min_ml < float("inf"):
         raise ConfigError(f"min_ml={min_ml} must be 0 or more millilitres")
     inputs = [inputs] if isinstance(inputs, str | Path) else inputs
-    outputs = Outputs(Path(out), mask_format, probabilities, uncertainty)  # type: ignore[arg-type] # checked above
+    run_dirs = [RunDir(Path(path)) for path in (run, *also)]
     plan = check_alike([run, *also])
     scans = collect_scans([Path(path) for path in inputs], channels=plan.channels)
+    cleaning, reason = cleaning_of(
+        run_dirs[0],
+        read_config(run_dirs[0].config).inference,
+        largest=largest,
+        min_ml=min_ml,
+        num_runs=len(run_dirs),
+    )
+    weights = tuple(one.weights_sha256() for one in run_dirs)
+    outputs = Outputs(
+        Path(out),
+        MadeBy(weights_sha256=weights, fast=fast, cleaning=Cleaning.of(cleaning)),
+        mask_format,  # type: ignore[arg-type] # checked above
+        probabilities,
+        uncertainty,
+    )
     progress = progress or Silent()
     left = outputs.missing(scans, overwrite=overwrite, resume=resume)
     if len(left) < len(scans):
         progress.say(f"{len(scans) - len(left)} of {len(scans)} scans have their masks and are left out")
     predictor = Predictor.from_run(run, *also, device=device, fast=fast)  # type: ignore[arg-type] # checked above
-    settings = predictor.members[0].config.inference
-    cleaning, reason = cleaning_of(
-        RunDir(Path(run)), settings, largest=largest, min_ml=min_ml, num_runs=1 + len(also)
-    )
     if reason:
         progress.say(reason)
     return predict_scans(

@@ -63,7 +63,8 @@ def predict(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on: leave out scans whose mask is already there, also of what is printed."
+            "--resume",
+            help="Go on: leave out scans of which these networks made the mask already, also of what is printed.",
         ),
     ] = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",

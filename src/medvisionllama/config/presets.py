@@ -15,7 +15,8 @@ def small() -> Settings:
     return {
         "augment": _AUGMENTATION,
         "network": {"gate": "zero", "context_channels": [96, 192]},
-        "train": {"max_minutes": 20.0, "members": 2, "gate_learning_rate_scale": 5.0},
+        # Few validations: each segments all validation cases, in minutes that training could have.
+        "train": {"max_minutes": 20.0, "members": 2, "num_validations": 4, "gate_learning_rate_scale": 5.0},
         "inference": {"turn": True},
     }
 

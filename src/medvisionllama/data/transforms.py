@@ -226,7 +226,7 @@ def _sample_labels(labels: LabelBatch, grid: Tensor) -> LabelBatch:
     best = torch.zeros(grid.shape[:-1])
     result = torch.zeros(grid.shape[:-1], dtype=torch.int64)
     # A few classes at a time: the places are found once for all of them, and memory stays small for many classes.
-    for values in labels.unique().split(4):
+    for values in _present(labels).split(4):
         masks = (labels[:, None] == values.view(-1, 1, 1, 1)).float()
         shares = F.grid_sample(masks, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         for value, share in zip(values.tolist(), shares.unbind(1), strict=True):
@@ -235,6 +235,11 @@ def _sample_labels(labels: LabelBatch, grid: Tensor) -> LabelBatch:
             result[stronger] = value
             best = torch.where(stronger, share, best)
     return result
+
+
+def _present(labels: LabelBatch) -> Tensor:
+    """Class numbers that occur: `unique`, without sorting every voxel, which takes 3 % of a training step."""
+    return labels.flatten().bincount().nonzero()[:, 0]
 
 
 def _rotation(angles: np.ndarray) -> np.ndarray:

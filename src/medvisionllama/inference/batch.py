@@ -18,6 +18,7 @@ from medvisionllama.errors import OUT_OF_MEMORY, DataError, MedVisionLlamaError,
 from medvisionllama.inference.cautions import cautions
 from medvisionllama.inference.dicom_seg import write_seg
 from medvisionllama.inference.inputs import Scan
+from medvisionllama.inference.ledger import Ledger, MadeBy, check_mask
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.predictor import Prediction, Predictor, PreparedScan
 from medvisionllama.inference.writers import label_table, write_mask, write_shares
@@ -34,9 +35,15 @@ class Outputs:
     """What is written, and where."""
 
     folder: Path
+    made_by: MadeBy
     mask_format: MaskFormat = "auto"
     probabilities: bool = False
     uncertainty: bool = False
+
+    @property
+    def ledger(self) -> Ledger:
+        """What made the masks."""
+        return Ledger(self.folder)
 
     def mask(self, scan: Scan) -> Path:
         """File of a scan's mask; by default in the scan's own kind of file."""
@@ -59,13 +66,15 @@ class Outputs:
         """Scans that are still to be segmented.
 
         Raises:
-            DataError: a file would replace a scan, or one that nobody said may go.
+            DataError: a file would replace a scan, or one that nobody said may go; or a mask that is there is
+                another scan's, or was made by other networks or in another way.
         """
         if self.folder.name.endswith(SUFFIXES) or (self.folder.exists() and not self.folder.is_dir()):
             raise DataError(f"--out is a folder for masks, not a file: {self.folder}; give a folder's name")
         if overwrite and resume:
             raise DataError("--overwrite replaces masks and --resume keeps them; give one of the two")
-        sources = {file.resolve() for scan in scans for source in scan.images for file in _files(source)}
+        sources = {file.resolve() for scan in scans for file in _files(scan)}
+        made = self.ledger.read() if resume else {}
         left = []
         for scan in scans:
             *maps, mask = self.files(scan).values()
@@ -87,6 +96,7 @@ class Outputs:
             there = [file for file in masks if file.exists()]
             for file in there if resume else ():
                 _check_same_scan(file, scan)
+                check_mask(file, made.get(file.name), _files(scan), self.made_by)
             finished = there and all(file.exists() for file in maps)
             if overwrite or not finished:
                 left.append(scan)
@@ -133,8 +143,10 @@ def _check_same_scan(mask: Path, scan: Scan) -> None:
         )
 
 
-def _files(source: ScanSource) -> Sequence[Path]:
-    return source.files if isinstance(source, Series) else [source]
+def _files(scan: Scan) -> list[Path]:
+    return [
+        file for source in scan.images for file in (source.files if isinstance(source, Series) else (source,))
+    ]
 
 
 def predict_scans(
@@ -238,13 +250,15 @@ def _finish(
     if not outputs.has_table(names):
         write_text(outputs.table, label_table(names))
     volumes = prediction.volumes_ml
-    return {
+    record = {
         "case": scan.case_id,
         "source": _source(first),
         **{kind: str(path) for kind, path in files.items()},
         "volumes_ml": {name: round(volumes.get(value, 0.0), 4) for value, name in names.items()},
         "warnings": warnings,
     }
+    outputs.ledger.add(record, _files(scan), outputs.made_by)
+    return record
 
 
 def _source(source: ScanSource) -> dict[str, str]:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from medvisionllama.networks.layers import ConvBlock
+from medvisionllama.networks.layers import ConvBlock, Rise
 from medvisionllama.networks.vit import grid_after
 from medvisionllama.types import Triple
 
@@ -53,7 +53,7 @@ class ContextUp(nn.Module):
         super().__init__()
         upper, lower = channels
         coarser = halving(grid)
-        self.rise = nn.ConvTranspose3d(lower, upper, coarser, stride=coarser)
+        self.rise = Rise(lower, upper, coarser)
         self.join = ConvBlock(2 * upper, upper, kernel=_kernel(grid))
 
     def forward(self, upper: Tensor, lower: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from medvisionllama.networks.context import ContextUp
 from medvisionllama.networks.embeds import Features, kernel_for
-from medvisionllama.networks.layers import ConvBlock
+from medvisionllama.networks.layers import ConvBlock, Rise
 from medvisionllama.types import LogitBatch, Triple
 
 
@@ -71,15 +71,13 @@ class SkipHead(nn.Module):
         if self.add_tokens is not None:
             nn.init.zeros_(self.add_tokens.weight)
         self.context = ContextUp(context, grid=grid) if context else None
-        self.from_tokens = (
-            nn.ConvTranspose3d(deepest, coarse, strides[2], stride=strides[2]) if has_deepest else None
-        )
+        self.from_tokens = Rise(deepest, coarse, strides[2]) if has_deepest else None
         self.join_quarter = ConvBlock(
             2 * coarse if has_deepest else coarse, coarse, kernel=kernel_for(strides[2])
         )
-        self.to_half = nn.ConvTranspose3d(coarse, middle, strides[1], stride=strides[1])
+        self.to_half = Rise(coarse, middle, strides[1])
         self.join_half = ConvBlock(2 * middle, middle, kernel=kernel_for(strides[1]))
-        self.to_full = nn.ConvTranspose3d(middle, fine, strides[0], stride=strides[0])
+        self.to_full = Rise(middle, fine, strides[0])
         self.join_full = ConvBlock(2 * fine, fine, kernel=kernel_for(strides[0]))
         self.out = nn.Conv3d(fine, num_outputs, 1)
         self.out_half = nn.Conv3d(middle, num_outputs, 1)

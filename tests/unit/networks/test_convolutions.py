@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from medvisionllama.networks.layers import Conv3d, make_convolutions_safe
+from medvisionllama.networks.layers import Conv3d, Rise, make_convolutions_safe
 
 
 def weight_gradient(convolution: nn.Conv3d, image: torch.Tensor, *, bf16: bool) -> torch.Tensor:
@@ -24,6 +24,23 @@ def test_weight_gradients_in_bf16_are_those_of_float32(shape, stride):
     for _ in range(3):
         made = weight_gradient(convolution, image, bf16=True)
         assert (made - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("stride", [(2, 2, 2), (2, 2, 1), (2, 1, 4), (1, 1, 1)])
+def test_rising_is_the_transposed_convolution(stride):
+    torch.manual_seed(0)
+    ours, theirs = Rise(5, 3, stride), nn.ConvTranspose3d(5, 3, stride, stride=stride)
+    theirs.load_state_dict(ours.state_dict())
+    image = torch.randn(2, 5, 4, 3, 2)
+    made = []
+    for module in (ours, theirs):
+        given = image.clone().requires_grad_()
+        risen = module(given)
+        risen.square().sum().backward()
+        made.append((risen, given.grad, module.weight.grad, module.bias.grad))
+    assert made[0][0].is_contiguous(memory_format=torch.channels_last_3d)
+    for mine, other in zip(*made, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_a_foreign_network_keeps_its_weights():

@@ -1,0 +1,108 @@
+"""`predictions.jsonl` in a folder of masks: a line per mask says which networks made it, how, and from which scan.
+
+`predict --resume` keeps a mask by it alone. A file's name and grid do not tell: scans of one protocol share a grid,
+and a folder may hold the masks of last week's run.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from medvisionllama._files import canonical_hash, file_sha256
+from medvisionllama.errors import DataError
+from medvisionllama.inference.cleaning import Cleaning
+
+LEDGER = "predictions.jsonl"
+_PATHS = {"mask", "probabilities", "uncertainty", "file", "folder"}
+
+
+class MadeBy(BaseModel):
+    """What a mask depends on beside the scan."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights_sha256: tuple[str, ...]
+    """Of each run whose probabilities were averaged."""
+    fast: bool
+    cleaning: Cleaning
+
+    def difference(self, other: "MadeBy") -> str:
+        """In which way a mask of another maker differs; empty if it does not."""
+        if other.weights_sha256 != self.weights_sha256:
+            return "by other networks"
+        if other.fast != self.fast:
+            return "with --fast" if other.fast else "without --fast"
+        if other.cleaning != self.cleaning:
+            return f"otherwise: {other.cleaning.words}"
+        return ""
+
+
+class Made(BaseModel):
+    """A line of the ledger; it holds what `predict` tells of the mask too."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    mask: str
+    """Name of the file."""
+    scan_sha256: str
+    made_by: MadeBy
+
+
+class Ledger:
+    """What is known of the masks in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LEDGER
+
+    def add(self, record: dict[str, Any], scan_files: Sequence[Path], made_by: MadeBy) -> None:
+        """Note a mask that is there now; `record` is what `predict` tells of it."""
+        told = {**record, "source": _named(record["source"])}
+        line = Made(**_named(told), scan_sha256=scan_sha256(scan_files), made_by=made_by)
+        with self.path.open("a+b") as file:
+            # A line that a crash cut short must not swallow this one.
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            torn = file.read() not in {b"", b"\n"}
+            file.write(b"\n" * torn + json.dumps(line.model_dump(mode="json")).encode() + b"\n")
+
+    def read(self) -> dict[str, Made]:
+        """The last line of each mask file, by its name; what is no line of ours is passed over."""
+        found = {}
+        for line in self.path.read_bytes().splitlines() if self.path.is_file() else []:
+            try:
+                made = Made.model_validate_json(line)
+            except ValidationError:
+                continue
+            found[made.mask] = made
+        return found
+
+
+def check_mask(mask: Path, made: Made | None, scan_files: Sequence[Path], made_by: MadeBy) -> None:
+    """Raise DataError unless a mask that is there is what these networks make of this scan.
+
+    Args:
+        made: what the ledger holds of it.
+    """
+    ways = "choose another --out, or give --overwrite instead of --resume"
+    if made is None:
+        raise DataError(f"{mask} is there, and no {LEDGER} beside it says what made it; remove it, {ways}")
+    if difference := made_by.difference(made.made_by):
+        raise DataError(f"{mask} was made {difference}; {ways}")
+    if made.scan_sha256 != scan_sha256(scan_files):
+        raise DataError(
+            f"{mask} is the mask of another scan of that name, or {scan_files[0]} has changed since; {ways}"
+        )
+
+
+def scan_sha256(files: Sequence[Path]) -> str:
+    """Hash of all files of a scan, whatever their names."""
+    hashes = [file_sha256(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else canonical_hash(hashes)
+
+
+def _named(record: dict[str, Any]) -> dict[str, Any]:
+    """Paths as names: masks are handed on, and folders may be called after people."""
+    return {key: Path(value).name if key in _PATHS else value for key, value in record.items()}

@@ -1,0 +1,78 @@
+"""What a folder of masks remembers of each: read back, whatever a crash left of it."""
+
+from pathlib import Path
+
+import pytest
+
+from medvisionllama.errors import DataError
+from medvisionllama.inference.cleaning import Cleaning
+from medvisionllama.inference.ledger import Ledger, MadeBy, check_mask
+
+MAKER = MadeBy(weights_sha256=("a",), fast=False, cleaning=Cleaning())
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    path = tmp_path / "Doe_John" / "s.nii.gz"
+    path.parent.mkdir()
+    path.write_bytes(b"voxels")
+    return path
+
+
+def record(scan: Path, volume: float = 1.0) -> dict:
+    mask = str(scan.parent / "masks" / "s.nii.gz")
+    return {
+        "case": "s",
+        "source": {"file": str(scan)},
+        "mask": mask,
+        "volumes_ml": {"a": volume},
+        "warnings": [],
+    }
+
+
+def test_the_last_line_of_a_mask_counts_and_a_torn_one_does_not(scan, tmp_path):
+    ledger = Ledger(tmp_path)
+    assert ledger.read() == {}
+    ledger.add(record(scan), [scan], MAKER)
+    ledger.add(record(scan, 2.0), [scan], MAKER)
+    whole = ledger.path.read_bytes()
+    ledger.path.write_bytes(whole + whole[:30])
+    assert ledger.read()["s.nii.gz"].volumes_ml == {"a": 2.0}
+    ledger.add(record(scan, 3.0), [scan], MAKER)
+    ledger.path.write_bytes(ledger.path.read_bytes() + b'[]\n{"mask": 3}\n\xff\n')
+    assert ledger.read()["s.nii.gz"].volumes_ml == {"a": 3.0}
+
+
+def test_names_of_folders_stay_out_of_it(scan, tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.add(record(scan), [scan], MAKER)
+    assert "Doe" not in ledger.path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"weights_sha256": ("b",)}, "by other networks"),
+        ({"weights_sha256": ("a", "b")}, "by other networks"),
+        ({"fast": True}, "without --fast"),
+        ({"cleaning": Cleaning(largest_component=True)}, "no component is removed"),
+    ],
+)
+def test_a_mask_made_otherwise_is_refused(scan, tmp_path, other, words):
+    ledger = Ledger(tmp_path)
+    ledger.add(record(scan), [scan], MAKER)
+    made = ledger.read()["s.nii.gz"]
+    check_mask(tmp_path / "s.nii.gz", made, [scan], MAKER)
+    with pytest.raises(DataError, match=words):
+        check_mask(tmp_path / "s.nii.gz", made, [scan], MAKER.model_copy(update=other))
+
+
+def test_a_mask_of_other_voxels_or_of_nobody_is_refused(scan, tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.add(record(scan), [scan], MAKER)
+    made = ledger.read()["s.nii.gz"]
+    scan.write_bytes(b"others")
+    with pytest.raises(DataError, match=r"another scan of that name, or .* has changed"):
+        check_mask(tmp_path / "s.nii.gz", made, [scan], MAKER)
+    with pytest.raises(DataError, match="says what made it"):
+        check_mask(tmp_path / "s.nii.gz", None, [scan], MAKER)
