@@ -73,6 +73,8 @@ ARMS = {
     # A single network in all threads, as each arm was before decision 0022.
     "one-network": Arm(overrides={"network.tokens": False, "train.members": 1}),
     "no-bias-field": Arm(overrides={"network.tokens": False, "train.members": 1, "augment.bias_field": 0}),
+    # Logits from stride 2: more steps in the same minutes.
+    "half": Arm(overrides={"network.stem_channels": [0, 32, 64]}),
     "no-context": Arm(overrides={"network.tokens": False, "network.context_channels": None}),
     **{
         f"{name}-{width}{ending}": Arm(

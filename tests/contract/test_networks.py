@@ -27,7 +27,8 @@ ARMS = {
     "llm-linear-lora_inside": {"insert": "llm", "lora_rank": 2},
 }
 every_network = pytest.mark.parametrize(
-    ("head", "arm"), [(head, arm) for head in ("linear", "upsample", "skip", "context") for arm in ARMS]
+    ("head", "arm"),
+    [(head, arm) for head in ("linear", "upsample", "skip", "context", "half") for arm in ARMS],
 )
 
 
@@ -42,6 +43,9 @@ def _config(llama, head, *, insert, lora_rank=0, **changes):
     block = BlockConfig(source=str(llama), lora_rank=lora_rank)
     sizes = {"width": 24, "depth": 2, "insert_after": 1, "num_heads": 2, "patch_size": 4}
     settings = sizes | {"stem_channels": (4, 6, 8)} | changes
+    if head == "half":
+        # Nothing at full resolution.
+        head, settings = "context", settings | {"stem_channels": (0, 6, 8)}
     if head == "context":
         head, settings = "skip", {"context_channels": (10, 12)} | settings
     return NetworkConfig(head=head, insert=insert, block=block, **settings)
@@ -77,6 +81,14 @@ def test_logits_have_the_images_shape(llama, head, arm):
     network = _build(_config(llama, head, **ARMS[arm])).eval()
     with torch.no_grad():
         assert network(_image()).shape == (2, 3, *CROP)
+
+
+@pytest.mark.parametrize("first", [(3, 2, 1), (4, 1, 2)])
+def test_logits_come_from_stride_two_whatever_that_is(llama, first):
+    crop, strides = (24, 16, 8), (first, (2, 2, 2), (1, 2, 2))
+    network = _build(_config(llama, "half", insert="none"), crop=crop, strides=strides).eval()
+    with torch.no_grad():
+        assert network(_image(crop)).shape == (2, 3, *crop)
 
 
 @every_network

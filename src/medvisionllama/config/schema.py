@@ -279,8 +279,9 @@ class NetworkConfig(Section):
     insert_mlp_ratio: Annotated[float, Field(gt=0)] | None = None
     """The same of the MLP that insert=mlp puts in, which fits its size to another arm's; by default mlp_ratio."""
     head: Literal["linear", "upsample", "skip"] = "skip"
-    stem_channels: tuple[Positive, Positive, Positive] = (8, 32, 64)
-    """Channels of the skip head's stem at stride 1, 2 and 4."""
+    stem_channels: tuple[Annotated[int, Field(ge=0)], Positive, Positive] = (8, 32, 64)
+    """Channels of the skip head's stem at stride 1, 2 and 4; 0 leaves the work at full resolution out, and logits
+    come from stride 2."""
     context_channels: tuple[Positive, Positive] | None = None
     """Channels of two stages of convolutions below the skip head's stem, the lower at twice the upper's stride.
     Tokens lie at the lower one and add to it; by default there are none."""

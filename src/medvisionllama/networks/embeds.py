@@ -30,7 +30,7 @@ class PatchEmbed(nn.Module):
 class StemEmbed(nn.Module):
     """A thin convolutional stem at three strides, two stages of context if they are asked for, then tokens.
 
-    Full resolution gets one convolution with few channels; the work is done at the coarser strides.
+    Full resolution gets one convolution with few channels, or none; the work is done at the coarser strides.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class StemEmbed(nn.Module):
     ) -> None:
         super().__init__()
         fine, middle, coarse = channels
-        self.fine = ConvBlock(num_channels, fine, kernel=kernel_for(strides[0]))
+        self.fine = ConvBlock(num_channels, fine, kernel=kernel_for(strides[0])) if fine else None
         self.middle = nn.Sequential(
-            ConvBlock(fine, middle, stride=strides[0], kernel=kernel_for(strides[0])),
+            ConvBlock(fine or num_channels, middle, stride=strides[0], kernel=kernel_for(strides[0])),
             ConvBlock(middle, middle, kernel=kernel_for(strides[1])),
         )
         self.coarse = nn.Sequential(
@@ -62,7 +62,7 @@ class StemEmbed(nn.Module):
         self.project = _projection(coarse, width, strides[2], context) if tokens else None
 
     def forward(self, image: ImageBatch) -> tuple[Tensor | None, Features]:
-        full = self.fine(image)
+        full = image if self.fine is None else self.fine(image)
         half = self.middle(full)
         deepest = self.coarse(half)
         features = [full, half, deepest]

@@ -77,9 +77,9 @@ class SkipHead(nn.Module):
         )
         self.to_half = Rise(coarse, middle, strides[1])
         self.join_half = ConvBlock(2 * middle, middle, kernel=kernel_for(strides[1]))
-        self.to_full = Rise(middle, fine, strides[0])
-        self.join_full = ConvBlock(2 * fine, fine, kernel=kernel_for(strides[0]))
-        self.out = nn.Conv3d(fine, num_outputs, 1)
+        self.to_full = Rise(middle, fine, strides[0]) if fine else None
+        self.join_full = ConvBlock(2 * fine, fine, kernel=kernel_for(strides[0])) if fine else None
+        self.out = nn.Conv3d(fine, num_outputs, 1) if fine else _overlapping(middle, num_outputs, strides[0])
         self.out_half = nn.Conv3d(middle, num_outputs, 1)
         self.out_tokens = nn.Conv3d(deepest, num_outputs, 1) if has_deepest else None
 
@@ -89,8 +89,7 @@ class SkipHead(nn.Module):
         if self.from_tokens is not None:
             quarter = torch.cat([self.from_tokens(deepest), quarter], dim=1)
         half = self.join_half(torch.cat([self.to_half(self.join_quarter(quarter)), half], dim=1))
-        full = self.join_full(torch.cat([self.to_full(half), full], dim=1))
-        logits = self.out(full)
+        logits = self.out(self._finest(half, full))
         if not self.training:
             return logits, []
         auxiliary = [self.out_half(half)]
@@ -98,9 +97,24 @@ class SkipHead(nn.Module):
             auxiliary.append(self.out_tokens(deepest))
         return logits, auxiliary
 
+    def _finest(self, half: Tensor, full: Tensor) -> Tensor:
+        """What logits are read off: at full resolution, or at stride 2 if nothing is worked on there."""
+        if self.to_full is None or self.join_full is None:
+            return half
+        return self.join_full(torch.cat([self.to_full(half), full], dim=1))
+
     def _deepest(self, grid: Tensor | None, context: Features) -> Tensor | None:
         """The tokens, or the context with what they add to it."""
         if self.context is None:
             return grid
         upper, lower = context
         return self.context(upper, lower if self.add_tokens is None else lower + self.add_tokens(grid))
+
+
+def _overlapping(num_in: int, num_out: int, stride: Triple) -> nn.ConvTranspose3d:
+    """From strided cells to voxels, each cell reaching half a box into its neighbours: no steps between boxes."""
+    reach = [step // 2 for step in stride]
+    x, y, z = (step + 2 * further for step, further in zip(stride, reach, strict=True))
+    return nn.ConvTranspose3d(
+        num_in, num_out, (x, y, z), stride=stride, padding=(reach[0], reach[1], reach[2])
+    )
