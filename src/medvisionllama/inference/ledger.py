@@ -17,7 +17,7 @@ from medvisionllama.errors import DataError
 from medvisionllama.inference.cleaning import Cleaning
 
 LEDGER = "predictions.jsonl"
-_PATHS = {"mask", "probabilities", "uncertainty", "file", "folder"}
+_FILES = ("mask", "probabilities", "uncertainty")
 
 
 class MadeBy(BaseModel):
@@ -42,7 +42,7 @@ class MadeBy(BaseModel):
 
 
 class Made(BaseModel):
-    """A line of the ledger; it holds what `predict` tells of the mask too."""
+    """A line of the ledger; it holds the volumes and the names of the maps too."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -60,13 +60,14 @@ class Ledger:
 
     def add(self, record: dict[str, Any], scan_files: Sequence[Path], made_by: MadeBy) -> None:
         """Note a mask that is there now; `record` is what `predict` tells of it."""
-        told = {**record, "source": _named(record["source"])}
-        line = Made(**_named(told), scan_sha256=scan_sha256(scan_files), made_by=made_by)
+        line = Made(**_told(record), scan_sha256=scan_sha256(scan_files), made_by=made_by)
         with self.path.open("a+b") as file:
             # A line that a crash cut short must not swallow this one.
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             torn = file.read() not in {b"", b"\n"}
             file.write(b"\n" * torn + json.dumps(line.model_dump(mode="json")).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def read(self) -> dict[str, Made]:
         """The last line of each mask file, by its name; what is no line of ours is passed over."""
@@ -103,6 +104,7 @@ def scan_sha256(files: Sequence[Path]) -> str:
     return hashes[0] if len(hashes) == 1 else canonical_hash(hashes)
 
 
-def _named(record: dict[str, Any]) -> dict[str, Any]:
-    """Paths as names: masks are handed on, and folders may be called after people."""
-    return {key: Path(value).name if key in _PATHS else value for key, value in record.items()}
+def _told(record: dict[str, Any]) -> dict[str, Any]:
+    """What may be handed on with the masks: no folder, which may be called after somebody, and nothing of headers."""
+    files = {kind: Path(record[kind]).name for kind in _FILES if kind in record}
+    return {"case": record["case"], **files, "volumes_ml": record["volumes_ml"]}

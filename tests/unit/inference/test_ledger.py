@@ -1,5 +1,6 @@
 """What a folder of masks remembers of each: read back, whatever a crash left of it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -43,10 +44,12 @@ def test_the_last_line_of_a_mask_counts_and_a_torn_one_does_not(scan, tmp_path):
     assert ledger.read()["s.nii.gz"].volumes_ml == {"a": 3.0}
 
 
-def test_names_of_folders_stay_out_of_it(scan, tmp_path):
+def test_folders_and_headers_stay_out_of_it(scan, tmp_path):
     ledger = Ledger(tmp_path)
-    ledger.add(record(scan), [scan], MAKER)
-    assert "Doe" not in ledger.path.read_text()
+    said = record(scan) | {"source": {"folder": str(scan.parent)}, "warnings": [f"{scan} is of Mr Roe"]}
+    ledger.add(said, [scan], MAKER)
+    assert not {"Doe", "Roe"} & set(re.findall("[A-Z][a-z]+", ledger.path.read_text()))
+    assert ledger.read()["s.nii.gz"].volumes_ml == {"a": 1.0}
 
 
 @pytest.mark.parametrize(
