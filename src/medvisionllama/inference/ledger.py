@@ -105,6 +105,6 @@ def scan_sha256(files: Sequence[Path]) -> str:
 
 
 def _told(record: dict[str, Any]) -> dict[str, Any]:
-    """What may be handed on with the masks: no folder, which may be called after somebody, and nothing of headers."""
+    """What may be handed on with the masks: no folder, which may be called after somebody, nothing of headers."""
     files = {kind: Path(record[kind]).name for kind in _FILES if kind in record}
     return {"case": record["case"], **files, "volumes_ml": record["volumes_ml"]}
