@@ -15,9 +15,8 @@ def targets(labels: LabelBatch, num_outputs: int) -> Tensor:
     """Class numbers to `[b, k, x, y, z]`: one map a class, or the foreground alone if there is one output."""
     if num_outputs == 1:
         return (labels > 0).float()[:, None]
-    # `F.one_hot` would hold 64-bit integers first: half a gigabyte for a crop with 62 outputs. Maps lie one after
-    # the other, as a softmax over classes leaves its result, or each product with that would jump about in memory.
-    maps = torch.zeros((len(labels), num_outputs, *labels.shape[1:]), device=labels.device)
+    # `F.one_hot` would hold 64-bit integers first: half a gigabyte for a crop with 62 outputs.
+    maps = torch.zeros((*labels.shape, num_outputs), device=labels.device).movedim(-1, 1)
     return maps.scatter_(1, labels[:, None], 1.0)
 
 
@@ -35,15 +34,13 @@ def dice_ce_loss(
     """
     if logits.shape[1] == 1:
         probability, cross_entropy = logits.sigmoid(), F.binary_cross_entropy_with_logits(logits, target)
-        first = 0
     else:
-        logarithm = logits.log_softmax(dim=1)
-        cross_entropy = -(target * logarithm).sum(dim=1).mean()
-        probability, first = logarithm.exp(), 1
+        cross_entropy = -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        probability, target = logits.softmax(dim=1)[:, 1:], target[:, 1:]
     axes = (0, 2, 3, 4)
     overlap = 2 * (probability * target).sum(axes)
     total = (probability**2).sum(axes) + (target**2).sum(axes)
-    overlap, total = whole_batch(torch.stack([overlap, total])[:, first:])
+    overlap, total = whole_batch(torch.stack([overlap, total]))
     dice = (overlap + 1e-5) / (total + 1e-5)
     return 1 - dice.mean() + cross_entropy
 

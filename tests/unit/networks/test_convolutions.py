@@ -35,12 +35,13 @@ def test_rising_is_the_transposed_convolution(stride):
     made = []
     for module in (ours, theirs):
         given = image.clone().requires_grad_()
-        risen = module(given)
-        risen.square().sum().backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            risen = module(given)
+        risen.float().square().sum().backward()
         made.append((risen, given.grad, module.weight.grad, module.bias.grad))
     assert made[0][0].is_contiguous(memory_format=torch.channels_last_3d)
     for mine, other in zip(*made, strict=True):
-        torch.testing.assert_close(mine, other)
+        assert (mine - other).norm() < 0.01 * other.norm()
 
 
 def test_a_foreign_network_keeps_its_weights():
