@@ -35,7 +35,12 @@ def large() -> Settings:
             "insert_after": 6,
             "num_heads": 6,
         },
-        "train": {"max_minutes": 60.0, "batch_size": 4, "gate_learning_rate_scale": 5.0},
+        "train": {
+            "max_minutes": 60.0,
+            "batch_size": 4,
+            "num_validations": 4,
+            "gate_learning_rate_scale": 5.0,
+        },
         "inference": {"turn": True},
     }
 
