@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def append_json(path: Path, record: Any) -> None:
+    """Add a line of JSON that is on the disk on return, after whatever a crash left of the line before."""
+    with path.open("a+b") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        torn = file.read() not in {b"", b"\n"}
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def canonical_hash(value: Any) -> str:
     """SHA-256 of `value` as JSON with sorted keys and no spaces: the same on every machine."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
@@ -147,6 +157,12 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_sha256(paths: Iterable[Path]) -> str:
+    """One hash of several files in their order, whatever their names; of a single file, its own."""
+    hashes = [file_sha256(path) for path in paths]
+    return hashes[0] if len(hashes) == 1 else canonical_hash(hashes)
 
 
 def user_cache() -> Path:

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from medvisionllama._files import canonical_hash, file_sha256, write_text
+from medvisionllama._files import append_json, files_sha256, write_text
 from medvisionllama.config import read_config
 from medvisionllama.errors import CheckpointError, command
 
@@ -87,8 +87,7 @@ class RunDir:
 
     def weights_sha256(self) -> str:
         """Hash of the best weights of all networks."""
-        hashes = [file_sha256(member.best) for member in self.members()]
-        return hashes[0] if len(hashes) == 1 else canonical_hash(hashes)
+        return files_sha256(member.best for member in self.members())
 
     def check_unused(self) -> None:
         """Refuse a folder that would be overwritten; files make their folders themselves.
@@ -160,10 +159,7 @@ class RunDir:
         return records
 
     def append_history(self, record: dict[str, Any]) -> None:
-        with self.history.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_json(self.history, record)
 
     def rewind_history(self, step: int) -> None:
         """Drop what was recorded after `step`; those steps are about to be repeated."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from medvisionllama._files import is_locked, locked, user_cache, write_json, write_text
+from medvisionllama._files import append_json, is_locked, locked, user_cache, write_json, write_text
 from medvisionllama.errors import CheckpointError, DataError, command
 from medvisionllama.experiments.matrix import Matrix, PlannedRun, expand, read_matrix, variant_name
 
@@ -77,11 +77,7 @@ class RunFiles:
             "traceback": traceback,
         }
         self.path.mkdir(parents=True, exist_ok=True)
-        with self.failures.open("a") as file:
-            # A kill may have left a line without its end.
-            file.write(("\n" if file.tell() else "") + json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_json(self.failures, record)
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,13 @@
 and a folder may hold the masks of last week's run.
 """
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from medvisionllama._files import canonical_hash, file_sha256
+from medvisionllama._files import append_json, files_sha256
 from medvisionllama.errors import DataError
 from medvisionllama.inference.cleaning import Cleaning
 
@@ -60,14 +58,8 @@ class Ledger:
 
     def add(self, record: dict[str, Any], scan_files: Sequence[Path], made_by: MadeBy) -> None:
         """Note a mask that is there now; `record` is what `predict` tells of it."""
-        line = Made(**_told(record), scan_sha256=scan_sha256(scan_files), made_by=made_by)
-        with self.path.open("a+b") as file:
-            # A line that a crash cut short must not swallow this one.
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            torn = file.read() not in {b"", b"\n"}
-            file.write(b"\n" * torn + json.dumps(line.model_dump(mode="json")).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = Made(**_told(record), scan_sha256=files_sha256(scan_files), made_by=made_by)
+        append_json(self.path, line.model_dump(mode="json"))
 
     def read(self) -> dict[str, Made]:
         """The last line of each mask file, by its name; what is no line of ours is passed over."""
@@ -92,16 +84,10 @@ def check_mask(mask: Path, made: Made | None, scan_files: Sequence[Path], made_b
         raise DataError(f"{mask} is there, and no {LEDGER} beside it says what made it; remove it, {ways}")
     if difference := made_by.difference(made.made_by):
         raise DataError(f"{mask} was made {difference}; {ways}")
-    if made.scan_sha256 != scan_sha256(scan_files):
+    if made.scan_sha256 != files_sha256(scan_files):
         raise DataError(
             f"{mask} is the mask of another scan of that name, or {scan_files[0]} has changed since; {ways}"
         )
-
-
-def scan_sha256(files: Sequence[Path]) -> str:
-    """Hash of all files of a scan, whatever their names."""
-    hashes = [file_sha256(file) for file in files]
-    return hashes[0] if len(hashes) == 1 else canonical_hash(hashes)
 
 
 def _told(record: dict[str, Any]) -> dict[str, Any]:
