@@ -15,8 +15,7 @@ def small() -> Settings:
     return {
         "augment": _AUGMENTATION,
         "network": {"gate": "zero", "context_channels": [96, 192]},
-        # Few validations: each segments all validation cases, in minutes that training could have.
-        "train": {"max_minutes": 20.0, "members": 2, "num_validations": 4, "gate_learning_rate_scale": 5.0},
+        "train": {**_TRAINING, "max_minutes": 20.0, "members": 2},
         "inference": {"turn": True},
     }
 
@@ -35,12 +34,7 @@ def large() -> Settings:
             "insert_after": 6,
             "num_heads": 6,
         },
-        "train": {
-            "max_minutes": 60.0,
-            "batch_size": 4,
-            "num_validations": 4,
-            "gate_learning_rate_scale": 5.0,
-        },
+        "train": {**_TRAINING, "max_minutes": 60.0, "batch_size": 4},
         "inference": {"turn": True},
     }
 
@@ -84,6 +78,8 @@ def reference() -> Settings:
 
 
 _AUGMENTATION: Settings = {"elastic": 0.05, "bias_field": 0.6}
+# Few validations: each segments all validation cases, in minutes that training could have.
+_TRAINING: Settings = {"optimizer": "muon", "num_validations": 4, "gate_learning_rate_scale": 5.0}
 _PUBLISHED_DATA: Settings = {"labels": "foreground", "geometry": "resize", "crop_size": [128, 128, 128]}
 _PUBLISHED_AUGMENTATION: Settings = {"rotation_degrees": 10.0, "scale": [0.9, 1.1], "translation": 0.05}
 _PUBLISHED_VIT: Settings = {

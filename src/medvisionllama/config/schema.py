@@ -364,7 +364,8 @@ class TrainConfig(Section):
     batch_threads: Annotated[int, Field(ge=0, le=64)] | None = None
     """Threads that make the next batches while this one trains; by default 4 beside a GPU, and 0 on a CPU, whose
     cores the network needs. The batches are the same."""
-    optimizer: Literal["adam", "adamw"] = "adamw"
+    optimizer: Literal["adam", "adamw", "muon"] = "adamw"
+    """`muon` makes the update of each kernel orthogonal and leaves the rest to AdamW: more from each step."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.02
     gate_learning_rate_scale: Annotated[float, Field(gt=0)] = 1.0

@@ -8,28 +8,39 @@ from torch import Tensor, nn
 
 from medvisionllama.checkpoint import trainable
 from medvisionllama.config import TrainConfig
+from medvisionllama.training.muon import Muon, is_orthogonal
 
 PLATEAU_PATIENCE = 3
 PLATEAU_FACTOR = 0.5
 
 
+_KINDS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
+
+
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW over trainable weights only; vectors (norms, biases, gates) do not decay."""
+    """Make the run's optimiser over trainable weights only; vectors (norms, biases, gates) do not decay."""
+    kernels: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     gates: list[nn.Parameter] = []
     for name, parameter in trainable(network).items():
         if name.endswith(".gate"):
             gates.append(parameter)
+        elif parameter.ndim < 2:
+            vectors.append(parameter)
         else:
-            (matrices if parameter.ndim > 1 else vectors).append(parameter)
+            (kernels if config.optimizer == "muon" and is_orthogonal(parameter) else matrices).append(
+                parameter
+            )
+    decay, gate_scale = config.weight_decay, config.gate_learning_rate_scale
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "scale": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "scale": 1.0},
-        {"params": gates, "weight_decay": 0.0, "scale": config.gate_learning_rate_scale},
+        {"params": kernels, "weight_decay": decay, "scale": 1.0, "orthogonal": True},
+        {"params": matrices, "weight_decay": decay, "scale": 1.0, "orthogonal": False},
+        {"params": vectors, "weight_decay": 0.0, "scale": 1.0, "orthogonal": False},
+        {"params": gates, "weight_decay": 0.0, "scale": gate_scale, "orthogonal": False},
     ]
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
+    groups = [group for group in groups if group["params"]]
+    return _KINDS[config.optimizer](groups, lr=config.learning_rate, fused=True)
 
 
 def learning_rate(config: TrainConfig, *, progress: float, step: int, plateau_drops: int = 0) -> float:

@@ -4,6 +4,7 @@ from torch import nn
 
 from medvisionllama.checkpoint import load_tensors, save_tensors, trainable
 from medvisionllama.config import TrainConfig
+from medvisionllama.training.muon import Muon
 from medvisionllama.training.optim import (
     AveragedWeights,
     learning_rate,
@@ -22,20 +23,21 @@ def _config(**changes):
 class _Insert(nn.Module):
     def __init__(self):
         super().__init__()
-        self.gate = nn.Parameter(torch.zeros(4))
+        self.gate = nn.Parameter(torch.zeros(8))
 
 
 class _Network(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.conv = nn.Conv3d(2, 4, 3, padding=1)
-        self.norm = nn.InstanceNorm3d(4, affine=True)
+        self.conv = nn.Conv3d(2, 8, 3, padding=1)
+        self.deeper = nn.Conv3d(8, 8, 3, padding=1, bias=False)
+        self.norm = nn.InstanceNorm3d(8, affine=True)
         self.insert = _Insert()
-        self.fixed = nn.Linear(4, 4).requires_grad_(False)
+        self.fixed = nn.Linear(8, 8).requires_grad_(False)
 
     def forward(self, image):
-        grid = self.norm(self.conv(image)).movedim(1, -1)
+        grid = self.norm(self.deeper(self.conv(image))).movedim(1, -1)
         return grid + self.insert.gate * self.fixed(grid)
 
 
@@ -105,6 +107,7 @@ def test_only_matrices_decay_only_gates_are_scaled_and_frozen_weights_are_left_o
     assert names == {
         "conv.weight": (0.5, 0.2),
         "conv.bias": (0.0, 0.2),
+        "deeper.weight": (0.5, 0.2),
         "norm.weight": (0.0, 0.2),
         "norm.bias": (0.0, 0.2),
         "insert.gate": (0.0, pytest.approx(0.6)),
@@ -112,7 +115,9 @@ def test_only_matrices_decay_only_gates_are_scaled_and_frozen_weights_are_left_o
     assert len(found) == len(names)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("muon", Muon)]
+)
 def test_the_optimiser_is_the_one_named(name, kind):
     assert type(make_optimizer(_Network(), _config(optimizer=name))) is kind
 
@@ -147,7 +152,7 @@ def test_averaged_weights_move_fast_at_first_and_by_the_decay_later():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-@pytest.mark.parametrize("kind", ["adam", "adamw"])
+@pytest.mark.parametrize("kind", ["adam", "adamw", "muon"])
 def test_a_restored_optimiser_goes_on_bit_for_bit(tmp_path, layout, kind):
     config = _config(optimizer=kind)
 

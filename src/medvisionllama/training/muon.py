@@ -1,0 +1,76 @@
+"""Muon: momentum made orthogonal, for the kernels between channels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MOMENTUM = 0.95
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the odd polynomial of degree five that lifts small singular values fastest (Jordan et al. 2024)."""
+_ITERATIONS = 5
+_UPDATE_SCALE = 0.2
+"""Root mean square of AdamW's usual updates: both take one learning rate by it (Liu et al. 2025, 2502.16982)."""
+_FEWEST_CHANNELS = 8
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al. 2024) for the groups marked `orthogonal`, AdamW for the others.
+
+    A kernel of any number of axes counts as a matrix, its first axis against all others. One optimiser and not two,
+    so that a run has one state and one set of groups; PyTorch's own takes matrices alone.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Take one step; a closure is not supported, as nothing here has one."""
+        assert closure is None
+        groups = self.param_groups
+        for group in groups:
+            if group["orthogonal"]:
+                self._step_orthogonal(group)
+        # AdamW steps through every group it sees.
+        self.param_groups = [group for group in groups if not group["orthogonal"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+
+    def _step_orthogonal(self, group: dict[str, Any]) -> None:
+        for kernel in group["params"]:
+            if kernel.grad is None:
+                continue
+            state = self.state[kernel]
+            if not state:
+                state["momentum"] = torch.zeros_like(kernel)
+            momentum = state["momentum"].lerp_(kernel.grad, 1 - _MOMENTUM)
+            ahead = kernel.grad.lerp(momentum, _MOMENTUM).flatten(1)
+            scale = _UPDATE_SCALE * max(ahead.shape) ** 0.5
+            kernel.mul_(1 - group["lr"] * group["weight_decay"])
+            kernel.add_(orthogonalised(ahead).view(kernel.shape), alpha=-group["lr"] * scale)
+
+
+def is_orthogonal(parameter: nn.Parameter) -> bool:
+    """Whether a kernel maps channels to channels; what reads voxels or writes a few classes is left to AdamW."""
+    return parameter.ndim > 1 and min(parameter.shape[:2]) >= _FEWEST_CHANNELS
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Bring every singular value of `[m, n]` near one (0.7 to 1.2), but for those below a thousandth of them all.
+
+    Newton and Schulz's iteration goes over the Gram matrix of the shorter side, which is many times smaller than a
+    kernel, and in float32, where squaring loses nothing that matters; the kernel is multiplied once, at the end.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalised(matrix.T).T
+    linear, cubic, quintic = _COEFFICIENTS
+    matrix = matrix / matrix.norm().clamp_min(1e-12)
+    gram = matrix @ matrix.T
+    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    product = unit
+    for _ in range(_ITERATIONS):
+        factor = linear * unit + cubic * gram + quintic * (gram @ gram)
+        product = factor @ product
+        gram = factor @ gram @ factor
+    return product @ matrix

@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch import nn
+
+from medvisionllama.config import TrainConfig
+from medvisionllama.training.muon import orthogonalised
+from medvisionllama.training.optim import make_optimizer
+
+
+def _matrix(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _polynomial_of(values):
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return values
+
+
+@pytest.mark.parametrize("shape", [(16, 54), (54, 16), (8, 8), (192, 5184)])
+def test_singular_values_go_through_the_polynomial_and_directions_stay(shape):
+    matrix = _matrix(*shape).double()
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    expected = left @ torch.diag(_polynomial_of(values / values.norm())) @ right
+    torch.testing.assert_close(orthogonalised(matrix), expected, rtol=0, atol=1e-9)
+
+
+def test_large_and_small_directions_come_out_alike():
+    left, _, right = torch.linalg.svd(_matrix(16, 40), full_matrices=False)
+    matrix = left @ torch.diag(torch.logspace(0, -2, 16)) @ right
+    values = torch.linalg.svdvals(orthogonalised(matrix))
+    assert 0.6 < values.min() < values.max() < 1.3
+
+
+def test_float32_is_exact_enough_where_a_kernel_is_nearly_of_one_rank():
+    matrix = _matrix(32, 1) @ _matrix(1, 300, seed=1) + 1e-3 * _matrix(32, 300, seed=2)
+    error = orthogonalised(matrix) - orthogonalised(matrix.double()).float()
+    assert error.norm() < 1e-3 * orthogonalised(matrix).norm()
+
+
+def test_no_gradient_moves_nothing():
+    assert torch.equal(orthogonalised(torch.zeros(8, 20)), torch.zeros(8, 20))
+
+
+def _layer(layout=torch.contiguous_format):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv3d(1, 8, 3), nn.Conv3d(8, 12, 3), nn.Conv3d(12, 3, 1)).to(
+        memory_format=layout
+    )
+
+
+def _config(**changes):
+    return TrainConfig(optimizer="muon", max_steps=1, **changes)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_kernel_steps_against_its_orthogonal_momentum_and_the_rest_by_adamw(layout):
+    network, twin = _layer(layout), _layer(layout)
+    config = _config(learning_rate=0.01, weight_decay=0.5)
+    optimizers = (
+        make_optimizer(network, config),
+        make_optimizer(twin, config.model_copy(update={"optimizer": "adamw"})),
+    )
+    before = twin[1].weight.detach().clone()
+    gradients = {name: _matrix(*p.shape, seed=n) for n, (name, p) in enumerate(network.named_parameters())}
+    for model, optimizer in zip((network, twin), optimizers, strict=True):
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name].clone(memory_format=torch.preserve_format)
+        optimizer.step()
+
+    # The momentum began at zero: after one step it has a twentieth of the gradient, and of what is ahead of it
+    # the direction alone counts.
+    update = orthogonalised(gradients["1.weight"].flatten(1)).view(before.shape) * 0.2 * (8 * 27) ** 0.5
+    torch.testing.assert_close(network[1].weight.detach(), before * (1 - 0.01 * 0.5) - 0.01 * update)
+    assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.25)
+    for name in gradients.keys() - {"1.weight"}:
+        assert torch.equal(network.get_parameter(name), twin.get_parameter(name)), name
+
+
+def test_a_step_looks_ahead_of_the_momentum():
+    network = _layer()
+    config = _config(learning_rate=0.01, weight_decay=0)
+    optimizer = make_optimizer(network, config)
+    kernel = network[1].weight
+    expected, momentum = kernel.detach().clone(), torch.zeros_like(kernel)
+    for seed in range(2):
+        kernel.grad = _matrix(*kernel.shape, seed=seed)
+        momentum = 0.95 * momentum + 0.05 * kernel.grad
+        ahead = 0.95 * momentum + 0.05 * kernel.grad
+        expected -= 0.01 * 0.2 * (8 * 27) ** 0.5 * orthogonalised(ahead.flatten(1)).view(kernel.shape)
+        optimizer.step()
+    torch.testing.assert_close(kernel.detach(), expected)
+    torch.testing.assert_close(optimizer.state[kernel]["momentum"], momentum)
+
+
+def test_kernels_without_a_gradient_stay():
+    network = _layer()
+    optimizer = make_optimizer(network, _config())
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    optimizer.step()
+    assert all(map(torch.equal, network.parameters(), before))
+    assert len(optimizer.param_groups) == 3
