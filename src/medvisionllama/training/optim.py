@@ -12,8 +12,6 @@ from medvisionllama.training.muon import Muon, is_orthogonal
 
 PLATEAU_PATIENCE = 3
 PLATEAU_FACTOR = 0.5
-
-
 _KINDS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
 
 
@@ -28,10 +26,10 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
             gates.append(parameter)
         elif parameter.ndim < 2:
             vectors.append(parameter)
+        elif config.optimizer == "muon" and is_orthogonal(parameter):
+            kernels.append(parameter)
         else:
-            (kernels if config.optimizer == "muon" and is_orthogonal(parameter) else matrices).append(
-                parameter
-            )
+            matrices.append(parameter)
     decay, gate_scale = config.weight_decay, config.gate_learning_rate_scale
     groups = [
         {"params": kernels, "weight_decay": decay, "scale": 1.0, "orthogonal": True},
