@@ -407,7 +407,8 @@ class InferenceConfig(Section):
     """Average it with those of the scan turned by 18 degrees in the plane of its slices, to the left and smaller,
     to the right and larger: about three times the time. Not where voxels are no squares in that plane."""
     largest_foreground: bool = False
-    """Keep the largest connected component of all classes together, before what follows removes more."""
+    """Keep the largest connected component of all classes together, before what follows removes more. Voxels count
+    by how near they lie to where training labels do, here and for each class."""
     largest_component: bool = False
     """Of each class, keep the largest connected component alone. Left false, with min_component_ml at 0, it can be
     chosen afterwards: evaluate RUN --split validation --choose-cleaning."""

@@ -22,6 +22,7 @@ from medvisionllama.data.grid_rules import (
     total_stride,
 )
 from medvisionllama.data.index import Dataset
+from medvisionllama.data.places import Places
 from medvisionllama.errors import ConfigError
 from medvisionllama.types import SpacingMm, Triple
 
@@ -89,13 +90,15 @@ class Plan(BaseModel):
     normalisation: tuple[Normalisation, ...] = ()
     normalisation_rules: tuple[str, ...] = ()
     """What was asked for each channel (`data.normalisation`); empty if nothing was."""
+    places: Places | None = None
+    """Where the labels that train lie; None before they were measured, and in plans of earlier versions."""
     reasons: dict[str, str] = {}
     """Why, in one sentence for each decision; empty in plans written before there were any."""
 
     @property
     def decisions(self) -> "Plan":
-        """The plan without its reasons: what two runs must share."""
-        return self.model_copy(update={"reasons": {}})
+        """The plan without its reasons, and without what only later versions measure: what two runs must share."""
+        return self.model_copy(update={"places": None, "reasons": {}})
 
     @property
     def channel_rules(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from medvisionllama.config import InferenceConfig
+from medvisionllama.data.places import Places
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.readers import read_label
 from medvisionllama.errors import ConfigError
@@ -62,17 +63,17 @@ def choose_cleaning(run_dir: RunDir, pairs: Sequence[Pair], plan: Plan, progress
         for number, pair in enumerate(pairs):
             predicted, truth = read_pair(pair, classes, merged=merged)
             for row, candidate in enumerate(candidates):
-                cleaned = clean(predicted, candidate.on(InferenceConfig())).array
+                cleaned = clean(predicted, candidate.on(InferenceConfig()), plan.places).array
                 scores[row, number] = [dice(cleaned == value, truth.array == value) for value in classes]
             advance(number + 1)
     return make_choice(candidates, scores, list(classes.values()), weights_sha256=run_dir.weights_sha256())
 
 
-def clean_files(pairs: Sequence[Pair], cleaning: Cleaning) -> None:
+def clean_files(pairs: Sequence[Pair], cleaning: Cleaning, places: Places | None = None) -> None:
     """Clean masks where they lie; the files stay as they are if nothing is to be removed."""
     settings = cleaning.on(InferenceConfig())
     if not removes(settings):
         return
     for pair in pairs:
-        mask = clean(read_label(pair.prediction), settings)
+        mask = clean(read_label(pair.prediction), settings, places)
         write_mask(pair.prediction, mask.array, mask.affine, like=pair.prediction)

@@ -93,7 +93,7 @@ def evaluate_run(
             raise CheckpointError(
                 f"{run_dir.path} was trained further meanwhile; choose again when it has ended"
             )
-        clean_files(pairs, choice)
+        clean_files(pairs, choice, predictor.plan.places)
         write_choice(run_dir, choice)
     table = evaluate_files(
         pairs,
@@ -127,7 +127,7 @@ def segment_cases(
         path = folder / f"{case.case_id}.nii.gz"
         scan = predictor.prepare(case.images)
         on_slab = None if tally is None else tally.watch(case, scan)
-        mask = clean(predictor.segment(scan, on_slab=on_slab).mask, cleaning)
+        mask = clean(predictor.segment(scan, on_slab=on_slab).mask, cleaning, predictor.plan.places)
         write_mask(path, mask.array, mask.affine, like=case.images[0])
         pairs.append(Pair(case.case_id, case.patient_id, path, case.label, by_value=True))
         advance(number)

@@ -224,7 +224,7 @@ def _finish(
     cleaning: InferenceConfig,
 ) -> dict[str, Any]:
     """Clean, write and describe one prediction."""
-    mask = clean(prediction.mask, cleaning)
+    mask = clean(prediction.mask, cleaning, predictor.plan.places)
     prediction = replace(prediction, mask=mask)
     names = predictor.plan.mask_classes
     files = outputs.files(scan)

@@ -1,4 +1,4 @@
-"""Cleaning of masks: islands too small to be meant."""
+"""Cleaning of masks: islands too small, or too far from where labels lie, to be meant."""
 
 from collections.abc import Sequence
 
@@ -6,22 +6,32 @@ import numpy as np
 from scipy import ndimage
 
 from medvisionllama.config import InferenceConfig
-from medvisionllama.data.volume import Volume
+from medvisionllama.data.places import Place, Places
+from medvisionllama.data.volume import Volume, from_ras, to_ras
+from medvisionllama.inference.cleaning import removes
 from medvisionllama.types import LabelArray, SpacingMm
 
 _TOUCHING = np.ones((3, 3, 3), dtype=bool)
 
 
-def clean(mask: Volume, settings: InferenceConfig) -> Volume:
-    """Remove the components that a run's settings do not want."""
+def clean(mask: Volume, settings: InferenceConfig, places: Places | None = None) -> Volume:
+    """Remove the components that a run's settings do not want.
+
+    Args:
+        places: of the run's labels, as for `remove_islands`.
+    """
+    if not removes(settings):
+        return mask
+    ras = to_ras(mask)
     array = remove_islands(
-        mask.array,
-        mask.spacing_mm,
+        ras.array,
+        ras.spacing_mm,
         largest_foreground=settings.largest_foreground,
         largest_only=settings.largest_component,
         min_ml=settings.min_component_ml,
+        places=places,
     )
-    return Volume(array, mask.affine)
+    return Volume(from_ras(array, mask.affine), mask.affine)
 
 
 def remove_islands(
@@ -31,20 +41,23 @@ def remove_islands(
     largest_foreground: bool = False,
     largest_only: bool = False,
     min_ml: float = 0.0,
+    places: Places | None = None,
 ) -> LabelArray:
     """Return a mask `[x, y, z]` without the components of a class that are too small; they become background.
 
-    Voxels are connected by faces, edges and corners.
+    Voxels are connected by faces, edges and corners. With `places`, the largest component is that of most voxels
+    when each counts 1 / (1 + d²), where d is its distance from the mean place of labels in twice their deviation.
+    So of two of a size the one where labels lie is kept, and a speck there is none beside an organ elsewhere, as in
+    a scan that shows more of the body than those of training.
 
     Args:
         largest_foreground: keep the largest component of all classes together; done first.
         largest_only: of each class, keep the largest component alone.
         min_ml: smallest volume of a component that stays, in millilitres.
+        places: where training labels lie; the mask's axes must be those of RAS then.
     """
     if largest_foreground and mask.any():
-        components, _ = ndimage.label(mask > 0, structure=_TOUCHING)
-        sizes = np.bincount(components.ravel())
-        mask = np.where(components == 1 + sizes[1:].argmax(), mask, 0)
+        mask = _keep_main(mask, spacing_mm, places)
     if not largest_only and min_ml <= 0:
         return mask
     # A little less, so that rounding does not remove a component of just this volume.
@@ -55,6 +68,9 @@ def remove_islands(
         sizes = np.bincount(components.ravel(), minlength=number + 1)[1:]
         keep = sizes >= smallest
         if largest_only:
+            place = places.classes.get(value) if places else None
+            if place and number > 1:
+                sizes = _weighed_sizes(components, number, place, spacing_mm, mask.shape, box)
             keep &= np.arange(number) == sizes.argmax()
         # Component 0 is everything else, which must not change.
         result[box][~np.concatenate([[True], keep])[components]] = 0
@@ -70,6 +86,42 @@ def component_volumes_ml(mask: LabelArray, spacing_mm: SpacingMm) -> dict[int, l
         sizes = np.bincount(components.ravel(), minlength=number + 1)[1:]
         volumes[value] = sorted((sizes * voxel_ml).tolist(), reverse=True)
     return volumes
+
+
+def _keep_main(mask: LabelArray, spacing_mm: SpacingMm, places: Places | None) -> LabelArray:
+    """Return a mask of its largest component, of all classes together, alone."""
+    inside = mask > 0
+    (_, box), *_ = _boxes(inside.view(np.uint8))
+    components, number = ndimage.label(inside[box], structure=_TOUCHING)
+    sizes = np.bincount(components.ravel(), minlength=number + 1)[1:]
+    if places and number > 1:
+        sizes = _weighed_sizes(components, number, places.foreground, spacing_mm, mask.shape, box)
+    result = np.zeros_like(mask)
+    result[box] = np.where(components == 1 + sizes.argmax(), mask[box], 0)
+    return result
+
+
+def _weighed_sizes(
+    components: np.ndarray,
+    number: int,
+    place: Place,
+    spacing_mm: SpacingMm,
+    shape: Sequence[int],
+    box: tuple[slice, ...],
+) -> np.ndarray:
+    """Sizes of components numbered from 1, each voxel counted by how near it lies to a place.
+
+    Args:
+        shape: of the whole mask, in which the components' array is a `box`.
+    """
+    distances = place.distances((shape[0], shape[1], shape[2]), spacing_mm)
+    x, y, z = (squared[part] for squared, part in zip(distances, box, strict=True))
+    sizes = np.zeros(number + 1)
+    # Plane by plane: the weights of a whole CT would take gigabytes.
+    for plane, squared in zip(components, x, strict=True):
+        weights = 1 / (1 + squared + y[:, None] + z)
+        sizes += np.bincount(plane.ravel(), weights=weights.ravel(), minlength=number + 1)
+    return sizes[1:]
 
 
 def _boxes(mask: LabelArray) -> Sequence[tuple[int, tuple[slice, ...]]]:

@@ -224,7 +224,9 @@ class Predictor:
             CheckpointError: postprocessing.json is damaged.
         """
         found = self.segment(self.prepare(image), probabilities=probabilities, uncertainty=uncertainty)
-        return replace(found, mask=clean(found.mask, self.cleaning)) if cleaned else found
+        if not cleaned:
+            return found
+        return replace(found, mask=clean(found.mask, self.cleaning, self.plan.places))
 
     def prepare(self, image: ScanSource | str | tuple[ScanSource, ...] | Volume) -> PreparedScan:
         """Read a scan and resample it: the part of `predict` that needs no network."""

@@ -14,6 +14,7 @@ from medvisionllama.data.check.run import dataset_findings
 from medvisionllama.data.fingerprint import Fingerprint, fingerprint
 from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.index import Case, Dataset, open_configured, patient_of
+from medvisionllama.data.places import fit_places
 from medvisionllama.data.planning import Plan, make_plan
 from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select
 from medvisionllama.errors import ConfigError, DataError, command
@@ -70,17 +71,17 @@ def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> P
     cases = {case.case_id: case for case in cached}
     if not plan.classes:
         plan = plan.model_copy(update={"classes": found_classes([cases[name] for name in wanted])})
-    rules = fit_normalisation(
-        [cases[name] for name in selection.train], plan.channels, rules=plan.channel_rules
-    )
-    plan = plan.with_normalisation(rules, len(selection.train))
+    training = [cases[name] for name in selection.train]
+    rules = fit_normalisation(training, plan.channels, rules=plan.channel_rules)
+    plan = plan.with_normalisation(rules, len(training))
+    plan = plan.model_copy(update={"places": fit_places(training, merged=plan.merged)})
     for line in plan.lines:
         progress.say(line)
     return PreparedData(
         splits,
         selection,
         plan,
-        train=tuple(cases[name] for name in selection.train),
+        train=tuple(training),
         validation=tuple(cases[name] for name in selection.validation),
         unlabelled=tuple(case for case in cached if case.case_id not in wanted),
     )

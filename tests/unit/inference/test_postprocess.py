@@ -1,7 +1,11 @@
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from medvisionllama.inference.postprocess import remove_islands
+from medvisionllama.config import InferenceConfig
+from medvisionllama.data.places import Place, Places
+from medvisionllama.data.volume import Volume
+from medvisionllama.inference.postprocess import _weighed_sizes, clean, remove_islands
 
 SPACING = (1.0, 2.0, 5.0)  # a voxel of 0.01 ml
 
@@ -56,3 +60,65 @@ def test_the_mask_given_is_not_changed(mask):
 def test_an_empty_mask_stays_empty():
     empty = np.zeros((3, 3, 3), np.uint16)
     assert not remove_islands(empty, SPACING, largest_only=True, largest_foreground=True).any()
+
+
+MIDDLE = Place(mean_mm=(0.0, 0.0, 0.0), std_mm=(3.0, 3.0, 3.0))
+MIDDLES = Places(foreground=MIDDLE, classes={1: MIDDLE})
+CUBES = (1.0, 1.0, 1.0)
+
+
+@pytest.fixture
+def two_hearts():
+    """Class 1 twice: 3×3×3 voxels in the scan's middle, and 4×3×3 at its end; class 2 likewise, above each."""
+    array = np.zeros((31, 9, 9), np.uint8)
+    array[14:17, 3:6, 3:6], array[14:17, 3:6, 6:7] = 1, 2
+    array[27:31, 3:6, 3:6], array[27:31, 3:6, 6:7] = 1, 2
+    return array
+
+
+@pytest.mark.parametrize("kept", [{"largest_foreground": True}, {"largest_only": True}])
+def test_of_two_of_a_size_the_one_where_labels_lie_stays(two_hearts, kept):
+    assert remove_islands(two_hearts, CUBES, **kept)[27:31].any()
+    found = remove_islands(two_hearts, CUBES, **kept, places=MIDDLES)
+    assert (found == 1).sum() == 27
+    assert (found[14:17] == 1).sum() == 27
+    # Of a class that no training label has, the largest stays as it did.
+    assert (found[27:31] == 2).any() == ("largest_only" in kept)
+
+
+def test_a_speck_in_the_middle_is_none_beside_an_organ_elsewhere(two_hearts):
+    two_hearts[14:17] = 0
+    two_hearts[15, 4, 4] = 1
+    found = remove_islands(two_hearts, CUBES, largest_foreground=True, largest_only=True, places=MIDDLES)
+    assert (found[27:31] == 1).sum() == 36
+    assert not found[:27].any()
+
+
+def test_sizes_are_weighed_plane_by_plane_as_in_one_piece(two_hearts):
+    place = Place(mean_mm=(4.0, -1.0, 2.0), std_mm=(5.0, 2.0, 1.0))
+    x, y, z = place.distances(two_hearts.shape, SPACING)
+    weights = 1 / (1 + x[:, None, None] + y[:, None] + z)
+    box = (slice(14, 31), slice(3, 6), slice(3, 7))
+    components, number = ndimage.label(two_hearts[box] > 0)
+    expected = ndimage.sum_labels(weights[box], components, range(1, number + 1))
+    found = _weighed_sizes(components, number, place, SPACING, two_hearts.shape, box)
+    np.testing.assert_allclose(found, expected)
+
+
+def test_places_hold_whichever_way_a_scan_s_axes_run(two_hearts):
+    # Labels lie on the right, at the end of the array's first axis, where the smaller one is now.
+    two_hearts[27] = 0
+    two_hearts[13, 3:6, 3:6] = 1
+    right = Place(mean_mm=(13.0, 0.0, 0.0), std_mm=(3.0, 3.0, 3.0))
+    places = Places(foreground=right, classes={})
+    settings = InferenceConfig(largest_foreground=True)
+    ras = Volume(two_hearts, np.diag([1.0, 2.0, 3.0, 1.0]))
+    expected = clean(ras, settings, places).array
+    assert expected[28:].any()
+    assert not expected[:27].any()
+    # Stored as z, y, x, with x to the left.
+    affine = np.zeros((4, 4))
+    affine[0, 2], affine[1, 1], affine[2, 0], affine[3, 3] = -1, 2, 3, 1
+    other = clean(Volume(two_hearts[::-1].transpose(2, 1, 0), affine), settings, places)
+    np.testing.assert_array_equal(other.array.transpose(2, 1, 0)[::-1], expected)
+    np.testing.assert_array_equal(other.affine, affine)

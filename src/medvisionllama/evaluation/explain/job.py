@@ -118,7 +118,7 @@ def explain_scan(
     plan = networks.trained.plan
     if scan.label is None:
         predicted = Predictor([networks.trained]).segment(prepared).mask
-        truth = to_ras(clean(predicted, networks.cleaning)).array
+        truth = to_ras(clean(predicted, networks.cleaning, plan.places)).array
     else:
         truth = read_truth(scan, image, plan)
     masks = [(name, truth == value) for value, name in plan.mask_classes.items()]
