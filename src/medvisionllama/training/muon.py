@@ -52,8 +52,12 @@ class Muon(torch.optim.AdamW):
 
 
 def is_orthogonal(parameter: nn.Parameter) -> bool:
-    """Whether a kernel maps channels to channels; what reads voxels or writes a few classes is left to AdamW."""
-    return parameter.ndim > 1 and min(parameter.shape[:2]) >= _FEWEST_CHANNELS
+    """Whether a convolution's kernel maps channels to channels; the rest is left to AdamW.
+
+    So is what reads voxels or writes a few classes, and so are the matrices of tokens: the work goes by weights,
+    and tokens are few, so that it would take as long as their forward and backward pass.
+    """
+    return parameter.ndim > 2 and min(parameter.shape[:2]) >= _FEWEST_CHANNELS
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
@@ -64,13 +68,19 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalised(matrix.T).T
-    linear, cubic, quintic = _COEFFICIENTS
     matrix = matrix / matrix.norm().clamp_min(1e-12)
     gram = matrix @ matrix.T
-    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    product = unit
-    for _ in range(_ITERATIONS):
-        factor = linear * unit + cubic * gram + quintic * (gram @ gram)
-        product = factor @ product
+    product = factor = _factor(gram)
+    for _ in range(_ITERATIONS - 1):
         gram = factor @ gram @ factor
+        factor = _factor(gram)
+        product = factor @ product
     return product @ matrix
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """What one iteration multiplies a matrix by whose Gram matrix this is."""
+    linear, cubic, quintic = _COEFFICIENTS
+    factor = torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic)
+    factor.diagonal().add_(linear)
+    return factor

@@ -100,3 +100,14 @@ def test_kernels_without_a_gradient_stay():
     optimizer.step()
     assert all(map(torch.equal, network.parameters(), before))
     assert len(optimizer.param_groups) == 3
+
+
+def test_matrices_of_tokens_are_left_to_adamw():
+    network = nn.Sequential(nn.Conv3d(8, 8, 3), nn.Linear(16, 16), nn.MultiheadAttention(16, 2))
+    kernels = [
+        parameter
+        for group in make_optimizer(network, _config()).param_groups
+        if group["orthogonal"]
+        for parameter in group["params"]
+    ]
+    assert [kernel is network[0].weight for kernel in kernels] == [True]
