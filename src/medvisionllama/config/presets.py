@@ -14,7 +14,7 @@ def small() -> Settings:
     """Two networks of a thin convolutional stem and skip head around the tokens; minutes on two CPU cores."""
     return {
         "augment": _AUGMENTATION,
-        "network": {"gate": "zero", "context_channels": [96, 192]},
+        "network": {"gate": "zero", "refine": True, "context_channels": [96, 192]},
         "train": {**_TRAINING, "max_minutes": 20.0, "members": 2},
         "inference": {"turn": True},
     }
@@ -27,6 +27,7 @@ def large() -> Settings:
         "augment": _AUGMENTATION,
         "network": {
             "gate": "zero",
+            "refine": True,
             "stem_channels": [32, 64, 128],
             "context_channels": [256, 320],
             "width": 384,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medvisionllama.networks.context import ContextUp
@@ -50,6 +51,10 @@ class SkipHead(nn.Module):
     While training, logits are also read off at stride 2 and off what is deepest, so that each level has a reason of
     its own to be right. With context, tokens add to its lower stage through a map that starts at zero: training
     starts at the network without them.
+
+    Args:
+        refine: add what full resolution has to say to the logits of stride 2, from nothing at the start, instead of
+            reading all off its few channels. Without, a class may find no place in them for hundreds of steps.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class SkipHead(nn.Module):
         tokens: bool,
         context: tuple[int, int] | None,
         grid: Triple,
+        refine: bool = False,
     ) -> None:
         super().__init__()
         fine, middle, coarse = channels
@@ -80,6 +86,10 @@ class SkipHead(nn.Module):
         self.to_full = Rise(middle, fine, strides[0]) if fine else None
         self.join_full = ConvBlock(2 * fine, fine, kernel=kernel_for(strides[0])) if fine else None
         self.out = nn.Conv3d(fine, num_outputs, 1) if fine else _overlapping(middle, num_outputs, strides[0])
+        self.refine = refine and fine > 0
+        if self.refine:
+            for parameter in self.out.parameters():
+                nn.init.zeros_(parameter)
         self.out_half = nn.Conv3d(middle, num_outputs, 1)
         self.out_tokens = nn.Conv3d(deepest, num_outputs, 1) if has_deepest else None
 
@@ -90,9 +100,14 @@ class SkipHead(nn.Module):
             quarter = torch.cat([self.from_tokens(deepest), quarter], dim=1)
         half = self.join_half(torch.cat([self.to_half(self.join_quarter(quarter)), half], dim=1))
         logits = self.out(self._finest(half, full))
+        if not (self.refine or self.training):
+            return logits, []
+        coarse = self.out_half(half)
+        if self.refine:
+            logits = logits + F.interpolate(coarse, logits.shape[2:])
         if not self.training:
             return logits, []
-        auxiliary = [self.out_half(half)]
+        auxiliary = [coarse]
         if self.out_tokens is not None:
             auxiliary.append(self.out_tokens(deepest))
         return logits, auxiliary
