@@ -9,6 +9,8 @@ import pytest
 from medvisionllama.config import PRESETS
 from medvisionllama.training.fit import RunResult
 
+from .conftest import FAST, settings
+
 
 @pytest.mark.parametrize("module", ["medvisionllama", "medvisionllama.cli.main"])
 def test_starting_loads_nothing_heavy(module):
@@ -41,8 +43,6 @@ def test_fingerprint_describes_a_dataset(phantoms, cli):
 
 
 def test_split_file_is_obeyed_by_a_run(phantoms, tmp_path, cli):
-    from .conftest import settings
-
     splits = tmp_path / "splits.json"
     assert cli("data", "split", phantoms, "--out", splits, "--seed", 7).code == 0
     arguments = ["--epochs", 1, "--no-test", *settings(data__splits=splits)]
@@ -87,8 +87,6 @@ def test_the_command_to_go_on_with_keeps_the_test_cases_shut_and_can_be_pasted(c
 
 
 def test_training_tells_machines_what_the_test_cases_scored(phantoms, tmp_path, cli):
-    from .conftest import settings
-
     outcome = cli("train", phantoms, "--out", tmp_path / "run", "--epochs", 1, "--json", *settings())
     assert outcome.code == 0, outcome.err
     facts = json.loads(outcome.out)
@@ -96,3 +94,14 @@ def test_training_tells_machines_what_the_test_cases_scored(phantoms, tmp_path, 
     # The one is read from a table of six digits.
     assert facts["test"]["mean_class_dice"] == pytest.approx(scored["mean_class_dice"], abs=1e-6)
     assert [row["class"] for row in facts["test"]["classes"]] == ["head", "tail", "foreground"]
+
+
+def test_a_class_that_is_never_found_is_named_at_the_end_of_training(phantoms, tmp_path, cli, monkeypatch):
+    def validate(*arguments):
+        return {"dice": 0.4, "dice_per_class": {"left": 0.8, "right": 0.0}, "never_found": ["right"]}
+
+    monkeypatch.setattr("medvisionllama.training.fit.validate_cases", validate)
+    extra = settings(**FAST, **{"train.max_steps": 2})
+    outcome = cli("train", phantoms, "--out", tmp_path / "run", "--no-test", *extra)
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("'right' was found in none of the") == 1

@@ -147,6 +147,7 @@ def _fit(
         with others_beside(config, resume=resume, started=started, progress=progress) as others:
             finished = loop.run(progress)
             if finished:
+                say_never_found(run_dir, len(data.validation), progress)
                 finished = others.finish()
     accelerator.free_memory()
     return RunResult(
@@ -216,6 +217,15 @@ def check_time_left(config: Config, seconds: float, progress: Progress) -> None:
             f"{words}, so none is left for training; they are kept, so give the same command again, or a larger --max-minutes"
         )
     progress.say(f"{words}; they are kept for the next run")
+
+
+def say_never_found(run_dir: RunDir, num_cases: int, progress: Progress) -> None:
+    """Name the classes that the network finds in no validation case, which a mean Dice hides."""
+    names = [name for record in run_dir.read_history()[-1:] for name in record.get("never_found", [])]
+    if names:
+        progress.say(
+            f"look at this: {' and '.join(map(repr, names))} was found in none of the {num_cases} validation cases that has it; train longer, or begin again with another --set train.seed"
+        )
 
 
 def check_unchanged(run_dir: RunDir, data: PreparedData) -> None:

@@ -17,6 +17,9 @@ from medvisionllama.inference.windows import predict_probabilities
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.training.processes import Processes
 
+_FOUND = 0.01
+"""Dice from which on a class counts as found in a case."""
+
 
 def case_probabilities(
     network: TokenSegmenter,
@@ -37,6 +40,9 @@ def validate_cases(
 ) -> dict[str, Any]:
     """Segment every case and return mean Dice over cases and classes, and per class; none if there are no cases.
 
+    Under `never_found` are the classes, if there are such, that the network finds in none of the cases that have
+    them: a mean over few cases and many classes hides one that is not learned at all.
+
     Mirrored copies are left out here: they multiply the time and change all checkpoints alike. The processes of a
     run share the cases among them and return the same; around a sharded block, which takes all of them at once,
     each segments every case.
@@ -48,7 +54,8 @@ def validate_cases(
     processes = Processes(accelerator)
     shared = processes.num > 1 and not config.train.shard_block
     numbers = range(processes.index, len(cases), processes.num) if shared else range(len(cases))
-    table = torch.zeros(len(cases), len(plan.output_values), dtype=torch.float64)
+    # Dice, and 1 where a case has the class.
+    table = torch.zeros(2, len(cases), len(plan.output_values), dtype=torch.float64)
     network.eval()
     with accelerator.autocast():
         for number in numbers:
@@ -58,18 +65,21 @@ def validate_cases(
             )
             truth = np.asarray(case.native_label)
             mask = native_mask(probabilities, truth.shape, plan)
-            row = [
-                dice(mask == value, truth > 0 if plan.merged else truth == value)
-                for value in plan.output_values
-            ]
-            table[number] = torch.tensor(row, dtype=torch.float64)
+            for column, value in enumerate(plan.output_values):
+                wanted = truth > 0 if plan.merged else truth == value
+                table[0, number, column] = dice(mask == value, wanted)
+                table[1, number, column] = float(wanted.any())
     if shared:
         # Each row stands in one process and is zero in the others, so the sum is exact.
         table = processes.sum(table)
-    per_class = np.mean(table.numpy(), axis=0)
+    scores, present = table.numpy()
+    per_class = scores.mean(axis=0)
     names = plan.mask_classes.values()
+    lost = present.any(axis=0) & ((scores * present).max(axis=0) < _FOUND)
+    never_found = [name for name, is_lost in zip(names, lost, strict=True) if is_lost]
     return {
         "dice": float(per_class.mean()),
         "dice_per_class": dict(zip(names, map(float, per_class), strict=True)),
+        **({"never_found": never_found} if never_found else {}),
         **opened,
     }

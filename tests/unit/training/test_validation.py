@@ -1,0 +1,89 @@
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from medvisionllama.config import DataConfig, load_config
+from medvisionllama.data.cache import build_cache, fit_normalisation
+from medvisionllama.data.fingerprint import fingerprint
+from medvisionllama.data.index import open_dataset
+from medvisionllama.data.planning import make_plan
+from medvisionllama.run_dir import RunDir
+from medvisionllama.training.fit import say_never_found
+from medvisionllama.training.validation import validate_cases
+
+
+class Everywhere(torch.nn.Module):
+    """Takes all voxels for one class."""
+
+    insert = None
+
+    def __init__(self, number, num_outputs):
+        super().__init__()
+        self.number, self.num_outputs = number, num_outputs
+
+    def forward(self, image):
+        logits = torch.zeros(len(image), self.num_outputs, *image.shape[2:])
+        logits[:, self.number] = 1
+        return logits
+
+
+@pytest.fixture
+def cases(dataset_folder, write_nifti, tmp_path):
+    """Three phantoms of two classes, the last of the first class alone, and a plan that knows a third class."""
+    root = dataset_folder(num_cases=3)
+    last = root / "labelsTr" / "case_002.nii.gz"
+    label = np.asarray(nib.load(last).dataobj)
+    write_nifti(last, np.where(label == 1, 1, 0), dtype=np.uint8)
+    dataset = open_dataset(root)
+    plan = make_plan(dataset, fingerprint(dataset), DataConfig(), flip=False, patch_size=None)
+    found = build_cache(dataset.cases, plan, folder=tmp_path / "cache")
+    plan = plan.with_normalisation(fit_normalisation(found, plan.channels), len(found))
+    classes = {**plan.classes, 7: "Rare"}
+    return found, plan.model_copy(update={"crop_size": (32, 32, 32), "classes": classes})
+
+
+def validated(cases, number):
+    found, plan = cases
+    return validate_cases(Everywhere(number, 4), found, plan, load_config("small"), Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("number", "lost"), [(1, ["Posterior"]), (2, ["Anterior"]), (0, ["Anterior", "Posterior"])]
+)
+def test_a_class_that_no_case_s_mask_has_is_named(cases, number, lost):
+    record = validated(cases, number)
+    assert record["never_found"] == lost
+    # Of a class that no label has, nothing was to be found.
+    assert record["dice_per_class"]["Rare"] == 1
+
+
+def test_nothing_is_said_where_every_class_is_found_somewhere(cases):
+    class Halves(Everywhere):
+        def forward(self, image):
+            logits = super().forward(image)
+            logits[:, 2, :, : image.shape[3] // 2] = 2
+            return logits
+
+    found, plan = cases
+    record = validate_cases(Halves(1, 4), found, plan, load_config("small"), Accelerator(cpu=True))
+    assert "never_found" not in record
+
+
+class Lines(list):
+    def say(self, line):
+        self.append(line)
+
+
+def test_the_user_is_told_once_and_only_of_the_end(tmp_path):
+    run, lines = RunDir(tmp_path), Lines()
+    run.history.write_text(json.dumps({"step": 1, "never_found": ["a", "b"]}) + "\n")
+    say_never_found(run, 5, lines)
+    assert len(lines) == 1
+    assert "'a' and 'b' was found in none of the 5 validation cases" in lines[0]
+    run.append_history({"step": 2})
+    say_never_found(run, 5, lines)
+    assert len(lines) == 1
