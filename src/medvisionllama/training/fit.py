@@ -224,7 +224,7 @@ def say_never_found(run_dir: RunDir, num_cases: int, progress: Progress) -> None
     names = [name for record in run_dir.read_history()[-1:] for name in record.get("never_found", [])]
     if names:
         progress.say(
-            f"look at this: {' and '.join(map(repr, names))} was found in none of the {num_cases} validation cases that has it; train longer, or begin again with another --set train.seed"
+            f"look at this: {' and '.join(map(repr, names))} was found in none of the {num_cases} validation cases (or of those that have it); train longer, or begin again with another --set train.seed"
         )
 
 

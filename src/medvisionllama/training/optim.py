@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from medvisionllama.checkpoint import trainable
 from medvisionllama.config import TrainConfig
+from medvisionllama.errors import CheckpointError
 from medvisionllama.training.muon import Muon, is_orthogonal
 
 PLATEAU_PATIENCE = 3
@@ -120,10 +121,21 @@ def optimizer_tensors(
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Undo `optimizer_tensors`."""
+    """Undo `optimizer_tensors`.
+
+    Raises:
+        CheckpointError: saved by an optimiser that treats a weight otherwise, as an earlier version's may.
+    """
     for full, value in tensors.items():
         name, _, key = full.rpartition("::")
         parameter = parameters[name]
         # Fused kernels walk memory, not indices: each moment needs its weight's layout, and the step its device.
         like = parameter.detach() if value.ndim else parameter.detach().new_empty((), dtype=value.dtype)
         optimizer.state[parameter][key] = torch.empty_like(like).copy_(value)
+    for group in optimizer.param_groups:
+        key = "momentum" if group["orthogonal"] else "exp_avg"
+        states = [optimizer.state.get(parameter, {}) for parameter in group["params"]]
+        if any(state and key not in state for state in states):
+            raise CheckpointError(
+                "the run's save is of an earlier version, whose optimiser treats some weights otherwise, so it cannot go on; start a new run (its best weights predict as before)"
+            )

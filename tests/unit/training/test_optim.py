@@ -4,6 +4,7 @@ from torch import nn
 
 from medvisionllama.checkpoint import load_tensors, save_tensors, trainable
 from medvisionllama.config import TrainConfig
+from medvisionllama.errors import CheckpointError
 from medvisionllama.training.muon import Muon
 from medvisionllama.training.optim import (
     AveragedWeights,
@@ -174,3 +175,13 @@ def test_a_restored_optimiser_goes_on_bit_for_bit(tmp_path, layout, kind):
         _step(resumed, restored, seed)
     for name, parameter in network.named_parameters():
         assert torch.equal(resumed.get_parameter(name), parameter), name
+
+
+def test_a_save_whose_weights_were_trained_otherwise_is_refused():
+    network = nn.Sequential(nn.Conv3d(8, 8, 3), nn.Linear(8, 8))
+    parameters = dict(network.named_parameters())
+    optimizer = make_optimizer(network, TrainConfig(optimizer="muon", max_steps=1))
+    # As when the matrices of tokens were Muon's too.
+    saved = {"1.weight::momentum": torch.zeros(8, 8)}
+    with pytest.raises(CheckpointError, match="start a new run"):
+        restore_optimizer(optimizer, parameters, saved)
