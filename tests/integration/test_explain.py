@@ -11,6 +11,8 @@ import pytest
 from medvisionllama import api
 from medvisionllama.config import load_config
 from medvisionllama.errors import CheckpointError, ConfigError
+from medvisionllama.inference.predictor import read_plan
+from medvisionllama.run_dir import RunDir
 
 from .conftest import TINY
 
@@ -112,10 +114,13 @@ def test_the_prediction_it_is_scored_against_is_cleaned_as_predict_does(run, sca
     choice = load_config("small").inference.model_copy(update={"largest_component": True})
     monkeypatch.setattr("medvisionllama.evaluation.explain.job.cleaning_of", lambda *_: (choice, "chosen"))
     monkeypatch.setattr(
-        "medvisionllama.evaluation.explain.job.clean", lambda mask, how: used.append(how) or mask
+        "medvisionllama.evaluation.explain.job.clean",
+        lambda mask, how, places: used.append((how, places)) or mask,
     )
     api.explain(run, scan, out=tmp_path / "out", control="none", maps=False)
-    assert used == [choice]
+    places = read_plan(RunDir(run)).places
+    assert places is not None
+    assert used == [(choice, places)]
 
 
 def test_a_label_that_is_given_counts(run, scan, phantoms, tmp_path):
