@@ -33,6 +33,7 @@ SETTINGS = {
     # Each makes rounding grow to several times the tolerances in these few steps. The batches of ranks are
     # compared bit for bit in the sampler's own tests.
     "network.context_channels": None,
+    "network.refine": False,
     "augment.elastic": 0.0,
     "augment.bias_field": 0.0,
     # Five cases train, so batches of two cross the ends of epochs; two such batches make a step.
