@@ -9,7 +9,7 @@ from medvisionllama.config import InferenceConfig
 from medvisionllama.data.places import Place, Places
 from medvisionllama.data.volume import Volume, from_ras, to_ras
 from medvisionllama.inference.cleaning import removes
-from medvisionllama.types import LabelArray, SpacingMm
+from medvisionllama.types import LabelArray, MaskArray, SpacingMm
 
 _TOUCHING = np.ones((3, 3, 3), dtype=bool)
 
@@ -64,14 +64,11 @@ def remove_islands(
     smallest = min_ml * 1000 / float(np.prod(spacing_mm)) * (1 - 1e-6)
     result = mask.copy()
     for value, box in _boxes(mask):
-        components, number = ndimage.label(mask[box] == value, structure=_TOUCHING)
-        sizes = np.bincount(components.ravel(), minlength=number + 1)[1:]
+        components, sizes = _components(mask[box] == value)
         keep = sizes >= smallest
         if largest_only:
             place = places.classes.get(value) if places else None
-            if place and number > 1:
-                sizes = _weighed_sizes(components, number, place, spacing_mm, mask.shape, box)
-            keep &= np.arange(number) == sizes.argmax()
+            keep &= np.arange(len(sizes)) == _largest(components, sizes, place, spacing_mm, mask.shape, box)
         # Component 0 is everything else, which must not change.
         result[box][~np.concatenate([[True], keep])[components]] = 0
     return result
@@ -82,8 +79,7 @@ def component_volumes_ml(mask: LabelArray, spacing_mm: SpacingMm) -> dict[int, l
     voxel_ml = float(np.prod(spacing_mm)) / 1000
     volumes = {}
     for value, box in _boxes(mask):
-        components, number = ndimage.label(mask[box] == value, structure=_TOUCHING)
-        sizes = np.bincount(components.ravel(), minlength=number + 1)[1:]
+        _, sizes = _components(mask[box] == value)
         volumes[value] = sorted((sizes * voxel_ml).tolist(), reverse=True)
     return volumes
 
@@ -92,13 +88,32 @@ def _keep_main(mask: LabelArray, spacing_mm: SpacingMm, places: Places | None) -
     """Return a mask of its largest component, of all classes together, alone."""
     inside = mask > 0
     (_, box), *_ = _boxes(inside.view(np.uint8))
-    components, number = ndimage.label(inside[box], structure=_TOUCHING)
-    sizes = np.bincount(components.ravel(), minlength=number + 1)[1:]
-    if places and number > 1:
-        sizes = _weighed_sizes(components, number, places.foreground, spacing_mm, mask.shape, box)
+    components, sizes = _components(inside[box])
+    place = places.foreground if places else None
+    largest = _largest(components, sizes, place, spacing_mm, mask.shape, box)
     result = np.zeros_like(mask)
-    result[box] = np.where(components == 1 + sizes.argmax(), mask[box], 0)
+    result[box] = np.where(components == 1 + largest, mask[box], 0)
     return result
+
+
+def _components(inside: MaskArray) -> tuple[np.ndarray, np.ndarray]:
+    """Components `[x, y, z]` numbered from 1, and the voxels of each."""
+    components, number = ndimage.label(inside, structure=_TOUCHING)
+    return components, np.bincount(components.ravel(), minlength=number + 1)[1:]
+
+
+def _largest(
+    components: np.ndarray,
+    sizes: np.ndarray,
+    place: Place | None,
+    spacing_mm: SpacingMm,
+    shape: Sequence[int],
+    box: tuple[slice, ...],
+) -> int:
+    """Index of the largest component, by place if one is known; the first of equals."""
+    if place and len(sizes) > 1:
+        sizes = _weighed_sizes(components, len(sizes), place, spacing_mm, shape, box)
+    return int(sizes.argmax())
 
 
 def _weighed_sizes(
