@@ -283,8 +283,8 @@ class NetworkConfig(Section):
     """Channels of the skip head's stem at stride 1, 2 and 4; 0 leaves the work at full resolution out, and logits
     come from stride 2."""
     refine: bool = False
-    """Let full resolution add to the logits of stride 2, from zero at the start, instead of making all of them from
-    its few channels; without work there, nothing changes."""
+    """Read logits off the features of stride 2, in boxes that overlap, and let full resolution add to them
+    from zero at the start, instead of reading all off its few channels; without work there, nothing changes."""
     context_channels: tuple[Positive, Positive] | None = None
     """Channels of two stages of convolutions below the skip head's stem, the lower at twice the upper's stride.
     Tokens lie at the lower one and add to it; by default there are none."""

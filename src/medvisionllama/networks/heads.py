@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medvisionllama.networks.context import ContextUp
@@ -53,8 +52,9 @@ class SkipHead(nn.Module):
     starts at the network without them.
 
     Args:
-        refine: add what full resolution has to say to the logits of stride 2, from nothing at the start, instead of
-            reading all off its few channels. Without, a class may find no place in them for hundreds of steps.
+        refine: read logits off the features of stride 2 and add what full resolution has to say, from nothing at
+            the start, instead of reading all off its few channels, in which a class may find no place for hundreds
+            of steps.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class SkipHead(nn.Module):
         self.to_full = Rise(middle, fine, strides[0]) if fine else None
         self.join_full = ConvBlock(2 * fine, fine, kernel=kernel_for(strides[0])) if fine else None
         self.out = nn.Conv3d(fine, num_outputs, 1) if fine else _overlapping(middle, num_outputs, strides[0])
-        self.refine = refine and fine > 0
-        if self.refine:
+        self.out_coarse = _overlapping(middle, num_outputs, strides[0]) if refine and fine else None
+        if self.out_coarse is not None:
             for parameter in self.out.parameters():
                 nn.init.zeros_(parameter)
         self.out_half = nn.Conv3d(middle, num_outputs, 1)
@@ -100,14 +100,11 @@ class SkipHead(nn.Module):
             quarter = torch.cat([self.from_tokens(deepest), quarter], dim=1)
         half = self.join_half(torch.cat([self.to_half(self.join_quarter(quarter)), half], dim=1))
         logits = self.out(self._finest(half, full))
-        if not (self.refine or self.training):
-            return logits, []
-        coarse = self.out_half(half)
-        if self.refine:
-            logits = logits + F.interpolate(coarse, logits.shape[2:])
+        if self.out_coarse is not None:
+            logits = logits + self.out_coarse(half)
         if not self.training:
             return logits, []
-        auxiliary = [coarse]
+        auxiliary = [self.out_half(half)]
         if self.out_tokens is not None:
             auxiliary.append(self.out_tokens(deepest))
         return logits, auxiliary

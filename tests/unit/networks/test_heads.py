@@ -1,6 +1,5 @@
 import pytest
 import torch
-import torch.nn.functional as F
 
 from medvisionllama.config import NetworkConfig, load_config
 from medvisionllama.networks.factory import build_network
@@ -21,13 +20,11 @@ def image():
 
 
 @pytest.mark.parametrize("tokens", [{}, {"tokens": True, "width": 24, "depth": 2, "insert": "none"}])
-def test_full_resolution_starts_at_the_logits_of_stride_2(image, tokens):
-    network = build(refine=True, insert_after=1, **tokens).train()
-    logits, (coarse, _) = network.forward_all(image)
-    assert coarse.shape == (2, 3, 16, 8, 16)
-    assert torch.equal(logits, F.interpolate(coarse, logits.shape[2:]))
-    network.eval()
-    assert torch.equal(network(image), logits)
+def test_full_resolution_starts_with_nothing_to_say(image, tokens):
+    network = build(refine=True, insert_after=1, **tokens).eval()
+    logits, half = watch(network, image)
+    assert logits.abs().max() > 0.1
+    torch.testing.assert_close(logits, network.head.out_coarse(half))
 
 
 def test_full_resolution_adds_what_it_learns(image):
@@ -36,35 +33,41 @@ def test_full_resolution_adds_what_it_learns(image):
     assert network.head.out.weight.grad.abs().sum() > 0
     with torch.no_grad():
         network.head.out.weight += 1.0
-        logits, (coarse, _) = network.forward_all(image)
-    # Within a cell of stride 2 voxels differ now, by what the finest features say.
-    fine = logits - F.interpolate(coarse, logits.shape[2:])
+        logits, half = watch(network, image)
+    fine = logits - network.head.out_coarse(half)
+    # Within a cell of stride 2 voxels differ by what the finest features say.
     assert fine[..., 0::2, :, :].sub(fine[..., 1::2, :, :]).abs().max() > 0.1
 
 
-def test_weights_have_the_same_names_and_shapes_without(image):
-    plain, refining = build(), build(refine=True)
-    assert {name: value.shape for name, value in plain.state_dict().items()} == {
-        name: value.shape for name, value in refining.state_dict().items()
-    }
-    refining.load_state_dict(plain.state_dict())
-    plain.eval(), refining.eval()
-    features = refining.embed(image)[1]
-    with torch.no_grad():
-        difference = refining(image) - plain(image)
-        half = F.interpolate(refining.head.out_half(_half(refining, features)), image.shape[2:])
-    torch.testing.assert_close(difference, half, rtol=0, atol=1e-5)
+def test_voxels_see_the_next_cell_of_stride_2_and_none_further():
+    head = build(refine=True).head
+    half = torch.zeros(1, 6, 16, 8, 16, requires_grad=True)
+    for voxel, cells in [((8, 8), {3, 4}), ((9, 9), {4, 5})]:
+        logits = head.out_coarse(half)
+        assert logits.shape == (1, 3, 32, 16, 16)
+        (seen,) = torch.autograd.grad(logits[0, :, *voxel, 5].sum(), half)
+        places = seen[0].abs().sum(0).nonzero()
+        assert set(places[:, 0].tolist()) == set(places[:, 1].tolist()) == cells
+        # Slices that stride 2 leaves alone stay by themselves.
+        assert set(places[:, 2].tolist()) == {5}
 
 
-def _half(network, features):
-    """What the head joins at stride 2."""
+def test_coarser_logits_are_supervised_as_without(image):
+    plain, refining = build().train(), build(refine=True).train()
+    refining.load_state_dict(plain.state_dict(), strict=False)
+    for coarse, refined in zip(plain.forward_all(image)[1], refining.forward_all(image)[1], strict=True):
+        assert torch.equal(coarse, refined)
+
+
+def watch(network, image):
+    """Logits, and what the head joins at stride 2."""
     seen = []
     handle = network.head.join_half.register_forward_hook(
         lambda _module, _inputs, output: seen.append(output)
     )
-    network.head(None, features)
+    logits = network(image)
     handle.remove()
-    return seen[0]
+    return logits, seen[0]
 
 
 def test_without_work_at_full_resolution_there_is_nothing_to_refine(image):
