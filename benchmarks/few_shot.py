@@ -8,7 +8,7 @@ first. Each cell (row, arm, seed) runs in a process of its own on two cores (`la
 table to results/few_shot/, and is skipped from then on; so the table may grow over many sessions. Arms are compared
 on one machine only, and each machine has its own cells. --minutes makes a shorter table, kept apart.
 
-Our arms are two networks side by side, as the preset is; a rival is two (`unet-16`) or one
+Our arms are two networks side by side, as `small` is, or one, as `large` is; a rival is two (`unet-16`) or one
 (`unet-16-one-network`), which suits networks of slow steps better. A tuned rival (`unet-16-tuned`) is one, and
 first chooses its learning rate on the validation cases, in three runs of a quarter of the minutes each, which do
 not count.
@@ -16,6 +16,7 @@ not count.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -48,7 +49,8 @@ def main() -> None:
         for seed in seeds
         for row in rows
         for arm in arms
-        if not says_nothing(ROWS[row], arm) and not cell_path(arguments, row, arm, seed).is_file()
+        if not says_nothing(ROWS[row], arm, arguments.preset)
+        and not cell_path(arguments, row, arm, seed).is_file()
     ]
     hours = sum(training_minutes(arguments, row, arm) for row, arm, _ in due) / 60
     print(f"{len(due)} cells to make: {hours:.1f} hours of training", flush=True)
@@ -56,7 +58,7 @@ def main() -> None:
     for row, arm, seed in due:
         print(f"{row}, {arm}, seed {seed}", flush=True)
         command = [sys.executable, __file__, *sys.argv[1:], "--cell", row, arm, str(seed)]
-        code = subprocess.run(command, check=False).returncode
+        code = run_to_end(command)
         if code == INTERRUPTED:
             raise SystemExit(INTERRUPTED)
         # A rival that fails is missing from the table, and the others go on.
@@ -71,6 +73,30 @@ def main() -> None:
             print(summary.to_string(index=False))
     if failed:
         raise SystemExit(f"failed: {'; '.join(failed)}")
+
+
+def run_to_end(command: Sequence[str]) -> int:
+    """Run a cell and return its exit code; told to stop, wait until it has saved and return `INTERRUPTED`.
+
+    A cell that is left behind would take the cores of the next one.
+    """
+    process, told = subprocess.Popen(command), []
+
+    def pass_on(number: int, frame: object) -> None:
+        told.append(number)
+        process.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        while True:
+            try:
+                code = process.wait()
+                return INTERRUPTED if told else code
+            except KeyboardInterrupt:
+                # A terminal has told the cell too.
+                told.append(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def training_minutes(arguments: argparse.Namespace, row: str, arm: str) -> float:

@@ -57,6 +57,8 @@ ROWS = {
     "acdc-all": Row("Task101_ACDC", None, 30, exclude=_TWICE),
     "sunnybrook-all": Row("Task104_SunnybrookLV", None, 30),
 }
+_OF_SMALL = {"one-network", "half"}
+"""Arms that take one of two networks away, or name the stem's channels."""
 TABLES = {
     "small": ("hippocampus-14", "hippocampus-all", "acdc-4", "sunnybrook-5"),
     "large": ("hippocampus-all", "acdc-all", "sunnybrook-all"),
@@ -88,6 +90,10 @@ ARMS = {
 }
 
 
-def says_nothing(row: Row, arm: str) -> bool:
-    """Whether an arm is the same training as the one without tokens."""
-    return (arm == UNLABELLED and row.cases is None) or (arm == NATIVE and not row.thick)
+def says_nothing(row: Row, arm: str, preset: str) -> bool:
+    """Whether an arm is the same training as the one without tokens, or is cut for another preset's widths."""
+    return (
+        (arm == UNLABELLED and row.cases is None)
+        or (arm == NATIVE and not row.thick)
+        or (arm in _OF_SMALL and preset != "small")
+    )

@@ -109,27 +109,32 @@ def train_run(
     """Train an arm for some minutes, or go on with a run that was cut off.
 
     Raises:
-        SystemExit: it was cut off now, saved, and must not be scored.
+        SystemExit: it was cut off now, saved, and must not be scored; or its folder holds another run.
     """
     from medvisionllama import api
     from medvisionllama.cli._progress import TerminalProgress
     from medvisionllama.run_dir import RunDir
 
     spec, run = ARMS[arm], RunDir(path)
+    preset = spec.rival or arguments.preset
+    settings = {
+        **(settings_but_network(arguments.preset) if spec.rival else {}),
+        **spec.overrides,
+        "data.exclude": list(ROWS[row].exclude),
+        "data.split_seed": seed,
+        "train.seed": seed,
+        **more,
+    }
+    limits = {"data.num_cases": ROWS[row].cases, "train.max_minutes": minutes}
+    if run.config.is_file():
+        check_begun(run, preset, limits | settings)
     result = api.train(
         arguments.data / ROWS[row].data,
         out=path,
-        preset=spec.rival or arguments.preset,
+        preset=preset,
         cases=ROWS[row].cases,
         max_minutes=minutes,
-        overrides={
-            **(settings_but_network(arguments.preset) if spec.rival else {}),
-            **spec.overrides,
-            "data.exclude": list(ROWS[row].exclude),
-            "data.split_seed": seed,
-            "train.seed": seed,
-            **more,
-        },
+        overrides=settings,
         resume=run.config.is_file(),
         test=False,
         progress=TerminalProgress(),
@@ -137,6 +142,24 @@ def train_run(
     if not result.finished:
         raise SystemExit(INTERRUPTED)
     return run
+
+
+def check_begun(run: "RunDir", preset: str, settings: dict[str, Any]) -> None:
+    """Raise SystemExit if a run was begun with other settings: a preset of before would be scored as today's."""
+    from medvisionllama.config import load_config, read_config
+
+    begun, asked = (
+        config.model_dump(exclude={"out": True, "data": {"path"}})
+        for config in (read_config(run.config), load_config(preset, settings))
+    )
+    for section, values in asked.items():
+        if section == "preset":
+            continue
+        for key, value in values.items():
+            if begun[section][key] != value:
+                raise SystemExit(
+                    f"{run.path} was begun with {section}.{key}={begun[section][key]} and not {value}; move it away, or give another --runs"
+                )
 
 
 def best_dice(run: "RunDir") -> float:
@@ -162,7 +185,9 @@ def train_nnunet(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Train nnU-Net itself on the same cases."""
     import nnunet_train
+    from medvisionllama.run_dir import machine_facts
 
+    gpu = machine_facts()["hardware"]["gpu"]
     table, result, selection = nnunet_train.train_and_score(
         arguments.data / ROWS[row].data,
         cases=ROWS[row].cases,
@@ -177,7 +202,8 @@ def train_nnunet(
         "steps": result.iterations,
         "seconds": result.planning_seconds + result.training_seconds,
         "trainable": result.num_parameters,
-        "precision": "fp32",
+        # As nnU-Net itself does.
+        "precision": "fp16" if gpu else "fp32",
         "train_cases": sorted(selection.train),
         "version": result.version,
         "patch_size": result.patch_size,

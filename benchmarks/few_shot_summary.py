@@ -15,8 +15,8 @@ import pandas as pd
 def summarise(where: Path) -> pd.DataFrame:
     """A line for each arm and machine: mean over seeds, spread, paired differences.
 
-    On the test patients from the arm without tokens; on those that the row left out, who are more, from `block`,
-    which is the preset as it is.
+    On the test patients from the arm without tokens and from `block`, which is the preset as it is; on those that
+    the row left out, who are more, from `block`.
 
     `where` is a row's folder, with a folder of cells for each machine: equal minutes on another machine are other
     steps, so machines are kept apart. Empty if no cell is there.
@@ -45,22 +45,25 @@ def summarise(where: Path) -> pd.DataFrame:
     lines = []
     for machine, arm in dict.fromkeys((machine, arm) for machine, arm, _ in tables):
         own = [cell for key, cell in zip(tables, cells, strict=True) if key[:2] == (machine, arm)]
-        scores = pd.Series([cell["test_dice"] for cell in own])
+        dice = pd.Series([cell["test_dice"] for cell in own])
         line = {
             "arm": arm,
             "seeds": len(own),
-            "dice": round(scores.mean(), 4),
-            "seed_sd": round(scores.std(), 4),
+            "dice": round(dice.mean(), 4),
+            "seed_sd": round(dice.std(), 4),
             "steps": round(sum(cell["steps"] for cell in own) / len(own)),
             "trainable": own[0]["trainable"],
             # Cells of before have none.
             "unused": round(pd.Series([cell.get("unused_dice") for cell in own], dtype=float).mean(), 4),
             "cores_used": min(cell["mean_cores_used"] for cell in own),
+            # Lines of other revisions are of other presets, it may be.
+            "trained_at": " ".join(sorted({name for cell in own for name in revisions(cell)})),
             "machine": machine,
         }
         line |= difference(tested, patients, machine, arm, "no-tokens")
-        unused_line = difference(left_out, patients, machine, arm, "block")
-        line |= {f"unused_{key}": value for key, value in unused_line.items()}
+        for part, scores in (("test", tested), ("unused", left_out)):
+            minus_preset = difference(scores, patients, machine, arm, "block")
+            line |= {f"{part}_{key}": value for key, value in minus_preset.items()}
         lines.append(line)
     return pd.DataFrame(lines).sort_values(["machine", "dice"], ascending=[True, False])
 
@@ -88,6 +91,11 @@ def difference(
     mean = patient_means(values, groups).mean()
     name = f"minus_{reference.replace('-', '_')}"
     return {name: round(mean, 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def revisions(cell: dict[str, Any]) -> list[str]:
+    """Revisions of the code that a cell was trained at; cells of before do not say."""
+    return [name[:7] if name else "unknown" for name in cell.get("trained_at", [])]
 
 
 def unused_table(cell: Path) -> Path:

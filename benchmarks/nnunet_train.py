@@ -134,7 +134,7 @@ def train_and_predict(
         NnunetError: another request's folder, or a part that failed.
         ValueError: cases in two parts or in none.
     """
-    data, work = data.resolve(), work.resolve()
+    data, work, environment = data.resolve(), work.resolve(), environment.resolve()
     request = make_request(
         data, train=train, validation=validation, test=test, minutes=minutes, threads=threads, seed=seed,
         bf16=bf16,

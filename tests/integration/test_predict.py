@@ -19,6 +19,7 @@ from medvisionllama.config import read_config, write_config
 from medvisionllama.data.readers import read_image
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import CheckpointError, ConfigError, DataError
+from medvisionllama.inference.predictor import check_alike
 from medvisionllama.inference.writers import label_table, write_mask
 from medvisionllama.run_dir import RunDir
 
@@ -65,6 +66,17 @@ def test_runs_of_other_classes_are_not_averaged(runs, scans, dataset_folder, tmp
     with pytest.raises(CheckpointError, match="other channels or classes"):
         api.predict(runs[0], [scans], also=[tmp_path / "other"], out=tmp_path / "masks")
     assert not (tmp_path / "masks").exists()
+
+
+def test_runs_whose_merged_classes_differ_are_not_averaged(runs, tmp_path):
+    paths = [tmp_path / "liver", tmp_path / "spleen"]
+    for path in paths:
+        shutil.copytree(runs[0], path)
+        plan = json.loads((path / "plan.json").read_text()) | {"merged": True, "classes": {"1": path.name}}
+        (path / "plan.json").write_text(json.dumps(plan))
+    check_alike([paths[0], paths[0]])
+    with pytest.raises(CheckpointError, match="other channels or classes"):
+        check_alike(paths)
 
 
 def test_maps_of_probability_and_doubt_fit_the_mask(runs, scans, tmp_path):

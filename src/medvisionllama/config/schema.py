@@ -77,7 +77,7 @@ class DataConfig(Section):
     """An MSD folder, an nnU-Net raw folder, or a folder with images/ and labels/."""
     modality: tuple[str, ...] | None = None
     """Names of the channels, in order; `CT` is scaled by its units, all else scan by scan. By default as the
-    dataset says; a folder with images/ and labels/ cannot say, so give --set data.modality=[CT] there."""
+    dataset says; a folder with images/ and labels/ says so in names.json only, or give --set data.modality=[CT]."""
     labels: Literal["all", "foreground"] = "all"
     """Segment every class (softmax), or all of them merged to one foreground (sigmoid), as published."""
     geometry: Literal["native", "resize"] = "native"
@@ -407,8 +407,9 @@ class InferenceConfig(Section):
     flip: bool = True
     """Average the prediction with that of the mirrored scan, along the axes that training mirrors."""
     turn: bool = False
-    """Average it with those of the scan turned by 18 degrees in the plane of its slices, to the left and smaller,
-    to the right and larger: about three times the time. Not where voxels are no squares in that plane."""
+    """Average it with those of the scan turned by 18 degrees, to the left and smaller, to the right and larger:
+    about three times the time. In the plane of thick slices, else across the longest axis; not where voxels are no
+    squares there."""
     largest_foreground: bool = False
     """Keep the largest connected component of all classes together, before what follows removes more. Voxels count
     by how near they lie to where training labels do, here and for each class."""

@@ -1,6 +1,7 @@
 """Measures of one predicted mask against one true mask.
 
-Surfaces are edge voxels, as MONAI's are by default, and their measures equal its. Empty masks follow one rule: both
+Surfaces are edge voxels, as MONAI's are by default, and their measures equal its; of a single slice they are the
+edge of an area, as MONAI's are where it is given as an image. Empty masks follow one rule: both
 empty is perfect (Dice 1, NSD 1, HD95 0); one empty is as wrong as can be (Dice 0, NSD 0, HD95 the diagonal of the
 scan). They are counted, so that nobody averages over them unknowing.
 """
@@ -72,7 +73,8 @@ def _surface(
             return 1.0, 0.0
         return 0.0, float(np.linalg.norm(np.multiply(truth.shape, spacing_mm)))
     box = _bounding_box(predicted | truth)
-    a, b = (_edge_points(mask[box], spacing_mm) for mask in (predicted, truth))
+    neighbours = _neighbours(truth.shape)
+    a, b = (_edge_points(mask[box], neighbours, spacing_mm) for mask in (predicted, truth))
     there, back = _distances(a, b), _distances(b, a)
     # In single precision a distance of exactly the tolerance counts, however its root was rounded.
     within = sum(int((distances <= np.float32(tolerance_mm)).sum()) for distances in (there, back))
@@ -80,11 +82,23 @@ def _surface(
     return within / (len(there) + len(back)), hd95
 
 
-def _edge_points(mask: MaskArray, spacing_mm: SpacingMm) -> NDArray[np.float64]:
-    """Centres `[n, 3]` in mm of the voxels that touch, by a face, another one or the end of the scan."""
+def _neighbours(shape: tuple[int, ...]) -> MaskArray:
+    """A voxel and those it touches by a face, `[3, 3, 3]`; along an axis of one voxel there are none."""
+    from scipy.ndimage import generate_binary_structure
+
+    neighbours: MaskArray = generate_binary_structure(len(shape), 1)
+    for axis, size in enumerate(shape):
+        if size == 1:
+            np.moveaxis(neighbours, axis, 0)[[0, 2]] = False
+    return neighbours
+
+
+def _edge_points(mask: MaskArray, neighbours: MaskArray, spacing_mm: SpacingMm) -> NDArray[np.float64]:
+    """Centres `[n, 3]` in mm of the voxels that touch one outside the mask, or the end of the scan."""
     from scipy.ndimage import binary_erosion
 
-    return np.argwhere(mask & ~binary_erosion(mask)).astype(np.float64) * np.asarray(spacing_mm)
+    edge = mask & ~binary_erosion(mask, neighbours)
+    return np.argwhere(edge).astype(np.float64) * np.asarray(spacing_mm)
 
 
 def _distances(points: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -183,11 +183,11 @@ def cleaning_of(
     Raises:
         CheckpointError: postprocessing.json is damaged.
     """
-    # Who asks for all components asks for those far from the others too.
+    # Who asks for all components asks for small ones and for those far from the others too.
     asked = {
         "largest_foreground": None if largest is None else False,
         "largest_component": largest,
-        "min_component_ml": min_ml,
+        "min_component_ml": 0.0 if largest is False and min_ml is None else min_ml,
     }
     given = {key: value for key, value in asked.items() if value is not None}
     if given:

@@ -68,7 +68,9 @@ def remove_islands(
         keep = sizes >= smallest
         if largest_only:
             place = places.classes.get(value) if places else None
-            keep &= np.arange(len(sizes)) == _largest(components, sizes, place, spacing_mm, mask.shape, box)
+            weights = _weighed(components, sizes, place, spacing_mm, mask.shape, box)
+            # The largest by place may be too small to stay: then it is the largest of those that are not.
+            keep &= np.arange(len(sizes)) == np.where(keep, weights, -1).argmax()
         # Component 0 is everything else, which must not change.
         result[box][~np.concatenate([[True], keep])[components]] = 0
     return result
@@ -90,9 +92,9 @@ def _keep_main(mask: LabelArray, spacing_mm: SpacingMm, places: Places | None) -
     (_, box), *_ = _boxes(inside.view(np.uint8))
     components, sizes = _components(inside[box])
     place = places.foreground if places else None
-    largest = _largest(components, sizes, place, spacing_mm, mask.shape, box)
+    weights = _weighed(components, sizes, place, spacing_mm, mask.shape, box)
     result = np.zeros_like(mask)
-    result[box] = np.where(components == 1 + largest, mask[box], 0)
+    result[box] = np.where(components == 1 + weights.argmax(), mask[box], 0)
     return result
 
 
@@ -102,41 +104,29 @@ def _components(inside: MaskArray) -> tuple[np.ndarray, np.ndarray]:
     return components, np.bincount(components.ravel(), minlength=number + 1)[1:]
 
 
-def _largest(
+def _weighed(
     components: np.ndarray,
     sizes: np.ndarray,
     place: Place | None,
     spacing_mm: SpacingMm,
     shape: Sequence[int],
     box: tuple[slice, ...],
-) -> int:
-    """Index of the largest component, by place if one is known; the first of equals."""
-    if place and len(sizes) > 1:
-        sizes = _weighed_sizes(components, len(sizes), place, spacing_mm, shape, box)
-    return int(sizes.argmax())
-
-
-def _weighed_sizes(
-    components: np.ndarray,
-    number: int,
-    place: Place,
-    spacing_mm: SpacingMm,
-    shape: Sequence[int],
-    box: tuple[slice, ...],
 ) -> np.ndarray:
-    """Sizes of components numbered from 1, each voxel counted by how near it lies to a place.
+    """Sizes of components numbered from 1, each voxel counted by how near it lies to a place, if one is known.
 
     Args:
         shape: of the whole mask, in which the components' array is a `box`.
     """
+    if place is None or len(sizes) == 1:
+        return sizes
     distances = place.distances((shape[0], shape[1], shape[2]), spacing_mm)
     x, y, z = (squared[part] for squared, part in zip(distances, box, strict=True))
-    sizes = np.zeros(number + 1)
+    weighed = np.zeros(len(sizes) + 1)
     # Plane by plane: the weights of a whole CT would take gigabytes.
     for plane, squared in zip(components, x, strict=True):
         weights = 1 / (1 + squared + y[:, None] + z)
-        sizes += np.bincount(plane.ravel(), weights=weights.ravel(), minlength=number + 1)
-    return sizes[1:]
+        weighed += np.bincount(plane.ravel(), weights=weights.ravel(), minlength=len(weighed))
+    return weighed[1:]
 
 
 def _boxes(mask: LabelArray) -> Sequence[tuple[int, tuple[slice, ...]]]:

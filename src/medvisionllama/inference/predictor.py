@@ -239,7 +239,7 @@ class Predictor:
             image = read_image(tuple(Path(one) if isinstance(one, str) else one for one in sources))
         if image.array.shape[0] != len(self.plan.channels):
             raise DataError(
-                f"the scan has {image.array.shape[0]} channels, the run was trained on {len(self.plan.channels)} ({', '.join(self.plan.channels)})"
+                f"{source} has {image.array.shape[0]} channels, the run was trained on {len(self.plan.channels)} ({', '.join(self.plan.channels)})"
             )
         ras = to_ras(image)
         return PreparedScan(
@@ -308,7 +308,8 @@ def check_alike(paths: Sequence[Path | str]) -> Plan:
         run_dir = RunDir(Path(path))
         run_dir.members()
         plans.append(read_plan(run_dir))
-        if (plans[-1].channels, plans[-1].mask_classes) != (plans[0].channels, plans[0].mask_classes):
+        # Not `mask_classes`: of merged classes all are foreground, whatever it is.
+        if len({(plan.channels, tuple(plan.classes.items()), plan.merged) for plan in plans}) > 1:
             raise CheckpointError(
                 f"{path} has other channels or classes than {paths[0]}; average runs of one task only"
             )

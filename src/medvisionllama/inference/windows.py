@@ -19,6 +19,7 @@ from medvisionllama.inference.views import View, brought_back, can_turn, seen, v
 from medvisionllama.types import LogitBatch, Triple
 
 Network = Callable[[Tensor], LogitBatch]
+Context = Callable[[], AbstractContextManager[None]]
 _SIGMA = 0.125  # of the Gaussian weights, as a share of the window: MONAI's and nnU-Net's value
 _LEAST_WEIGHT = 1e-3
 
@@ -34,7 +35,7 @@ def probability_planes(
     turn: bool = False,
     device: torch.device | str = "cpu",
     normalise: Callable[[Tensor], Tensor] = lambda slab: slab,
-    context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    context: Context = nullcontext,
 ) -> Iterator[Tensor]:
     """Yield class probabilities `[k, x, y, z]`, background first: pieces that follow each other along `axis`.
 
@@ -44,7 +45,8 @@ def probability_planes(
         flip: average with the prediction of the mirrored image, along the axes that training mirrors.
         turn: average with those of the image turned and zoomed across `axis`, where its voxels allow it.
         normalise: applied to each slab of the image before the network sees it.
-        context: entered while the network works on a slab, and left before anything is given out: autocast, say.
+        context: entered while the network works, and for nothing else: autocast, say, under which PyTorch turns and
+            averages views in half precision too.
     """
     views = views_of(plan, axis=axis, flip=flip, turn=turn)
     for logits in blended_planes(
@@ -71,7 +73,7 @@ def blended_planes(
     views: Sequence[View] = (View(),),
     device: torch.device | str = "cpu",
     normalise: Callable[[Tensor], Tensor] = lambda slab: slab,
-    context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    context: Context = nullcontext,
 ) -> Iterator[Tensor]:
     """Yield what the network returns, windows blended: `[view, k, x, y, z]` pieces along `axis`.
 
@@ -84,8 +86,10 @@ def blended_planes(
     total = weight = torch.empty(0)
     for number, start in enumerate(starts):
         slab = normalise(image.narrow(axis + 1, start, min(window, size)))
-        with torch.no_grad(), context():
-            logits = torch.cat([_through(view, network, slab, plan, axis, overlap, device) for view in views])
+        with torch.no_grad():
+            logits = torch.cat(
+                [_through(view, network, slab, plan, axis, overlap, device, context) for view in views]
+            )
         if len(starts) == 1:
             yield logits
             return
@@ -108,11 +112,20 @@ def predict_probabilities(
     flip: bool,
     turn: bool = False,
     device: torch.device | str = "cpu",
+    context: Context = nullcontext,
 ) -> Tensor:
     """Return class probabilities `[k, x, y, z]` of a normalised image `[c, x, y, z]`, all at once."""
     axis = slab_axis(tuple(image.shape[1:]), [plan], turn=turn)
     planes = probability_planes(
-        network, image, plan, axis=axis, overlap=overlap, flip=flip, turn=turn, device=device
+        network,
+        image,
+        plan,
+        axis=axis,
+        overlap=overlap,
+        flip=flip,
+        turn=turn,
+        device=device,
+        context=context,
     )
     return torch.cat(list(planes), dim=axis + 1)
 
@@ -159,10 +172,13 @@ def _through(
     axis: int,
     overlap: float,
     device: torch.device | str,
+    context: Context,
 ) -> LogitBatch:
     """Logits `[1, k, x, y, z]` of a slab `[c, x, y, z]` that the network sees as a view shows it."""
     x, y, z = slab.shape[1:]
-    logits = _blend_row(network, seen(slab[None], view, axis, plan), plan, axis, overlap, device)
+    shown = seen(slab[None], view, axis, plan)
+    with context():
+        logits = _blend_row(network, shown, plan, axis, overlap, device)
     return brought_back(logits, view, axis, plan, (x, y, z))
 
 

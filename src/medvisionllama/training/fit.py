@@ -220,9 +220,11 @@ def check_time_left(config: Config, seconds: float, progress: Progress) -> None:
 
 
 def say_never_found(run_dir: RunDir, num_cases: int, progress: Progress) -> None:
-    """Name the classes that the network finds in no validation case, which a mean Dice hides."""
-    names = [name for record in run_dir.read_history()[-1:] for name in record.get("never_found", [])]
-    if names:
+    """Name the classes that the weights which are kept find in no validation case, which a mean Dice hides."""
+    scored = [record for record in run_dir.read_history() if record["dice"] is not None]
+    # The first of equals, as the loop saves them.
+    kept = max(scored, key=lambda record: record["dice"], default={})
+    if names := kept.get("never_found"):
         progress.say(
             f"look at this: {' and '.join(map(repr, names))} was found in none of the {num_cases} validation cases (or of those that have it); train longer, or begin again with another --set train.seed"
         )

@@ -65,6 +65,9 @@ class LoopState:
     dices: list[float] = field(default_factory=list)
     pseudo_round: int = 0
     """Of masks that unlabelled scans train with; before the first there are none."""
+    pseudo_step: int = 0
+    pseudo_seconds: float = 0.0
+    """When that round was due."""
     loss_sum: float = 0.0
     """Of the steps since the last validation."""
 
@@ -258,8 +261,13 @@ class TrainingLoop:
         return math.floor(self.progress * number + 1e-9) > math.floor(before * number + 1e-9)
 
     def _masks_due(self) -> bool:
-        """True when scans without labels should have had another round of masks by now."""
-        return self.self_training.due(self.progress) > self.state.pseudo_round and self.progress < 1.0
+        """True when scans without labels should have had another round of masks by now.
+
+        Both ends are measured by the limits in force now, as for validations.
+        """
+        before = self._progress_at(self.state.pseudo_step, self.state.pseudo_seconds)
+        due = self.self_training.due
+        return due(self.progress) > due(before) and self.progress < 1.0
 
     def _validate(self) -> None:
         before = time.monotonic()
@@ -298,12 +306,13 @@ class TrainingLoop:
             self.average.swap()
 
     def _relabel(self) -> None:
-        before, due = self.state.pseudo_round, self.self_training.due(self.progress)
+        before, number = self.state.pseudo_round, self.state.pseudo_round + 1
+        self.state.pseudo_step, self.state.pseudo_seconds = self.state.step, self.state.elapsed_seconds
         with self._averaged_weights():
-            self.sampler.pseudo_labelled = self.self_training.give_masks(self.network, due)
+            self.sampler.pseudo_labelled = self.self_training.give_masks(self.network, number)
         # Those made ahead know nothing of the new masks.
         self.batches.forget()
-        self.state.pseudo_round = due
+        self.state.pseudo_round = number
         self._tick()
         self.save()
         if before and self.processes.is_main:

@@ -14,13 +14,14 @@ from accelerate import Accelerator
 
 from medvisionllama.config import Config
 from medvisionllama.data.cache import CachedCase, PseudoLabelledCase, write_pseudo_label
+from medvisionllama.data.places import Places
 from medvisionllama.data.planning import Plan
 from medvisionllama.inference.postprocess import component_volumes_ml, remove_islands
 from medvisionllama.inference.slabs import label_values, likeliest
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.run_dir import RunDir
 from medvisionllama.training.validation import case_probabilities
-from medvisionllama.types import LabelArray
+from medvisionllama.types import LabelArray, SpacingMm
 
 _ONE_PIECE = 0.95
 """Share of a class's voxels that its largest component holds at least, in each labelled scan."""
@@ -69,10 +70,9 @@ class SelfTraining:
         if not self.config.train.shard_block:
             mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         network.eval()
-        with self.accelerator.autocast():
-            for case in self.chosen(number)[mine]:
-                folder = self.run_dir.pseudo_labels(number, case.case_id)
-                write_pseudo_label(self._mask(network, case), folder)
+        for case in self.chosen(number)[mine]:
+            folder = self.run_dir.pseudo_labels(number, case.case_id)
+            write_pseudo_label(self._mask(network, case), folder)
         self.accelerator.wait_for_everyone()
         return self.masks_of(number)
 
@@ -103,12 +103,13 @@ class SelfTraining:
             plan,
             overlap=settings.overlap,
             flip=settings.flip,
-            device=self.accelerator.device,
+            accelerator=self.accelerator,
         )
         mask = label_values(plan)[likeliest(probabilities)]
         if plan.merged:
             mask = np.where(mask > 0, next(iter(plan.classes)), 0).astype(mask.dtype)
-        return keep_pieces(mask, self.pieces)
+        places = None if plan.resize else plan.places
+        return keep_pieces(mask, self.pieces, plan.spacing_mm, places)
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,15 @@ def find_pieces(cases: Sequence[CachedCase], *, merged: bool = False) -> Pieces:
     return Pieces(foreground=together.get(1, False), classes=whole)
 
 
-def keep_pieces(mask: LabelArray, pieces: Pieces) -> LabelArray:
-    """Return a mask `[x, y, z]` without what lies apart from what should be one piece."""
-    mask = remove_islands(mask, _UNIT, largest_foreground=pieces.foreground)
+def keep_pieces(
+    mask: LabelArray, pieces: Pieces, spacing_mm: SpacingMm = _UNIT, places: Places | None = None
+) -> LabelArray:
+    """Return a mask `[x, y, z]` without what lies apart from what should be one piece.
+
+    Args:
+        places: where training labels lie; of two pieces of a size the one there is kept.
+    """
+    mask = remove_islands(mask, spacing_mm, largest_foreground=pieces.foreground, places=places)
     chosen = np.isin(mask, sorted(pieces.classes))
-    kept = remove_islands(np.where(chosen, mask, 0), _UNIT, largest_only=True)
+    kept = remove_islands(np.where(chosen, mask, 0), spacing_mm, largest_only=True, places=places)
     return np.where(chosen, kept, mask)

@@ -28,11 +28,19 @@ def case_probabilities(
     *,
     overlap: float,
     flip: bool,
-    device: torch.device,
+    accelerator: Accelerator,
 ) -> Tensor:
     """Class probabilities `[k, x, y, z]` of a preprocessed case, on the training grid."""
     image = torch.from_numpy(normalise(case.image, plan.normalisation, case.facts["moments"]))
-    return predict_probabilities(network, image, plan, overlap=overlap, flip=flip, device=device)
+    return predict_probabilities(
+        network,
+        image,
+        plan,
+        overlap=overlap,
+        flip=flip,
+        device=accelerator.device,
+        context=accelerator.autocast,
+    )
 
 
 def validate_cases(
@@ -57,18 +65,17 @@ def validate_cases(
     # Dice, and 1 where a case has the class.
     table = torch.zeros(2, len(cases), len(plan.output_values), dtype=torch.float64)
     network.eval()
-    with accelerator.autocast():
-        for number in numbers:
-            case = cases[number]
-            probabilities = case_probabilities(
-                network, case, plan, overlap=config.inference.overlap, flip=False, device=accelerator.device
-            )
-            truth = np.asarray(case.native_label)
-            mask = native_mask(probabilities, truth.shape, plan)
-            for column, value in enumerate(plan.output_values):
-                wanted = truth > 0 if plan.merged else truth == value
-                table[0, number, column] = dice(mask == value, wanted)
-                table[1, number, column] = float(wanted.any())
+    for number in numbers:
+        case = cases[number]
+        probabilities = case_probabilities(
+            network, case, plan, overlap=config.inference.overlap, flip=False, accelerator=accelerator
+        )
+        truth = np.asarray(case.native_label)
+        mask = native_mask(probabilities, truth.shape, plan)
+        for column, value in enumerate(plan.output_values):
+            wanted = truth > 0 if plan.merged else truth == value
+            table[0, number, column] = dice(mask == value, wanted)
+            table[1, number, column] = float(wanted.any())
     if shared:
         # Each row stands in one process and is zero in the others, so the sum is exact.
         table = processes.sum(table)

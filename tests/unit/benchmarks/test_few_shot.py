@@ -2,7 +2,11 @@
 
 import argparse
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +14,7 @@ import pandas as pd
 import pytest
 
 from medvisionllama import api
-from medvisionllama.config import load_config
+from medvisionllama.config import load_config, read_config, write_config
 from medvisionllama.data.index import open_dataset
 from medvisionllama.data.phantom import write_phantoms
 from medvisionllama.evaluation.evaluate import write_table
@@ -31,6 +35,7 @@ def write_cell(where: Path, arm: str, seed: int, dice: float, hardware: dict) ->
     ]
     write_table(pd.DataFrame(rows).assign(empty="no"), path.with_suffix(".csv"))
     facts = {"arm": arm, "seed": seed, "test_dice": dice, "steps": 10, "trainable": 5}
+    facts["trained_at"] = [f"{seed}234567890", None]
     path.write_text(json.dumps(facts | {"mean_cores_used": 1.9, "hardware": hardware}))
 
 
@@ -40,22 +45,32 @@ def test_arms_are_compared_on_one_machine_only(module, tmp_path):
     write_cell(tmp_path, "unet-16", 0, 0.5, SLOW)
     table = module("few_shot_summary").summarise(tmp_path).set_index("arm")
     assert table.loc["block", "minus_no_tokens"] == pytest.approx(-0.05)
+    assert table.loc["no-tokens", "test_minus_block"] == pytest.approx(0.05)
     assert pd.isna(table.loc["unet-16", "minus_no_tokens"])
     assert table.loc["unet-16", "machine"] != table.loc["block", "machine"]
 
 
 def test_cells_that_would_repeat_another_are_left_out(module):
     few_shot = module("few_shot_arms")
-    left_out = {
-        (row, arm)
-        for row in few_shot.TABLES["small"]
-        for arm in few_shot.ARMS
-        if few_shot.says_nothing(few_shot.ROWS[row], arm)
-    }
-    assert left_out == {
+
+    def left_out(preset):
+        return {
+            (row, arm)
+            for row in few_shot.TABLES[preset]
+            for arm in few_shot.ARMS
+            if few_shot.says_nothing(few_shot.ROWS[row], arm, preset)
+        }
+
+    assert left_out("small") == {
         ("hippocampus-14", "native-spacing"),
         ("hippocampus-all", "native-spacing"),
         ("hippocampus-all", "self-training"),
+    }
+    # `large` is one network, and its stem has other widths.
+    assert {arm for row, arm in left_out("large") if row == "acdc-all"} == {
+        "self-training",
+        "one-network",
+        "half",
     }
 
 
@@ -64,6 +79,7 @@ def test_seeds_of_another_machine_make_a_line_of_their_own(module, tmp_path):
     write_cell(tmp_path, "no-tokens", 1, 0.6, SLOW)
     table = module("few_shot_summary").summarise(tmp_path)
     assert sorted(table["dice"]) == [0.6, 0.8]
+    assert sorted(table["trained_at"]) == ["0234567 unknown", "1234567 unknown"]
     assert set(table["seeds"]) == {1}
 
 
@@ -79,9 +95,7 @@ def test_a_cell_of_another_machine_is_made_again(module, monkeypatch, tmp_path, 
     done = few_shot.cell_path(parsed, "acdc-4", "no-tokens", 0)
     done.parent.mkdir(parents=True)
     done.touch()
-    monkeypatch.setattr(
-        few_shot.subprocess, "run", lambda *_, **__: made.append(1) or SimpleNamespace(returncode=0)
-    )
+    monkeypatch.setattr(few_shot, "run_to_end", lambda _: made.append(1) or 0)
     few_shot.main()
     assert bool(made) is not skipped
 
@@ -142,11 +156,65 @@ def test_a_cell_that_was_cut_off_stops_the_others(module, monkeypatch, tmp_path)
     arguments = ["--rows", "acdc-4", "--seeds", "0", "--results", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["few_shot.py", *arguments])
     monkeypatch.setattr("medvisionllama.run_dir.machine_facts", lambda: {"hardware": FAST})
-    cut_off = SimpleNamespace(returncode=few_shot.INTERRUPTED)
-    monkeypatch.setattr(few_shot.subprocess, "run", lambda *_, **__: begun.append(1) or cut_off)
+    monkeypatch.setattr(few_shot, "run_to_end", lambda _: begun.append(1) or few_shot.INTERRUPTED)
     with pytest.raises(SystemExit):
         few_shot.main()
     assert len(begun) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_driver_that_is_told_to_stop_waits_for_its_cell(module, tmp_path, number):
+    cell, driver = tmp_path / "cell.py", tmp_path / "driver.py"
+    cell.write_text(
+        "import pathlib, signal, time\n"
+        "def save(*_):\n"
+        "    time.sleep(1)\n"
+        f"    pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n"
+        "    raise SystemExit(7)\n"
+        "signal.signal(signal.SIGINT, save), signal.signal(signal.SIGTERM, save)\n"
+        f"pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+    where = Path(module("few_shot").__file__).parent
+    driver.write_text(
+        f"import sys; sys.path.insert(0, {str(where)!r})\n"
+        "from few_shot import run_to_end\n"
+        f"sys.exit(run_to_end([sys.executable, {str(cell)!r}]))\n"
+    )
+    process = subprocess.Popen([sys.executable, str(driver)], start_new_session=True)
+    wait_for((tmp_path / "begun").is_file)
+    # A terminal tells all of its processes; a queue may tell the first alone.
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    assert process.wait(30) == module("few_shot").INTERRUPTED
+    assert (tmp_path / "saved").is_file()
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("arm", ["block", "unet-16-tuned"])
+def test_a_run_of_an_earlier_preset_is_not_scored_as_todays(module, monkeypatch, tmp_path, arm):
+    few_shot, run, resumed = module("few_shot_cell"), RunDir(tmp_path / "run"), []
+
+    def train(data, *, out, preset, cases, max_minutes, overrides, resume, **_):
+        resumed.append(resume)
+        limits = {"data.path": str(data), "data.num_cases": cases, "train.max_minutes": max_minutes}
+        run.path.mkdir(exist_ok=True)
+        write_config(load_config(preset, limits | {"out": str(out)} | overrides), run.config)
+        return SimpleNamespace(finished=True)
+
+    monkeypatch.setattr(api, "train", train)
+    arguments = argparse.Namespace(data=tmp_path, preset="small", minutes=None)
+    few_shot.train_run(arguments, "acdc-4", arm, 0, run.path, 5, {})
+    few_shot.train_run(arguments, "acdc-4", arm, 0, run.path, 5, {})
+    assert resumed == [False, True]
+    write_config(read_config(run.config, {"train.optimizer": "adamw"}), run.config)
+    with pytest.raises(SystemExit, match="optimizer=adamw and not muon"):
+        few_shot.train_run(arguments, "acdc-4", arm, 0, run.path, 5, {})
 
 
 def test_runs_of_two_machines_have_folders_of_their_own(module, tmp_path):

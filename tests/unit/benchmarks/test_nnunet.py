@@ -117,6 +117,23 @@ def test_a_folder_of_something_else_is_not_taken(module, data, tmp_path):
         module("nnunet_train").settle(tmp_path / "work", request(module, data))
 
 
+def test_a_relative_environment_is_found_from_the_runs_folder(module, data, tmp_path, monkeypatch):
+    driver, seen = module("nnunet_train"), []
+
+    def install(environment):
+        seen.append(environment)
+        raise TimeoutError
+
+    monkeypatch.setattr(driver.nnunet, "install", install)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TimeoutError):
+        driver.train_and_predict(
+            data, train=["a"], validation=["b"], test=["c"], minutes=1.0, work=Path("work"),
+            environment=Path("runs/env"),
+        )  # fmt: skip
+    assert seen == [tmp_path.resolve() / "runs" / "env"]
+
+
 def test_a_failed_part_gives_the_end_of_its_error_in_one_line(module, data, tmp_path, monkeypatch):
     driver, work = module("nnunet_train"), tmp_path / "work"
     script = tmp_path / "fails.py"

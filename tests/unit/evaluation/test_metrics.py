@@ -112,6 +112,15 @@ def test_measures_do_not_depend_on_where_the_masks_lie():
     assert first == second
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_single_slice_has_the_edge_of_an_area(axis):
+    x, y = np.meshgrid(np.arange(64) - 32, np.arange(64) - 32)
+    discs = [np.expand_dims(np.hypot(x, y) <= radius, axis) for radius in (25, 20)]
+    found = measured(*discs)
+    assert found.nsd == 0
+    assert found.hd95_mm == pytest.approx(5, abs=0.5)
+
+
 @pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
 @pytest.mark.parametrize("seed", range(8))
 def test_surfaces_are_measured_as_monai_does(seed):

@@ -126,6 +126,8 @@ def test_a_choice_is_used_and_said(run_dir, choice):
     ("settings", "asked", "expected"),
     [
         ({}, {"largest": False}, {}),
+        ({"min_component_ml": 2.0, "largest_foreground": True}, {"largest": False}, {}),
+        ({"min_component_ml": 2.0}, {"largest": False, "min_ml": 3.0}, {"min_component_ml": 3.0}),
         ({}, {"largest": True}, {"largest_component": True}),
         ({}, {"min_ml": 0.0}, {}),
         ({"min_component_ml": 2.0}, {"largest": True}, {"min_component_ml": 2.0, "largest_component": True}),

@@ -5,7 +5,7 @@ from scipy import ndimage
 from medvisionllama.config import InferenceConfig
 from medvisionllama.data.places import Place, Places
 from medvisionllama.data.volume import Volume
-from medvisionllama.inference.postprocess import _weighed_sizes, clean, remove_islands
+from medvisionllama.inference.postprocess import _weighed, clean, remove_islands
 
 SPACING = (1.0, 2.0, 5.0)  # a voxel of 0.01 ml
 
@@ -94,6 +94,14 @@ def test_a_speck_in_the_middle_is_none_beside_an_organ_elsewhere(two_hearts):
     assert not found[:27].any()
 
 
+def test_what_is_too_small_is_not_the_largest(two_hearts):
+    # The one in the middle has 27 voxels, by place more than the 36 at the end.
+    found = remove_islands(two_hearts, CUBES, largest_only=True, min_ml=0.030, places=MIDDLES)
+    assert (found[27:31] == 1).sum() == 36
+    assert not found[:27].any()
+    assert not remove_islands(two_hearts, CUBES, largest_only=True, min_ml=0.040, places=MIDDLES).any()
+
+
 def test_sizes_are_weighed_plane_by_plane_as_in_one_piece(two_hearts):
     place = Place(mean_mm=(4.0, -1.0, 2.0), std_mm=(5.0, 2.0, 1.0))
     x, y, z = place.distances(two_hearts.shape, SPACING)
@@ -101,7 +109,8 @@ def test_sizes_are_weighed_plane_by_plane_as_in_one_piece(two_hearts):
     box = (slice(14, 31), slice(3, 6), slice(3, 7))
     components, number = ndimage.label(two_hearts[box] > 0)
     expected = ndimage.sum_labels(weights[box], components, range(1, number + 1))
-    found = _weighed_sizes(components, number, place, SPACING, two_hearts.shape, box)
+    sizes = np.bincount(components.ravel())[1:]
+    found = _weighed(components, sizes, place, SPACING, two_hearts.shape, box)
     np.testing.assert_allclose(found, expected)
 
 

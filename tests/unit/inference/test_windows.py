@@ -1,4 +1,6 @@
 import itertools
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -122,6 +124,22 @@ def test_turned_views_are_two_more_looks_that_count_half():
     torch.testing.assert_close(views[0], once)
     assert all(not torch.allclose(view, once, atol=1e-2) for view in views[1:])
     torch.testing.assert_close(_together(image, plan, turn=True), views[0] / 2 + views[1] / 4 + views[2] / 4)
+
+
+def test_half_precision_is_the_networks_alone():
+    plan, image, seen = _plan(flip_axes=(0,)), _image((64, 60, 4)), []
+
+    def network(windows):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return _OneSided()(windows)
+
+    def predict(context):
+        return predict_probabilities(network, image, plan, overlap=0.0, flip=True, turn=True, context=context)
+
+    # Nothing in the network itself is rounded, so nothing at all may be.
+    assert torch.equal(predict(partial(torch.autocast, "cpu", torch.bfloat16)), predict(nullcontext))
+    half = len(seen) // 2
+    assert seen == [True] * half + [False] * half
 
 
 def _together(image, plan, *, turn):

@@ -1,4 +1,4 @@
-"""The training loop's marks: when the validation cases are segmented."""
+"""The training loop's marks: when the validation cases are segmented, and scans without labels."""
 
 from types import SimpleNamespace
 
@@ -46,3 +46,17 @@ def test_a_quick_validation_after_a_slow_one_is_not_repeated(loop):
     loop.now = 37.6
     loop._tick()
     assert loop._validation_due()
+
+
+def test_a_run_that_goes_on_longer_gets_new_masks(loop):
+    loop.self_training = SimpleNamespace(due=lambda progress: min(3, int(4 * progress)))
+    loop.state.pseudo_round, loop.state.pseudo_seconds = 3, 45.0
+    loop.state.elapsed_seconds = 59.0
+    assert not loop._masks_due()
+    loop.config = loop.config.model_copy(update={"max_minutes": 4})
+    loop.state.elapsed_seconds = 119.0
+    assert loop._masks_due()
+    loop.state.pseudo_seconds = 119.0
+    assert not loop._masks_due()
+    loop.state.elapsed_seconds = 121.0
+    assert loop._masks_due()

@@ -1,3 +1,4 @@
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ from medvisionllama.config import DataConfig, load_config
 from medvisionllama.data.cache import CachedCase, build_cache, fit_normalisation
 from medvisionllama.data.fingerprint import fingerprint
 from medvisionllama.data.index import open_dataset
+from medvisionllama.data.places import Place, Places
 from medvisionllama.data.planning import make_plan
 from medvisionllama.run_dir import RunDir
 from medvisionllama.training.self_training import Pieces, SelfTraining, find_pieces, keep_pieces
@@ -73,6 +75,15 @@ def test_what_lies_apart_from_all_else_goes_first():
     assert np.array_equal(kept, np.concatenate([bar(20), bar(3, value=2)], axis=1))
 
 
+def test_of_two_pieces_the_one_where_labels_lie_is_kept():
+    mask = bar(9, 12)
+    place = Place(mean_mm=(-15.5, 0.0, 0.0), std_mm=(2.0, 1.0, 1.0))
+    one = Pieces(foreground=True, classes=frozenset({1}))
+    kept = keep_pieces(mask, one, (1.0, 1.0, 1.0), Places(foreground=place, classes={1: place}))
+    assert kept.sum() == bar(9).sum()
+    assert keep_pieces(mask, one).sum() == bar(12).sum()
+
+
 @pytest.fixture
 def parts(dataset_folder, tmp_path):
     """Six phantoms: the last three without their labels."""
@@ -126,6 +137,23 @@ def test_scans_get_the_network_s_masks_and_keep_their_images(parts, tmp_path):
         assert (case.label == 2).sum() == 64
         assert (case.centres[:, 0] == 2).all()
         assert (case.label[tuple(case.centres[:, 1:].T)] == 2).all()
+
+
+def test_two_looks_are_averaged_in_full_precision(parts, tmp_path, monkeypatch):
+    plan, known, bare = parts
+    training = made((plan.model_copy(update={"flip_axes": (0,)}), known, bare), tmp_path)
+    monkeypatch.setattr(training.accelerator, "autocast", partial(torch.autocast, "cpu", torch.bfloat16))
+
+    class Barely(torch.nn.Module):
+        """Finds the first class everywhere, by less than bf16 can tell."""
+
+        def forward(self, image):
+            logits = torch.full((len(image), 3, *image.shape[2:]), -20.0)
+            logits[:, 0], logits[:, 1] = 0.0, 0.002
+            return logits
+
+    (first, *_) = training.give_masks(Barely(), 1)
+    assert set(np.unique(first.label)) == {2}
 
 
 def test_many_scans_take_turns(parts, tmp_path):

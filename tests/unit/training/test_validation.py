@@ -1,4 +1,4 @@
-import json
+from functools import partial
 
 import nibabel as nib
 import numpy as np
@@ -11,6 +11,7 @@ from medvisionllama.data.cache import build_cache, fit_normalisation
 from medvisionllama.data.fingerprint import fingerprint
 from medvisionllama.data.index import open_dataset
 from medvisionllama.data.planning import make_plan
+from medvisionllama.inference.slabs import native_mask
 from medvisionllama.run_dir import RunDir
 from medvisionllama.training.fit import say_never_found
 from medvisionllama.training.validation import validate_cases
@@ -61,6 +62,27 @@ def test_a_class_that_no_case_s_mask_has_is_named(cases, number, lost):
     assert record["dice_per_class"]["Rare"] == 1
 
 
+def test_the_network_works_in_the_runs_precision_and_nothing_else_does(cases, monkeypatch):
+    found, plan = cases
+    inside, outside = [], []
+
+    class Noting(Everywhere):
+        def forward(self, image):
+            inside.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(image)
+
+    def noting(probabilities, shape, plan):
+        outside.append(torch.is_autocast_enabled("cpu"))
+        return native_mask(probabilities, shape, plan)
+
+    monkeypatch.setattr("medvisionllama.training.validation.native_mask", noting)
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator, "autocast", partial(torch.autocast, "cpu", torch.bfloat16))
+    validate_cases(Noting(1, 4), found, plan, load_config("small"), accelerator)
+    assert set(inside) == {True}
+    assert set(outside) == {False}
+
+
 def test_nothing_is_said_where_every_class_is_found_somewhere(cases):
     class Halves(Everywhere):
         def forward(self, image):
@@ -78,12 +100,22 @@ class Lines(list):
         self.append(line)
 
 
-def test_the_user_is_told_once_and_only_of_the_end(tmp_path):
+def test_the_user_is_told_of_the_weights_that_are_kept(tmp_path):
     run, lines = RunDir(tmp_path), Lines()
-    run.history.write_text(json.dumps({"step": 1, "never_found": ["a", "b"]}) + "\n")
+    run.append_history({"step": 1, "dice": 0.5})
+    run.append_history({"step": 2, "dice": 0.6, "never_found": ["a", "b"]})
+    run.append_history({"step": 3, "dice": 0.6})
     say_never_found(run, 5, lines)
     assert len(lines) == 1
     assert "'a' and 'b' was found in none of the 5 validation cases" in lines[0]
-    run.append_history({"step": 2})
+    run.append_history({"step": 4, "dice": 0.7})
+    run.append_history({"step": 5, "dice": 0.6, "never_found": ["a"]})
     say_never_found(run, 5, lines)
     assert len(lines) == 1
+
+
+def test_without_validation_cases_there_is_nothing_to_tell(tmp_path):
+    run, lines = RunDir(tmp_path), Lines()
+    run.append_history({"step": 1, "dice": None})
+    say_never_found(run, 0, lines)
+    assert lines == []
