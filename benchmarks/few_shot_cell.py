@@ -149,12 +149,10 @@ def check_begun(run: "RunDir", preset: str, settings: dict[str, Any]) -> None:
     from medvisionllama.config import load_config, read_config
 
     begun, asked = (
-        config.model_dump(exclude={"out": True, "data": {"path"}})
+        config.model_dump(exclude={"preset": True, "out": True, "data": {"path"}})
         for config in (read_config(run.config), load_config(preset, settings))
     )
     for section, values in asked.items():
-        if section == "preset":
-            continue
         for key, value in values.items():
             if begun[section][key] != value:
                 raise SystemExit(

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,7 +171,7 @@ def test_a_driver_that_is_told_to_stop_waits_for_its_cell(module, tmp_path, numb
         f"    pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n"
         "    raise SystemExit(7)\n"
         "signal.signal(signal.SIGINT, save), signal.signal(signal.SIGTERM, save)\n"
-        f"pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
+        "print('begun', flush=True)\n"
         "time.sleep(60)\n"
     )
     where = Path(module("few_shot").__file__).parent
@@ -181,19 +180,14 @@ def test_a_driver_that_is_told_to_stop_waits_for_its_cell(module, tmp_path, numb
         "from few_shot import run_to_end\n"
         f"sys.exit(run_to_end([sys.executable, {str(cell)!r}]))\n"
     )
-    process = subprocess.Popen([sys.executable, str(driver)], start_new_session=True)
-    wait_for((tmp_path / "begun").is_file)
+    process = subprocess.Popen(
+        [sys.executable, str(driver)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "begun\n"
     # A terminal tells all of its processes; a queue may tell the first alone.
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     assert process.wait(30) == module("few_shot").INTERRUPTED
     assert (tmp_path / "saved").is_file()
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("arm", ["block", "unet-16-tuned"])
