@@ -162,6 +162,23 @@ TrainingLoop._step = broken
 main()
 """
 
+SAYS_ITS_THREADS = """
+import atexit
+import sys
+from pathlib import Path
+
+from medvisionllama.cli.main import main
+
+
+def say() -> None:
+    names = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+    sys.stderr.write(f"threads at the end: {sorted(names)}\\n")
+
+
+atexit.register(say)
+main()
+"""
+
 SAYS_WHAT_IT_HOLDS = """
 from medvisionllama.checkpoint import frozen
 from medvisionllama.cli.main import main
@@ -297,6 +314,17 @@ def test_what_is_wrong_is_said_once(start, extra, message, phantoms, tmp_path):
     assert sum(line.startswith("medvisionllama: ") and message in line for line in errors.splitlines()) == 1
     assert "terminate called" not in errors
     assert not run.path.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [{}, {"network__block__layers": 99}], ids=["done", "failed"])
+def test_gloos_threads_end_with_the_run(start, extra, phantoms, tmp_path, program):
+    """Those that outlive the interpreter abort the process, now and then."""
+    arguments = ["--epochs", 1, *settings(**extra)]
+    _, errors = finish(start(TORCHRUN, program(SAYS_ITS_THREADS), phantoms, tmp_path / "run", *arguments))
+    said = [line for line in errors.splitlines() if "threads at the end" in line]
+    assert said, errors
+    assert not any("gloo" in line for line in said), said
 
 
 @pytest.mark.slow
