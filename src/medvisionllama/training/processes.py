@@ -93,6 +93,7 @@ def meet(device: torch.device) -> None:
     # Its functions have the group of all processes as a default. Imported by someone once we are joined, they keep
     # that group past its end, and gloo's threads with it, which abort the process if they outlive the interpreter.
     import torch.distributed.nn.functional  # noqa: F401 - where nothing is joined it costs a start
+
     store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
