@@ -39,6 +39,16 @@ def use_bf16(wanted: PrecisionChoice, device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def device_words(wanted: DeviceChoice, precision: PrecisionChoice) -> str:
+    """Where a network will work, for people: who has a GPU wants to know if it is not used."""
+    device = choose_device(wanted)
+    numbers = "bf16" if use_bf16(precision, device) else "float32"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, in {numbers}"
+    why = "" if wanted == "cpu" else "; PyTorch sees no GPU"
+    return f"the CPU, {torch.get_num_threads()} threads, in {numbers}{why}"
+
+
 def thread_limits(threads: int) -> dict[str, str]:
     """Environment that keeps the numerical libraries of a new process to so many threads."""
     return dict.fromkeys(_THREAD_LIMITS, str(threads))

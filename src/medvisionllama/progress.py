@@ -54,14 +54,21 @@ class Lines:
     @contextmanager
     def track(self, title: str, total: float) -> Iterator[Advance]:
         started = spoken = time.monotonic()
+        first: tuple[float, float] | None = None
 
         def advance(done: float, note: str = "") -> None:
-            nonlocal spoken
+            nonlocal spoken, first
+            # What a run had done before it went on took no time here.
+            first = first or (time.monotonic(), done)
             if time.monotonic() - spoken < self.seconds_between:
                 return
             spoken = time.monotonic()
-            left = (spoken - started) * (total - done) / max(done, 1e-9)
-            self.say(f"{title}: {done / total:.0%}, about {left / 60:.1f} min left  {note}")
+            since, before = first
+            line = f"{title}: {done / total:.0%}"
+            if done > before:
+                left = (spoken - since) * (total - done) / (done - before)
+                line += f", about {left / 60:.1f} min left"
+            self.say(f"{line}  {note}")
 
         yield advance
         self.say(f"{title}: done in {time.monotonic() - started:.0f} s")

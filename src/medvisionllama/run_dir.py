@@ -82,7 +82,11 @@ class RunDir:
         num = read_config(self.config).train.members
         others = [self.member(number) for number in range(2, num + 1)]
         for other in others:
-            self._check_weights(other.best)
+            if not other.best.is_file():
+                fewer = int(other.path.name) - 1
+                raise CheckpointError(
+                    f"{other.path} has no {other.best.name} yet; finish it with: {command('train', 'DATA', '--out', self.path, '--resume')}, or do without it by adding --members {fewer}"
+                )
         return [self, *others]
 
     def weights_sha256(self) -> str:
@@ -128,12 +132,9 @@ class RunDir:
             raise CheckpointError(
                 f"{self.path} is not a run folder (no config.yaml); make one with: {command('train', 'DATA', '--out', self.path)}"
             )
-        self._check_weights(self.best)
-
-    def _check_weights(self, best: Path) -> None:
-        if not best.is_file():
+        if not self.best.is_file():
             raise CheckpointError(
-                f"{best.parent} has no {best.name} yet; finish it with: {command('train', 'DATA', '--out', self.path, '--resume')}"
+                f"{self.path} has no {self.best.name} yet; finish it with: {command('train', 'DATA', '--out', self.path, '--resume')}"
             )
 
     def read_manifest(self) -> dict[str, Any]:
@@ -177,6 +178,13 @@ def sessions(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 def revisions(manifest: dict[str, Any]) -> list[str | None]:
     """Revisions of the code that a run was trained with, in turn."""
     return [session["git_revision"] for session in sessions(manifest)]
+
+
+def code_words(session: dict[str, Any]) -> str:
+    """What a run was trained with, in words: an installed package has a version and no revision."""
+    packages, revision = session.get("packages", {}), session["git_revision"]
+    made = f"medvisionllama {packages.get('medvisionllama')} ({(revision or 'installed')[:12]})"
+    return f"{made} with torch {packages.get('torch')}"
 
 
 def machine_facts() -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_training_tells_machines_what_the_test_cases_scored(phantoms, tmp_path, 
 
 
 def test_a_class_that_is_never_found_is_named_at_the_end_of_training(phantoms, tmp_path, cli, monkeypatch):
-    def validate(*arguments):
+    def validate(*arguments, **options):
         return {"dice": 0.4, "dice_per_class": {"left": 0.8, "right": 0.0}, "never_found": ["right"]}
 
     monkeypatch.setattr("medvisionllama.training.fit.validate_cases", validate)

@@ -72,6 +72,17 @@ def test_a_dicom_mask_and_a_nifti_mask_hold_the_same(run, data_root, tmp_path, c
 
 
 @real
+def test_a_nifti_mask_is_not_taken_for_the_dicom_mask_that_is_asked_for(run, data_root, tmp_path, cli):
+    arguments = ("predict", run, data_root / "dicom" / "study1" / "FLAIR", "--out", tmp_path / "m")
+    assert cli(*arguments, "--format", "nifti").code == 0
+    outcome = cli(*arguments, "--resume")
+    assert outcome.code == 2
+    assert "give --format nifti to keep it" in outcome.err
+    assert [path.name for path in (tmp_path / "m").glob("FLAIR*")] == ["FLAIR.nii.gz"]
+    assert cli(*arguments, "--resume", "--format", "nifti").code == 0
+
+
+@real
 def test_a_missing_slice_is_named_and_nothing_is_written(run, data_root, tmp_path, cli):
     folder = tmp_path / "FLAIR"
     shutil.copytree(data_root / "dicom" / "study1" / "FLAIR", folder)
@@ -212,3 +223,5 @@ def test_the_mask_of_before_goes_when_it_was_the_other_kind_of_file(run, tmp_pat
     beside = {"labels.txt", "predictions.jsonl"}
     assert {path for path in before.parent.iterdir() if path.name not in beside} == {Path(record["mask"])}
     assert Path(record["mask"]) != before
+    # What stands in place of a DICOM mask that cannot be is kept, and so is a DICOM mask.
+    assert api.predict(run, tmp_path / "CT", out=tmp_path / "m", resume=True) == []

@@ -227,6 +227,7 @@ def test_calibration_is_that_of_the_probabilities_on_the_scan_s_grid(runs, phant
     assert outcome.code == 0, outcome.err
     facts = json.loads((members[0] / file).read_text())
     assert facts["runs"] == ["fold0", *also]
+    assert facts["weights_sha256"] == [RunDir(member).weights_sha256() for member in members]
     cases = json.loads(RunDir(members[0]).manifest.read_text())["cases"][split]
     assert [scan["case_id"] for scan in facts["scans"]] == cases
     probabilities, truth, (least, most) = by_hand(members, phantoms, cases)

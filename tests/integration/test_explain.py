@@ -164,6 +164,15 @@ def test_another_run_stands_beside(run, mlp_run, scan, tmp_path):
     assert any("Other run" in note and "MLP" in note for note in found.notes)
 
 
+def test_scans_that_trained_the_other_run_are_told(run, phantoms, tmp_path):
+    other = train(phantoms, tmp_path / "other", **{"data.split_seed": 1})
+    mine, theirs = (RunDir(one).read_manifest()["cases"] for one in (run, other))
+    found = api.explain(run, split="test", against=other, control="none", maps=False, out=tmp_path / "out")
+    told = {line.partition(":")[0] for line in found.warnings if "the other run was trained on" in line}
+    assert told == set(mine["test"]) & set(theirs["train"])
+    assert told
+
+
 def test_stages_that_an_mlp_run_lacks_are_named(mlp_run, scan, tmp_path, cli):
     outcome = cli("explain", mlp_run, scan, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.err

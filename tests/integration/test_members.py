@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from medvisionllama import Predictor, api
 from medvisionllama._files import file_sha256
-from medvisionllama.config import load_config, read_config
+from medvisionllama.config import load_config, read_config, write_config
 from medvisionllama.data.index import open_dataset
 from medvisionllama.data.splits import make_splits, write_splits
 from medvisionllama.errors import CheckpointError, ConfigError
@@ -97,6 +97,25 @@ def test_a_run_predicts_the_mean_of_its_members(pair, phantoms):
     assert abs(together.astype(float) - alone[0]).max() > 1
 
 
+def test_a_run_s_networks_look_at_a_scan_as_its_own_folder_says(pair, tmp_path):
+    run = RunDir(shutil.copytree(pair.path, tmp_path / "run"))
+    settings = read_config(run.config)
+    inference = settings.inference.model_copy(update={"overlap": 0.25})
+    write_config(settings.model_copy(update={"inference": inference}), run.config)
+    members = Predictor.from_run(run.path, device="cpu").members
+    assert [member.config.inference.overlap for member in members] == [0.25, 0.25]
+    once = Predictor.from_run(run.path, device="cpu", fast=True).members
+    assert [member.config.inference for member in once] == [inference.model_copy(update={"flip": False})] * 2
+
+
+def test_a_class_that_one_of_the_networks_lost_is_named_with_it(phantoms, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("medvisionllama.training.fit.say_never_found", lambda run, *_: asked.append(run.path))
+    values = {**FAST, "train.members": 2}
+    api.train(phantoms, out=tmp_path / "run", epochs=1, overrides=values, test=False)
+    assert asked == [tmp_path / "run", tmp_path / "run" / "members" / "2"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_whatever_ends_the_first_ends_the_others_saved_and_both_go_on(
     number, undisturbed, phantoms, tmp_path
@@ -157,9 +176,12 @@ def test_a_member_that_fails_is_named_in_one_line_and_the_first_is_kept(phantoms
     [line] = [line for line in outcome.err.splitlines() if line.startswith("medvisionllama:")]
     assert f"{run.member(2).path} failed" in line
     assert "already holds a run" in line
+    assert "or without it with --resume --members 1" in line
     assert run.best.is_file()
-    with pytest.raises(CheckpointError, match=r"members/2 has no best\.safetensors yet"):
+    with pytest.raises(CheckpointError, match=r"members/2 has no best\.safetensors yet.*adding --members 1"):
         api.predict(run.path, phantoms / "imagesTr", out=tmp_path / "masks")
+    assert api.train(phantoms, out=run.path, members=1, resume=True, test=False).finished
+    assert len(api.predict(run.path, phantoms / "imagesTr", out=tmp_path / "masks")) == 8
 
 
 def test_a_member_that_fails_is_named_while_the_first_still_trains(phantoms, tmp_path):

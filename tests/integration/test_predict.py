@@ -19,6 +19,7 @@ from medvisionllama.config import read_config, write_config
 from medvisionllama.data.readers import read_image
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import CheckpointError, ConfigError, DataError
+from medvisionllama.inference import batch
 from medvisionllama.inference.predictor import check_alike
 from medvisionllama.inference.writers import label_table, write_mask
 from medvisionllama.run_dir import RunDir
@@ -221,13 +222,29 @@ def test_resume_takes_no_mask_of_another_run_or_of_other_voxels(runs, scans, tmp
 
     assert "was made by other networks" in refused(runs[1], scan)
     assert "was made by other networks" in refused(runs[0], scan, "--also", runs[1])
-    assert "was made without --fast" in refused(runs[0], scan, "--fast")
+    assert "from other views of each scan (mirrored, windows" in refused(runs[0], scan, "--fast")
     assert "no component is removed" in refused(runs[0], scan, "--largest")
     image = nib.load(scan)
     nib.save(nib.Nifti1Image(image.get_fdata() + 1, image.affine), scan)
     assert "has changed since" in refused(runs[0], scan)
     (folder / "predictions.jsonl").unlink()
     assert "no predictions.jsonl beside it" in refused(runs[0], scan)
+
+
+@pytest.mark.parametrize(("name", "done"), [("files_sha256", 0), ("write_text", 1)])
+def test_wherever_a_batch_is_stopped_resume_goes_on(runs, scans, tmp_path, monkeypatch, name, done):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        # What comes last before a mask and its line, and first after them.
+        patch.setattr(batch, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            api.predict(runs[0], scans, out=tmp_path / "m")
+    assert len(list((tmp_path / "m").glob("*.nii.gz"))) == done
+    assert len(api.predict(runs[0], scans, out=tmp_path / "m", resume=True)) == 3 - done
+    assert len(api.predict(runs[0], scans, out=tmp_path / "m", resume=True)) == 0
+    assert (tmp_path / "m" / "labels.txt").is_file()
 
 
 def test_maps_that_are_missing_are_made_by_resume(runs, scans, tmp_path, cli):

@@ -5,8 +5,9 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medvisionllama.config import Config, load_config, read_config
+from medvisionllama.config import ONE_VIEW, Config, load_config, read_config
 from medvisionllama.config.load import limits_as_asked, parse_overrides
+from medvisionllama.devices import device_words
 from medvisionllama.errors import CheckpointError, ConfigError, command
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir
@@ -137,7 +138,7 @@ def predict(
     from medvisionllama.inference.batch import Outputs, predict_scans
     from medvisionllama.inference.cleaning import Cleaning, cleaning_of
     from medvisionllama.inference.inputs import collect_scans
-    from medvisionllama.inference.ledger import MadeBy
+    from medvisionllama.inference.ledger import MadeBy, Views
     from medvisionllama.inference.predictor import Predictor, check_alike
     from medvisionllama.progress import Silent
 
@@ -149,17 +150,18 @@ def predict(
     run_dirs = [RunDir(Path(path)) for path in (run, *also)]
     plan = check_alike([run, *also])
     scans = collect_scans([Path(path) for path in inputs], channels=plan.channels)
+    settings = [read_config(one.config, ONE_VIEW if fast else {}).inference for one in run_dirs]
     cleaning, reason = cleaning_of(
-        run_dirs[0],
-        read_config(run_dirs[0].config).inference,
-        largest=largest,
-        min_ml=min_ml,
-        num_runs=len(run_dirs),
+        run_dirs[0], settings[0], largest=largest, min_ml=min_ml, num_runs=len(run_dirs)
     )
-    weights = tuple(one.weights_sha256() for one in run_dirs)
+    made_by = MadeBy(
+        weights_sha256=tuple(one.weights_sha256() for one in run_dirs),
+        views=tuple(Views.of(one) for one in settings),
+        cleaning=Cleaning.of(cleaning),
+    )
     outputs = Outputs(
         Path(out),
-        MadeBy(weights_sha256=weights, fast=fast, cleaning=Cleaning.of(cleaning)),
+        made_by,
         mask_format,  # type: ignore[arg-type] # checked above
         probabilities,
         uncertainty,
@@ -168,6 +170,8 @@ def predict(
     left = outputs.missing(scans, overwrite=overwrite, resume=resume)
     if len(left) < len(scans):
         progress.say(f"{len(scans) - len(left)} of {len(scans)} scans have their masks and are left out")
+    precision = read_config(run_dirs[0].config).train.precision
+    progress.say(f"segmenting on {device_words(device, precision)}")  # type: ignore[arg-type] # checked above
     predictor = Predictor.from_run(run, *also, device=device, fast=fast)  # type: ignore[arg-type] # checked above
     if reason:
         progress.say(reason)

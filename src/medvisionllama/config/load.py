@@ -87,6 +87,10 @@ def write_config(config: Config, path: Path) -> None:
     write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
+ONE_VIEW: Mapping[str, Any] = {"inference.flip": False, "inference.turn": False}
+"""Overrides by which a run's networks look at a scan once, as `predict --fast` does."""
+
+
 def read_config(path: Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
     """Read a configuration written by `write_config`.
 

@@ -77,7 +77,7 @@ class DataConfig(Section):
     """An MSD folder, an nnU-Net raw folder, or a folder with images/ and labels/."""
     modality: tuple[str, ...] | None = None
     """Names of the channels, in order; `CT` is scaled by its units, all else scan by scan. By default as the
-    dataset says; a folder with images/ and labels/ says so in names.json only, or give --set data.modality=[CT]."""
+    dataset says; a folder with images/ and labels/ says so in names.json only, or give --set data.modality=CT."""
     labels: Literal["all", "foreground"] = "all"
     """Segment every class (softmax), or all of them merged to one foreground (sigmoid), as published."""
     geometry: Literal["native", "resize"] = "native"
@@ -356,7 +356,8 @@ class TrainConfig(Section):
     max_steps: Positive | None = None
     """Stop after so many optimiser steps, however long they take: the limit for comparing networks step by step."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Stop training after so many minutes from the start, preprocessing and validation included."""
+    """Stop training after so many minutes from the start, preprocessing and validation included. If validations
+    would take a quarter of them, the last one alone is made."""
     batch_size: Positive = 2
     """Crops in a batch, shared by all processes of a run."""
     members: Annotated[int, Field(ge=1, le=16)] = 1

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import psutil
+from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 
 from medvisionllama._files import atomic_path, canonical_hash, user_cache, write_json
 from medvisionllama.config.schema import parse_window
 from medvisionllama.data.formats import ScanSource
-from medvisionllama.data.formats.dicom_series import Series
+from medvisionllama.data.formats.dicom_series import Series, files_of
 from medvisionllama.data.index import Case
 from medvisionllama.data.labels import whole_label
 from medvisionllama.data.planning import Normalisation, Plan, is_ct
@@ -107,8 +108,16 @@ def _save_arrays(arrays: Mapping[str, np.ndarray], folder: Path) -> dict[str, in
     """Write arrays and return the bytes of each file."""
     sizes = {}
     for name, array in arrays.items():
+        array = np.ascontiguousarray(array)
         with atomic_path(folder / f"{name}.npy") as temporary:
-            np.save(temporary, np.ascontiguousarray(array), allow_pickle=False)
+            try:
+                with temporary.open("wb") as file:
+                    # Not np.save: its writer hides a full disk's error number.
+                    write_array_header_1_0(file, header_data_from_array_1_0(array))
+                    file.write(array.reshape(-1).view(np.uint8).data)
+            except OSError as error:
+                error.filename = str(folder)
+                raise
             sizes[name] = temporary.stat().st_size
     return sizes
 
@@ -221,10 +230,7 @@ def image_moments(image: ImageArray) -> list[tuple[float, float]]:
     """Mean and deviation of each channel's non-zero voxels: zero is padding or stripped skull in MR."""
     moments = []
     for channel in image:
-        voxels = channel[channel != 0]
-        if voxels.size == 0:
-            voxels = channel.ravel()
-        mean, std = _moments(voxels)
+        mean, std = _nonzero_moments(channel)
         moments.append((mean, std if std > 1e-8 else 1.0))
     return moments
 
@@ -256,6 +262,17 @@ def describe(cases: Sequence[CachedCase], plan: Plan) -> dict[str, Any]:
 
 def _quartiles(values: Sequence[float]) -> list[float]:
     return [float(f"{value:.4g}") for value in np.percentile(values, [25, 50, 75])] if len(values) else []
+
+
+def _nonzero_moments(channel: np.ndarray) -> tuple[float, float]:
+    """Mean and deviation, plane by plane: those of a whole scan at once would take three times its memory."""
+    number = int(np.count_nonzero(channel))
+    if number == 0:
+        return 0.0, 0.0
+    # Zeros add nothing to a sum; to the squares they do, so they are left out there.
+    mean = sum(float(plane.sum(dtype=np.float64)) for plane in channel) / number
+    squares = (np.square(np.subtract(plane[plane != 0], mean, dtype=np.float64)).sum() for plane in channel)
+    return mean, math.sqrt(sum(map(float, squares)) / number)
 
 
 def _moments(voxels: np.ndarray) -> tuple[float, float]:
@@ -325,9 +342,9 @@ def _facts_of(folder: Path, case: Case) -> dict[str, Any] | None:
 def _digested(source: ScanSource, digest: Any) -> bytes | None:
     """Feed a scan's bytes to `digest` and return them; of a DICOM series, only feed them."""
     if isinstance(source, Series) or source.is_dir():
-        for file in sorted(source.files if isinstance(source, Series) else source.rglob("*")):
-            if file.is_file():
-                digest.update(file.read_bytes())
+        # What a file manager leaves in a folder is no change of the scan.
+        for file in sorted(files_of(source)):
+            digest.update(file.read_bytes())
         return None
     content = source.read_bytes()
     digest.update(content)
@@ -352,7 +369,9 @@ def _write_arrays(case: Case, contents: list[bytes | None], plan: Plan, folder: 
     if resampled:
         arrays["native_label"] = native.array
     sizes = _save_arrays(arrays, folder)
-    counts = np.bincount(native.array.ravel())
+    # Plane by plane: counting takes a copy of eight bytes a voxel.
+    most = int(native.array.max(initial=0)) + 1
+    counts = np.sum([np.bincount(plane.ravel(), minlength=most) for plane in native.array], axis=0)
     inside = np.flatnonzero(native.array)
     return {
         **facts,
@@ -393,5 +412,5 @@ def _check_values(case: Case, facts: dict[str, Any], plan: Plan) -> None:
     if plan.classes and unknown:
         declared = ", ".join(f"{value} {name}" for value, name in plan.classes.items())
         raise DataError(
-            f"{case.label} holds the label value {unknown[0]}, which the dataset does not declare (0 background, {declared}); add it to 'labels' in dataset.json or correct the label"
+            f"{case.label} holds the label value {unknown[0]}, which the dataset does not declare (0 background, {declared}); declare it too (dataset.json or names.json) or correct the label"
         )

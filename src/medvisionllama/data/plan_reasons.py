@@ -8,6 +8,7 @@ from medvisionllama.data.grid_rules import Strides, total_stride
 from medvisionllama.types import SpacingMm, Triple
 
 BY_HAND = "set by you"
+SIDES_UNNAMED = "the classes have no names; is one left and another right, name them in names.json or give --set data.flip_axes=[]"
 
 
 def lengths(values: Sequence[float]) -> str:

@@ -273,6 +273,8 @@ def _flips(dataset: Dataset, data: DataConfig, *, allowed: bool) -> tuple[tuple[
         return (), f"{why.BY_HAND} (augment.flip=none or augment.enabled=false)"
     if sides:
         return (), f"nothing is mirrored, since the class {sides!r} tells left from right"
+    if not dataset.classes:
+        return (0,), f"left and right are mirrored; {why.SIDES_UNNAMED}"
     return (0,), "left and right are mirrored, since no class name tells them apart"
 
 

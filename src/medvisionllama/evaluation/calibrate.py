@@ -53,6 +53,7 @@ class CalibrationTally:
         total = sum(self.sums.values(), Reliability.empty())
         return {
             "runs": [member.path.resolve().name for member in members],
+            "weights_sha256": [member.weights_sha256() for member in members],
             "split": split,
             "voxels": "true or likeliest class is foreground",
             "num_scans": len(self.sums),

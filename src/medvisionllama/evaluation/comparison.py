@@ -46,7 +46,7 @@ COMPARISONS = [
 ]
 SUMMARY = [
     *("task", "model", "arm", "fraction", "metric", "num_patients", "num_runs"),
-    *("mean", "low", "high", "seed_sd", "median", "q1", "q3"),
+    *("mean", "low", "high", "seed_sd", "median", "q1", "q3", "num_empty"),
 ]
 
 
@@ -116,8 +116,9 @@ def summarise_arms(
 ) -> pd.DataFrame:
     """One row per task, model, arm, fraction and metric, over all runs that are done.
 
-    Mean, its 95 % interval, median and quartiles are over patients, `seed_sd` is over the means of runs. Arms of
-    which other runs are done are not comparable here; `compare` pairs them.
+    Mean, its 95 % interval, median and quartiles are over patients, `seed_sd` is over the means of runs, and
+    `num_empty` counts the cases and classes of which a mask was empty. Arms of which other runs are done are not
+    comparable here; `compare` pairs them.
 
     Raises:
         DataError: what `finished` refuses.
@@ -141,6 +142,18 @@ def shared_runs(runs: pd.DataFrame, arms: Collection[str]) -> pd.DataFrame:
     done = runs[(runs["state"] == "done") & runs["arm"].isin(arms)]
     present = done.groupby([*CELL, "fold", "seed"])["arm"].transform("nunique")
     return done[present == len(set(arms))]
+
+
+def shared_over_fractions(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of those folds and seeds in which each arm of a task and model has done all fractions that it has.
+
+    A curve that joins other folds or seeds shows other test patients, and not what more cases do.
+    """
+    done = runs[runs["state"] == "done"]
+    points = done.assign(point=done["arm"].astype(str) + " " + done["fraction"].astype(str))
+    wanted = points.groupby(["task", "model"])["point"].transform("nunique")
+    present = points.groupby(["task", "model", "fold", "seed"])["point"].transform("nunique")
+    return done[present == wanted]
 
 
 def average_ranks(
@@ -265,4 +278,5 @@ def _summarise(repetitions: Sequence[Repetition], metric: str) -> dict[str, Any]
         "median": patients.median(),
         "q1": patients.quantile(0.25),
         "q3": patients.quantile(0.75),
+        "num_empty": sum(repetition.num_empty for repetition in repetitions),
     }

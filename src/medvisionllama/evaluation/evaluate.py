@@ -75,8 +75,7 @@ def read_pair(pair: Pair, classes: dict[int, str], *, merged: bool = False) -> t
         predicted, truth = on_one_grid(predicted, truth)
     _same_grid(pair, predicted, truth)
     check_values(pair.prediction, predicted, classes)
-    # A dataset that declares no classes has those of the cases that trained, and its others may have more.
-    if not merged and not pair.by_value:
+    if not merged and pair.declared:
         check_values(pair.label, truth, classes)
     return predicted, merged_foreground(truth) if merged else truth
 

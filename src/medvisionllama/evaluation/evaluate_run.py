@@ -1,6 +1,7 @@
 """A run, or the mean of several, measured on one of the first run's own splits."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -84,6 +85,7 @@ def evaluate_run(
     masks = run_dir.path / "predictions" / part
     with progress.track(f"segmenting the {split} cases", len(cases)) as advance:
         pairs = segment_cases(predictor, cases, masks, cleaning, tally=tally, advance=advance)
+    pairs = [replace(pair, declared=bool(dataset.classes)) for pair in pairs]
     if tally is not None:
         file = calibration_file(run_dir, split, also=also, block_removed=block_removed)
         tally.write(file, members, split)

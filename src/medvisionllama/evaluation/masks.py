@@ -26,6 +26,9 @@ class Pair:
     label: Path
     by_value: bool = False
     """Whether the label's values are the classes' own whatever names it has, as in the dataset of a run."""
+    declared: bool = True
+    """Whether its values must be classes. A dataset that declares none has those of the cases that trained, and its
+    others may have more."""
 
 
 def by_name(folder: Path) -> dict[str, Path]:

@@ -1,7 +1,7 @@
 """Runs that are measured as one: none may have seen the scored patients, and their files have own names."""
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from medvisionllama.config import read_config
 from medvisionllama.data.index import Case, Dataset, patient_of
@@ -39,7 +39,7 @@ def check_unseen(
     patients = {case.patient_id for case in scored}
     parts = ("train", "validation") if split == "test" else ("train",)
     for member in members:
-        seen = _patients_by_part(member, dataset)
+        seen = patients_by_part(member, (*dataset.cases, *dataset.excluded))
         for part in parts:
             both = sorted(patients & seen[part])
             if both:
@@ -61,8 +61,15 @@ def name_ensemble(first: RunDir, also: Sequence[RunDir]) -> str:
     return f"with-{name}" if len(name) <= _LONGEST_NAME else f"with-{len(also)}-runs-{_digits(name)}"
 
 
-def _patients_by_part(member: RunDir, dataset: Dataset) -> dict[str, set[str]]:
-    """Patients that trained and validated a run, as the first member's dataset names them if it has them."""
+def patients_by_part(member: RunDir, cases: Iterable[Case]) -> dict[str, set[str]]:
+    """Patients that trained and validated a run.
+
+    Args:
+        cases: whose patients are known; of others the run's own pattern tells.
+
+    Raises:
+        CheckpointError: the manifest does not say whom it has seen.
+    """
     try:
         manifest = member.read_manifest()
         parts = {part: list(manifest["cases"][part]) for part in ("train", "validation")}
@@ -72,7 +79,7 @@ def _patients_by_part(member: RunDir, dataset: Dataset) -> dict[str, set[str]]:
             f"{member.manifest} does not say which cases the run has seen, so a leak cannot be excluded; restore it or leave the run out"
         ) from None
     pattern = read_config(member.config).data.patient_pattern
-    known = {case.case_id: case.patient_id for case in (*dataset.cases, *dataset.excluded)}
+    known = {case.case_id: case.patient_id for case in cases}
     patients = {
         part: {known[name] if name in known else patient_of(name, pattern) for name in names}
         for part, names in parts.items()

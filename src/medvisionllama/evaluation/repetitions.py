@@ -40,6 +40,8 @@ class Repetition:
     """One row per patient, one column per metric."""
     volumes: Mapping[tuple[str, str, str], float] = field(default_factory=dict)
     """Millilitres of the label, by patient, case and class, where the table has them."""
+    num_empty: int = 0
+    """Rows of which a mask is empty, where the table says so: their measures are set by rule."""
 
 
 def finished(
@@ -94,7 +96,8 @@ def finished(
         if len(set(names)) < len(names):
             raise DataError(f"run {run_id} has a case and class twice in its table; evaluate it again")
         volumes = dict(zip(names, group["volume_ml"], strict=True)) if "volume_ml" in group else {}
-        found[key] = Repetition(run_id, sha256, frozenset(names), patients[key], volumes)
+        num_empty = int((group["empty"].fillna("") != "").sum()) if "empty" in group else 0
+        found[key] = Repetition(run_id, sha256, frozenset(names), patients[key], volumes, num_empty)
     return found
 
 

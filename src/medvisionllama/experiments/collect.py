@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from medvisionllama.errors import CheckpointError
-from medvisionllama.evaluation.evaluate import read_table
+from medvisionllama.evaluation.evaluate import mean_dice, read_table
 from medvisionllama.evaluation.evaluate_run import table_file
 from medvisionllama.evaluation.metrics import Measures
 from medvisionllama.experiments.matrix import PlannedRun, Variant, variant_name
@@ -19,7 +19,7 @@ from medvisionllama.run_dir import RunDir
 _PLACE = ["run_id", "task", "model", "arm", "fraction", "fold", "seed"]
 _FACTS = [
     *("splits_sha256", "steps", "seconds", "evaluation_seconds", "validation_dice", "trainable", "frozen"),
-    *("gflops", "gate_rms", "attempts", "machine"),
+    *("gflops", "gate_rms", "attempts", "machine", "data_sha256"),
 ]
 """What a run's own record tells, under the same names."""
 _RUN_COLUMNS = [*_PLACE, "state", *_FACTS, "train_cases", "test_cases", "test_dice", "error", "variant_of"]
@@ -28,6 +28,9 @@ _CASE_COLUMNS = [
     *(*_PLACE, "splits_sha256", "case_id", "patient_id", "class"),
     *(field.name for field in fields(Measures)),
 ]
+
+_ROUNDING = 1e-5
+"""Tables have six digits."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Frames:
     """A row for each validation."""
     train_patients: dict[str, tuple[str, ...]]
     """Those that each finished run was trained or chosen by."""
-    revisions: frozenset[str]
-    """Of the code that made the finished runs."""
+    code: frozenset[str]
+    """Versions and revisions of the code that made the finished runs."""
 
 
 def collect(
@@ -62,15 +65,14 @@ def collect(
     cases: list[pd.DataFrame] = []
     curves: list[dict[str, Any]] = []
     patients: dict[str, tuple[str, ...]] = {}
-    revisions: set[str] = set()
+    code: set[str] = set()
     with (progress or Silent()).track("reading runs", len(runs)) as advance:
         for number, run in enumerate(runs, start=1):
             files = experiment.files(run.run_id)
             facts = (files.read_done() if states[run.run_id] == "done" else None) or {}
             failures = files.read_failures() if states[run.run_id] != "planned" else []
-            error = failures[-1]["error"] if failures and not facts else ""
             for variant in (None, *run.also):
-                rows.append(_run_row(run, variant, states[run.run_id], facts, error))
+                rows.append(_run_row(run, variant, states[run.run_id], facts or _failure(failures)))
                 if facts:
                     cases.append(_cases(run, variant, facts, files.path))
             if facts:
@@ -78,17 +80,37 @@ def collect(
                     *facts["patients"]["train"],
                     *facts["patients"]["validation"],
                 )
-                # Experiments of before runs told all their revisions have the last one.
-                revisions |= {str(one) for one in facts.get("git_revisions", [facts.get("git_revision")])}
+                code |= _code(facts)
                 curves += _curve_rows(run, files.path)
             advance(number)
+    _check_tolerance(cases)
     return Frames(
         pd.DataFrame(rows, columns=_RUN_COLUMNS),
         pd.concat(cases, ignore_index=True) if cases else pd.DataFrame(columns=_CASE_COLUMNS),
         pd.DataFrame(curves, columns=_CURVE_COLUMNS),
         patients,
-        frozenset(revisions),
+        frozenset(code),
     )
+
+
+def _code(facts: Mapping[str, Any]) -> set[str]:
+    """What made a run; experiments of before that was told have revisions, or the last one alone."""
+    revisions = facts.get("git_revisions", [facts.get("git_revision")])
+    return {str(one) for one in facts.get("made_with", revisions)}
+
+
+def _check_tolerance(cases: Sequence[pd.DataFrame]) -> None:
+    """Raise CheckpointError if NSD was not measured with one tolerance in the runs of each task."""
+    first: dict[str, tuple[float, str]] = {}
+    for table in cases:
+        if table.empty or "tolerance_mm" not in table:
+            continue
+        task, run_id, tolerance = table.iloc[0][["task", "run_id", "tolerance_mm"]]
+        before, other = first.setdefault(task, (tolerance, run_id))
+        if tolerance != before:
+            raise CheckpointError(
+                f"runs {other} and {run_id} were measured with tolerances of {before:g} and {tolerance:g} mm; evaluate one again: medvisionllama evaluate RUN --tolerance-mm {before:g}"
+            )
 
 
 def _names(run: PlannedRun, variant: Variant | None) -> dict[str, Any]:
@@ -103,15 +125,20 @@ def _names(run: PlannedRun, variant: Variant | None) -> dict[str, Any]:
     }
 
 
+def _failure(failures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is told of a run that is not done; it may not have failed either."""
+    return {"attempts": len(failures), "error": failures[-1]["error"]} if failures else {}
+
+
 def _run_row(
-    run: PlannedRun, variant: Variant | None, state: State, facts: Mapping[str, Any], error: str
+    run: PlannedRun, variant: Variant | None, state: State, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     names = _names(run, variant)
     cases = facts.get("cases", {})
     row = {key: facts.get(key) for key in _FACTS}
     if variant is not None:
         # The weights are those of the run itself: its training is counted there.
-        row |= {"seconds": 0.0, "evaluation_seconds": 0.0} if facts else {}
+        row |= {"seconds": 0.0, "evaluation_seconds": 0.0} if state == "done" else {}
         # Its network is smaller than the one that was trained.
         row |= {"frozen": None, "gflops": None, "gate_rms": None}
     return {
@@ -121,7 +148,7 @@ def _run_row(
         "train_cases": cases.get("train"),
         "test_cases": cases.get("test"),
         "test_dice": facts.get("test_dice", {}).get(names["arm"]),
-        "error": error,
+        "error": facts.get("error", ""),
         "variant_of": "" if variant is None else run.arm,
     }
 
@@ -133,9 +160,13 @@ def _cases(run: PlannedRun, variant: Variant | None, facts: Mapping[str, Any], p
             f"{file} is missing, though the run is done; delete {path / 'done.json'}, and `experiment run` evaluates it again"
         )
     table = read_table(file)
-    for place, (name, value) in enumerate(
-        {**_names(run, variant), "splits_sha256": facts["splits_sha256"]}.items()
-    ):
+    told, names = facts.get("test_dice", {}), _names(run, variant)
+    found = mean_dice(table)
+    if abs(found - told.get(names["arm"], found)) > _ROUNDING:
+        raise CheckpointError(
+            f"{file} was written again since the run was done (mean class Dice {found:.4f}, then {told[names['arm']]:.4f}), so it may be cleaned or measured otherwise than the others; delete {path / 'done.json'}, and postprocessing.json if it alone has one, and `experiment run` evaluates it again"
+        )
+    for place, (name, value) in enumerate({**names, "splits_sha256": facts["splits_sha256"]}.items()):
         table.insert(place, name, value)
     return table
 

@@ -16,7 +16,7 @@ from medvisionllama.experiments.fair import matched_settings, sizes_of_run
 from medvisionllama.experiments.matrix import WITHOUT_EFFECT, PlannedRun, variant_name
 from medvisionllama.experiments.store import Experiment, RunFiles
 from medvisionllama.progress import Progress
-from medvisionllama.run_dir import RunDir, revisions, sessions
+from medvisionllama.run_dir import RunDir, code_words, sessions
 from medvisionllama.training.fit import RunResult, fit, with_absolute_paths
 
 _TRAINED = ("steps", "seconds", "validation_dice")
@@ -101,5 +101,5 @@ def _facts(files: RunFiles, dice: dict[str, float], evaluation_seconds: float) -
         **sizes_of_run(config, run_dir),
         "attempts": len(files.read_failures()) + 1,
         "machine": f"{device}, {last['precision']}",
-        "git_revisions": revisions(manifest),
+        "made_with": sorted({code_words(session) for session in sessions(manifest)}),
     }

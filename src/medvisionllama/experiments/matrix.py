@@ -276,14 +276,22 @@ def _cells(matrix: Matrix) -> Iterator[_Cell]:
     by_name = {arm.name: arm for arm in arms}
     for task in matrix.tasks:
         for model in matrix.models:
+            trained: dict[str, str] = {}
             for arm in arms:
                 if arm.spec.models is not None and model not in arm.spec.models:
                     continue
                 where = f"matrix {matrix.name}, task {task}, model {model}, arm {arm.name}"
-                settings = _settings(matrix, task, model, arm, where)
+                settings, config = _settings(matrix, task, model, arm, where)
+                if (
+                    arm.spec.match is None
+                    and (same := trained.setdefault(_effect(config), arm.name)) != arm.name
+                ):
+                    raise ConfigError(
+                        f"{where}: the same training as the arm {same}, since what it sets has no effect here; leave it out, or name in `models` those in which it has"
+                    )
                 target = None
                 if arm.spec.match:
-                    target = _settings(matrix, task, model, by_name[arm.spec.match.arm], where)
+                    target, _ = _settings(matrix, task, model, by_name[arm.spec.match.arm], where)
                 identity = [
                     apply_overrides(_without_plain(matrix.models[model].preset), _lasting(settings)),
                     str(matrix.tasks[task].data or f"{matrix.tasks[task].phantoms} phantoms"),
@@ -303,7 +311,15 @@ def _without_plain(preset: str) -> Settings:
     return kept
 
 
-def _settings(matrix: Matrix, task: str, model: str, arm: Arm, where: str) -> Settings:
+def _effect(config: Config) -> str:
+    """A hash that two arms share if they are one training."""
+    settings = config.model_dump(mode="json")
+    if not config.network.has_block:
+        del settings["network"]["block"]
+    return canonical_hash(settings)
+
+
+def _settings(matrix: Matrix, task: str, model: str, arm: Arm, where: str) -> tuple[Settings, Config]:
     """Merge what all runs, the model, the task and the arm set, the later over the earlier; and check it."""
     settings: Settings = {}
     for part in (matrix.set, matrix.models[model].set, matrix.tasks[task].set, arm.settings):
@@ -319,13 +335,15 @@ def _settings(matrix: Matrix, task: str, model: str, arm: Arm, where: str) -> Se
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     _check_runnable(matrix, arm, settings, config, where)
-    return settings
+    return settings, config
 
 
 def _check_runnable(matrix: Matrix, arm: Arm, settings: Settings, config: Config, where: str) -> None:
     """Refuse what only a run would find out, after hours."""
     if arm.spec.also and not config.network.has_block:
-        raise ConfigError(f"{where}: there is no block that `also` could leave out; drop also")
+        raise ConfigError(
+            f"{where}: there is no block that `also` could leave out; drop also, or name in `models` those that have one"
+        )
     if matrix.split_per_seed and (config.data.splits or "data.split_seed" in settings):
         raise ConfigError(
             f"{where}: split_per_seed draws the splits; leave data.splits and data.split_seed out"

@@ -7,7 +7,14 @@ from pathlib import Path
 import pandas as pd
 
 from medvisionllama.errors import ConfigError
-from medvisionllama.evaluation.comparison import Family, average_ranks, compare, shared_runs, summarise_arms
+from medvisionllama.evaluation.comparison import (
+    Family,
+    average_ranks,
+    compare,
+    shared_over_fractions,
+    shared_runs,
+    summarise_arms,
+)
 from medvisionllama.evaluation.repetitions import CELL
 from medvisionllama.evaluation.statistics import critical_difference
 from medvisionllama.experiments.collect import Frames, collect
@@ -70,10 +77,16 @@ def _study(
         curves=frames.curves,
         comparisons=comparisons,
         summary=summary,
+        few_shot=summarise_arms(
+            shared_over_fractions(frames.runs),
+            frames.cases,
+            metrics=["dice"],
+            train_patients=frames.train_patients,
+        ),
         arms=arm_words(matrix),
         ranks=ranks if blocks > 1 else None,
         critical_difference=critical_difference(len(ranks), blocks) if blocks > 1 else None,
-        notes=[*_notes(experiment, runs, frames.revisions), *_unranked(frames.runs, everywhere)],
+        notes=[*_notes(experiment, runs, frames.code), *_unranked(frames.runs, everywhere)],
         compute=_compute(frames.runs),
         links=links,
     )
@@ -116,7 +129,7 @@ def _unranked(runs: pd.DataFrame, arms: Sequence[str]) -> list[str]:
     ]
 
 
-def _notes(experiment: Experiment, runs: Sequence[PlannedRun], revisions: frozenset[str]) -> list[str]:
+def _notes(experiment: Experiment, runs: Sequence[PlannedRun], code: frozenset[str]) -> list[str]:
     notes = []
     if experiment.matrix.split_per_seed:
         notes.append(
@@ -128,10 +141,9 @@ def _notes(experiment: Experiment, runs: Sequence[PlannedRun], revisions: frozen
         notes.append(
             f"The folder holds {len(strangers)} runs that the matrix does not name; they are in no table."
         )
-    if len(revisions) > 1:
+    if len(code) > 1:
         # A run's id does not say which code made it.
-        listed = ", ".join(sorted(revisions))
-        notes.append(f"The runs were made by {len(revisions)} revisions of the code: {listed}.")
+        notes.append(f"The runs were made by {len(code)} versions of the code: {', '.join(sorted(code))}.")
     return notes
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from medvisionllama._files import write_text
+from medvisionllama._files import files_sha256, write_text
 from medvisionllama.config import InferenceConfig
 from medvisionllama.data.formats.dicom_labels import referenced_series
 from medvisionllama.data.formats.dicom_series import Series
@@ -97,6 +97,10 @@ class Outputs:
             for file in there if resume else ():
                 _check_same_scan(file, scan)
                 check_mask(file, made.get(file.name), _files(scan), self.made_by)
+                if file == fallback and not made[file.name].instead:
+                    raise DataError(
+                        f"{file} is this scan's mask as NIfTI, and DICOM-SEG is asked for; give --format nifti to keep it, or another --out"
+                    )
             finished = there and all(file.exists() for file in maps)
             if overwrite or not finished:
                 left.append(scan)
@@ -229,6 +233,8 @@ def _finish(
     names = predictor.plan.mask_classes
     files = outputs.files(scan)
     warnings = cautions(prepared, prediction, predictor.plan)
+    # It takes a while, and must not stand between a mask and the line that says what made it.
+    scan_sha256 = files_sha256(_files(scan))
     for kind in ("probabilities", "uncertainty"):
         shares = getattr(prediction, kind)
         if shares is not None:
@@ -243,12 +249,6 @@ def _finish(
             warnings.append(f"written as NIfTI: {error}")
     if not files["mask"].name.endswith(".dcm"):
         write_mask(files["mask"], mask.array, mask.affine, like=first, classes=names)
-    # Whoever overwrites may have had the other of the two before, and two masks of one scan are one too many.
-    for other in (outputs.mask(scan), outputs.fallback(scan)):
-        if other and other != files["mask"]:
-            other.unlink(missing_ok=True)
-    if not outputs.has_table(names):
-        write_text(outputs.table, label_table(names))
     volumes = prediction.volumes_ml
     record = {
         "case": scan.case_id,
@@ -257,7 +257,14 @@ def _finish(
         "volumes_ml": {name: round(volumes.get(value, 0.0), 4) for value, name in names.items()},
         "warnings": warnings,
     }
-    outputs.ledger.add(record, _files(scan), outputs.made_by)
+    instead = files["mask"] == outputs.fallback(scan)
+    outputs.ledger.add(record, scan_sha256, outputs.made_by, instead=instead)
+    # Whoever overwrites may have had the other of the two before, and two masks of one scan are one too many.
+    for other in (outputs.mask(scan), outputs.fallback(scan)):
+        if other and other != files["mask"]:
+            other.unlink(missing_ok=True)
+    if not outputs.has_table(names):
+        write_text(outputs.table, label_table(names))
     return record
 
 

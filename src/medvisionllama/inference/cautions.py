@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from medvisionllama.data.planning import Plan
+from medvisionllama.data.planning import Plan, is_ct
 from medvisionllama.data.volume import shear_fault
 from medvisionllama.inference.predictor import Prediction, PreparedScan
 
@@ -26,7 +26,7 @@ def cautions(scan: PreparedScan, prediction: Prediction, plan: Plan) -> list[str
     for name, (low, high), rule in zip(plan.channels, scan.ranges, plan.normalisation, strict=True):
         if low == high:
             lines.append(f"channel {name} is the same everywhere")
-        elif rule.kind == "dataset" and low >= 0:
+        elif rule.kind == "dataset" and low >= 0 and is_ct(name):
             lines.append(f"channel {name} has no value below 0; CT in Hounsfield units has air at -1000")
     if not prediction.volumes_ml:
         lines.append("nothing was found")

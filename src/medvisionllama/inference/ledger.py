@@ -11,11 +11,33 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medvisionllama._files import append_json, files_sha256
+from medvisionllama.config import InferenceConfig
 from medvisionllama.errors import DataError
 from medvisionllama.inference.cleaning import Cleaning
 
 LEDGER = "predictions.jsonl"
 _FILES = ("mask", "probabilities", "uncertainty")
+
+
+class Views(BaseModel):
+    """How a run's networks look at a scan."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    overlap: float
+    flip: bool
+    turn: bool
+
+    @classmethod
+    def of(cls, settings: InferenceConfig) -> "Views":
+        """What settings say."""
+        return Views(**{name: getattr(settings, name) for name in Views.model_fields})
+
+    @property
+    def words(self) -> str:
+        """What is done, for people."""
+        ways = [word for word, done in (("mirrored", self.flip), ("turned", self.turn)) if done]
+        return f"{' and '.join(ways) or 'as it is alone'}, windows overlapping by {self.overlap:g}"
 
 
 class MadeBy(BaseModel):
@@ -25,15 +47,17 @@ class MadeBy(BaseModel):
 
     weights_sha256: tuple[str, ...]
     """Of each run whose probabilities were averaged."""
-    fast: bool
+    views: tuple[Views, ...]
+    """Of each run; --fast, or somebody who edits a run's settings, changes them."""
     cleaning: Cleaning
 
     def difference(self, other: "MadeBy") -> str:
         """In which way a mask of another maker differs; empty if it does not."""
         if other.weights_sha256 != self.weights_sha256:
             return "by other networks"
-        if other.fast != self.fast:
-            return "with --fast" if other.fast else "without --fast"
+        if other.views != self.views:
+            words = dict.fromkeys(views.words for views in other.views)
+            return f"from other views of each scan ({'; '.join(words)}), as --fast or a run's settings say"
         if other.cleaning != self.cleaning:
             return f"otherwise: {other.cleaning.words}"
         return ""
@@ -48,6 +72,8 @@ class Made(BaseModel):
     """Name of the file."""
     scan_sha256: str
     made_by: MadeBy
+    instead: bool = False
+    """A NIfTI file in place of the DICOM-SEG that was asked for, which cannot say what the scan's header says."""
 
 
 class Ledger:
@@ -56,9 +82,11 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.path = folder / LEDGER
 
-    def add(self, record: dict[str, Any], scan_files: Sequence[Path], made_by: MadeBy) -> None:
+    def add(
+        self, record: dict[str, Any], scan_sha256: str, made_by: MadeBy, *, instead: bool = False
+    ) -> None:
         """Note a mask that is there now; `record` is what `predict` tells of it."""
-        line = Made(**_told(record), scan_sha256=files_sha256(scan_files), made_by=made_by)
+        line = Made(**_told(record), scan_sha256=scan_sha256, made_by=made_by, instead=instead)
         append_json(self.path, line.model_dump(mode="json"))
 
     def read(self) -> dict[str, Made]:

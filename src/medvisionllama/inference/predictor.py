@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medvisionllama.checkpoint import copy_into, frozen, load_tensors
-from medvisionllama.config import Config, InferenceConfig, read_config
+from medvisionllama.config import ONE_VIEW, Config, InferenceConfig, read_config
 from medvisionllama.data.cache import image_moments, normalise, to_grid
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.readers import ScanSource, check_finite, read_image
@@ -66,14 +66,23 @@ class Member:
 
     @classmethod
     def from_run(
-        cls, path: Path, device: torch.device, *, block_removed: bool = False, fast: bool = False
+        cls,
+        path: Path,
+        device: torch.device,
+        *,
+        block_removed: bool = False,
+        inference: InferenceConfig | None = None,
     ) -> Self:
-        """Load plan, block and best weights of a run folder; see `Predictor.from_run`."""
+        """Load plan, block and best weights of a run folder; see `Predictor.from_run`.
+
+        Args:
+            inference: in place of the folder's own settings.
+        """
         run_dir = RunDir(path)
         run_dir.check()
-        config = read_config(
-            run_dir.config, {"inference.flip": False, "inference.turn": False} if fast else {}
-        )
+        config = read_config(run_dir.config)
+        if inference is not None:
+            config = config.model_copy(update={"inference": inference})
         plan = read_plan(run_dir)
         network = build_network(config.network, **plan.network_sizes, seed=config.train.seed)
         tensors, facts = load_tensors(run_dir.best)
@@ -199,8 +208,14 @@ class Predictor:
         """
         where = choose_device(device)
         check_alike(paths)
-        networks = [member.path for path in paths for member in RunDir(Path(path)).members()]
-        members = [Member.from_run(path, where, block_removed=block_removed, fast=fast) for path in networks]
+        members = []
+        for run_dir in (RunDir(Path(path)) for path in paths):
+            # One run's networks look at a scan in one way, which its own folder says.
+            inference = read_config(run_dir.config, ONE_VIEW if fast else {}).inference
+            members += [
+                Member.from_run(one.path, where, block_removed=block_removed, inference=inference)
+                for one in run_dir.members()
+            ]
         return cls(members, RunDir(Path(paths[0])))
 
     def predict(

@@ -43,13 +43,17 @@ def native_slabs(
         yield slab
 
 
-def native_mask(probabilities: Tensor, shape: Triple, plan: Plan) -> LabelArray:
-    """Bring probabilities `[k, x, y, z]` to the scan's grid and take the likeliest class of each voxel."""
-    x, y, z = probabilities.shape[1:]
-    thickness = slab_thickness(shape, len(probabilities), axis=0)
-    slabs = native_slabs([probabilities], (x, y, z), shape, axis=0, thickness=thickness)
+def native_mask(
+    planes: Iterable[Tensor], grid: Triple, shape: Triple, plan: Plan, *, axis: int
+) -> LabelArray:
+    """Bring probabilities to the scan's grid and take the likeliest class of each voxel; arguments as above.
+
+    All classes of a whole scan are never held at once.
+    """
     values = label_values(plan)
-    return np.concatenate([values[likeliest(slab)] for slab in slabs])
+    thickness = slab_thickness(shape, len(values), axis)
+    slabs = native_slabs(planes, grid, shape, axis=axis, thickness=thickness)
+    return np.concatenate([values[likeliest(slab)] for slab in slabs], axis=axis)
 
 
 def label_values(plan: Plan) -> np.ndarray:

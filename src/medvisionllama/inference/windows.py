@@ -103,33 +103,6 @@ def blended_planes(
         yield total.narrow(axis + 2, 0, finished) / weight.narrow(axis + 2, 0, finished)
 
 
-def predict_probabilities(
-    network: Network,
-    image: Tensor,
-    plan: Plan,
-    *,
-    overlap: float,
-    flip: bool,
-    turn: bool = False,
-    device: torch.device | str = "cpu",
-    context: Context = nullcontext,
-) -> Tensor:
-    """Return class probabilities `[k, x, y, z]` of a normalised image `[c, x, y, z]`, all at once."""
-    axis = slab_axis(tuple(image.shape[1:]), [plan], turn=turn)
-    planes = probability_planes(
-        network,
-        image,
-        plan,
-        axis=axis,
-        overlap=overlap,
-        flip=flip,
-        turn=turn,
-        device=device,
-        context=context,
-    )
-    return torch.cat(list(planes), dim=axis + 1)
-
-
 def slab_axis(shape: Sequence[int], plans: Sequence[Plan], *, turn: bool = False) -> int:
     """The longest axis that no plan mirrors: a slab along it is the smallest share of the scan.
 

@@ -106,6 +106,10 @@ def warnings_on(explained: Explained) -> list[str]:
         )
     if scan.part == "train":
         lines.append(f"{scan.case_id} is a training case of this run: the network has seen its mask.")
+    if scan.trained_other and scan.part != "train":
+        lines.append(
+            f"{scan.case_id}: the other run was trained on a patient of this name and this run was not, so the two cannot be compared here; take runs of one split."
+        )
     if not explained.truth.any():
         lines.append(f"{scan.case_id}: the mask is empty, so there is nothing to point at and no score.")
     return lines

@@ -1,7 +1,7 @@
 """`explain_run`: from a run and scans to a folder of maps, tables and pages."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +21,7 @@ from medvisionllama.evaluation.explain.job import (
 )
 from medvisionllama.evaluation.explain.summary import summarise_scores
 from medvisionllama.evaluation.explain.targets import ScanToExplain, scans_to_explain
+from medvisionllama.evaluation.members import patients_by_part
 from medvisionllama.inference.predictor import read_plan
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.reports.activations import Heading, warnings_on, write_case_page, write_summary_page
@@ -66,6 +67,9 @@ def explain_run(
     folder = out or run_dir.path / "explain" / (scans[0].case_id if alone else split or "scans")
     _check_free(folder, overwrite=overwrite)
     networks = open_networks(run_dir.path, random_block=random_block, against=against, device=device)
+    if against is not None:
+        trained = patients_by_part(RunDir(against), ())["train"]
+        scans = [replace(scan, trained_other=scan.patient_id in trained) for scan in scans]
     heading = _heading(networks, run_dir.path, against)
     for note in networks.notes:
         progress.say(note)

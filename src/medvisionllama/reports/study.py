@@ -51,6 +51,8 @@ class Study:
     comparisons: pd.DataFrame
     summary: pd.DataFrame
     """One row per task, model, arm, fraction and metric: mean, low, high, seed_sd, num_patients, ..."""
+    few_shot: pd.DataFrame
+    """The same, by Dice, over the runs whose folds and seeds every arm has at each of its fractions."""
     arms: Mapping[str, str]
     """What each arm is, in one line; their order is the order on the page."""
     ranks: pd.DataFrame | None = None
@@ -90,11 +92,15 @@ _NUMBERS = (
     *("trainable", "frozen", "gflops", "gate_rms", "attempts", "train_cases", "test_cases"),
 )
 _NEEDED = {
-    "runs": ("run_id", *RUN, "arm", "state", "splits_sha256", *_NUMBERS, "error", "machine", "variant_of"),
+    "runs": (
+        *("run_id", *RUN, "arm", "state", "splits_sha256", "data_sha256", *_NUMBERS),
+        *("error", "machine", "variant_of"),
+    ),
     "cases": ("run_id", *RUN, "arm", "case_id", "patient_id", "class", "dice"),
     "curves": ("run_id", *RUN, "arm", "step", "dice"),
     "comparisons": ("task", "model", "fraction", "metric", "arm", "seed_p"),
-    "summary": ("task", "model", "fraction", "metric", "arm", "mean", "num_runs"),
+    "summary": ("task", "model", "fraction", "metric", "arm", "mean", "num_runs", "num_empty"),
+    "few_shot": ("task", "model", "fraction", "metric", "arm", "mean", "num_runs"),
 }
 
 

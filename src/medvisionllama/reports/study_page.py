@@ -37,6 +37,7 @@ def write_study(study: Study, folder: Path) -> Path:
         "curves": study.curves,
         "comparisons": study.comparisons,
         "summary": study.summary,
+        "few_shot": study.few_shot,
         "arms": arms,
         "patients": patients,
     }
@@ -115,7 +116,7 @@ def _pictures(study: Study) -> list[tuple[str, str]]:
 
 
 def _few_shot(study: Study) -> list[tuple[str, str]]:
-    found = [(model, study_plots.few_shot(study, model)) for model in dict.fromkeys(study.summary["model"])]
+    found = [(model, study_plots.few_shot(study, model)) for model in dict.fromkeys(study.few_shot["model"])]
     return [(model, picture) for model, picture in found if picture]
 
 

@@ -75,8 +75,7 @@ def _on_common_steps(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 def few_shot(study: Study, model: str) -> str | None:
     """Test Dice by the fraction of the training cases, with 95 % intervals over patients, a panel for each task."""
-    rows = study.summary
-    rows = rows[(rows["metric"] == "dice") & (rows["model"] == model)]
+    rows = study.few_shot[study.few_shot["model"] == model]
     tasks = [
         task
         for task in dict.fromkeys(rows["task"])

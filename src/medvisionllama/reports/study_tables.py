@@ -139,7 +139,8 @@ def _cell_source(row: Mapping[Any, Any], metric: Metric) -> str:
     return (
         f"{source('summary.csv', row, *KEY)}. 95 % interval over patients {value['low']} to {value['high']}, "
         f"median {value['median']} (quartiles {value['q1']} to {value['q3']}), "
-        f"{int(row['num_patients'])} patients, runs: {int(row['num_runs'])}"
+        f"{int(row['num_patients'])} patients, runs: {int(row['num_runs'])}, "
+        f"cases and classes with an empty mask: {number(row['num_empty'], 0)}"
     )
 
 

@@ -197,4 +197,23 @@ def problems(study: Study) -> list[str]:
             lines.append(
                 f"{task}, {model}, {percent(float(str(fraction)))}: arms have different numbers of runs ({words})."
             )
+    return lines + _unlike(done)
+
+
+def _unlike(done: pd.DataFrame) -> list[str]:
+    """In what runs that are compared differ beside their arms, a line for each."""
+    lines = []
+    groups = [group for _, group in done.groupby(["task", "model", "fraction", "fold", "seed"])]
+    files = sum(group["data_sha256"].nunique() > 1 for group in groups)
+    if files:
+        lines.append(
+            f"In {files} of {len(groups)} repetitions the arms were not trained on the same files: scans or labels changed "
+            "meanwhile, or an arm trains on scans that the others lack."
+        )
+    clocks = sum(group["machine"].nunique() > 1 and group["steps"].nunique() > 1 for group in groups)
+    if clocks:
+        lines.append(
+            f"In {clocks} of {len(groups)} repetitions the arms ran on different machines and made different numbers of "
+            "steps: equal minutes were not equal work."
+        )
     return lines

@@ -18,7 +18,7 @@ from medvisionllama.config import Config, write_config
 from medvisionllama.data.cache import describe
 from medvisionllama.data.sampling import BatchSampler, check_share
 from medvisionllama.data.splits import write_splits
-from medvisionllama.devices import choose_device, fast_layout, use_bf16
+from medvisionllama.devices import choose_device, device_words, fast_layout, use_bf16
 from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.inference.predictor import read_plan
 from medvisionllama.llm import CATALOG
@@ -126,7 +126,9 @@ def _fit(
             network, num_outputs=data.plan.num_outputs, auxiliary_weight=config.train.auxiliary_weight
         ),
         make_sampler(config, data, accelerator),
-        lambda module: validate_cases(module, data.validation, data.plan, config, accelerator),
+        lambda module, patience: validate_cases(
+            module, data.validation, data.plan, config, accelerator, patience_seconds=patience
+        ),
         config.train,
         run_dir,
         accelerator,
@@ -140,6 +142,7 @@ def _fit(
         if processes.is_main:
             sessions = sessions_of(run_dir, loop, precision=accelerator.mixed_precision)
             write_run_files(run_dir, config, data, facts, sessions)
+        progress.say(f"training on {device_words(config.train.device, config.train.precision)}")
         if config.train.members > 1:
             progress.say(
                 f"{config.train.members} networks train side by side; predictions are the mean of theirs"
@@ -149,6 +152,8 @@ def _fit(
             if finished:
                 say_never_found(run_dir, len(data.validation), progress)
                 finished = others.finish()
+                for member in others.members if finished else ():
+                    say_never_found(member.run_dir, len(data.validation), progress)
     accelerator.free_memory()
     return RunResult(
         path=run_dir.path,
@@ -226,7 +231,7 @@ def say_never_found(run_dir: RunDir, num_cases: int, progress: Progress) -> None
     kept = max(scored, key=lambda record: record["dice"], default={})
     if names := kept.get("never_found"):
         progress.say(
-            f"look at this: {' and '.join(map(repr, names))} was found in none of the {num_cases} validation cases (or of those that have it); train longer, or begin again with another --set train.seed"
+            f"look at this: in {run_dir.path}, {' and '.join(map(repr, names))} was found in none of the {num_cases} validation cases (or of those that have it); train longer, or begin again with another --set train.seed"
         )
 
 

@@ -46,9 +46,12 @@ from medvisionllama.training.sharding import shard_frozen_block
 _ECHO_SECONDS = 2.0
 """Within it a launcher passes on to its processes a Ctrl-C that the terminal has sent them already."""
 
-Validate = Callable[[TokenSegmenter], dict[str, Any]]
+Validate = Callable[[TokenSegmenter, float | None], dict[str, Any]]
 """Segments the validation cases and returns a record with the key `dice`; that is None if there are none, and then
-the latest weights are kept."""
+the latest weights are kept. If it would take longer than so many seconds, it may give up and return
+`would_take_seconds` alone."""
+_MOST_VALIDATION = 0.25
+"""Share of a run's minutes that all of its validations may take; if they would, the last one alone is made."""
 
 
 @dataclass
@@ -60,6 +63,8 @@ class LoopState:
     validation_seconds: float = 0.0
     """Length of the longest validation, kept free at the end of a limited run. It only grows: a shorter one would
     set the run back behind the mark that it has just passed."""
+    would_take_seconds: float = 0.0
+    """Length of a validation that was given up, as it would have taken too long."""
     validated_step: int = 0
     validated_seconds: float = 0.0
     dices: list[float] = field(default_factory=list)
@@ -146,7 +151,7 @@ class TrainingLoop:
                 self._tick()
                 advance(self.progress, self._note(loss))
                 if self._validation_due():
-                    self._validate()
+                    self._validate(progress)
                     self.save()
                 if time.monotonic() - self._saved_at > self.config.save_seconds:
                     self.save()
@@ -256,9 +261,20 @@ class TrainingLoop:
         Both ends are measured by the limits in force now, so a run that goes on with a longer limit is validated
         on as before.
         """
-        number = self.config.num_validations
+        number = 1 if self._validates_late else self.config.num_validations
         before = self._progress_at(self.state.validated_step, self.state.validated_seconds)
         return math.floor(self.progress * number + 1e-9) > math.floor(before * number + 1e-9)
+
+    @property
+    def _patience_seconds(self) -> float | None:
+        """How long each of a run's validations may take; None without a limit by minutes."""
+        minutes = self.config.max_minutes
+        return None if minutes is None else _MOST_VALIDATION * 60 * minutes / self.config.num_validations
+
+    @property
+    def _validates_late(self) -> bool:
+        """True of a run that only its end leaves time to validate."""
+        return self._patience_seconds is not None and self.state.would_take_seconds > self._patience_seconds
 
     def _masks_due(self) -> bool:
         """True when scans without labels should have had another round of masks by now.
@@ -269,10 +285,17 @@ class TrainingLoop:
         due = self.self_training.due
         return due(self.progress) > due(before) and self.progress < 1.0
 
-    def _validate(self) -> None:
+    def _validate(self, progress: Progress) -> None:
         before = time.monotonic()
         with self._averaged_weights():
-            record = self.validate(self.network)
+            record = self.validate(self.network, self._patience_seconds if self.progress < 1.0 else None)
+            if (seconds := record.get("would_take_seconds")) is not None:
+                self.state.would_take_seconds = seconds
+                self.state.validation_seconds = max(self.state.validation_seconds, seconds)
+                progress.say(
+                    f"segmenting the validation cases takes about {seconds / 60:.2g} of the {self.config.max_minutes:g} minutes, so it is done once, at the end; --max-minutes gives more to both"
+                )
+                return
             # Without validation cases there never is a best one, and each save takes the place of the last.
             dice, best = record["dice"], self.state.best
             if dice is not None:

@@ -51,6 +51,11 @@ class OtherMember:
         self.process.stdin.close()
 
     @property
+    def number(self) -> int:
+        """From 2 on, as its folder is called."""
+        return int(self.run_dir.path.name)
+
+    @property
     def has_failed(self) -> bool:
         return self.process.poll() not in {None, 0, INTERRUPTED}
 
@@ -96,7 +101,7 @@ class OtherMembers:
         for member in self.members:
             if member.has_failed:
                 raise OtherProcessError(
-                    f"{member.run_dir.path} failed: {member.last_words()} (the other members are kept; go on with --resume)"
+                    f"{member.run_dir.path} failed: {member.last_words()} (the other networks are kept; go on with --resume, or without it with --resume --members {member.number - 1})"
                 )
         return all(member.process.returncode == 0 for member in self.members)
 

@@ -71,6 +71,8 @@ def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> P
     cases = {case.case_id: case for case in cached}
     if not plan.classes:
         plan = plan.model_copy(update={"classes": found_classes([cases[name] for name in wanted])})
+        values = ", ".join(map(str, plan.classes))
+        progress.say(f"label values found: {values}; the dataset names no classes, which names.json can do")
     training = [cases[name] for name in selection.train]
     rules = fit_normalisation(training, plan.channels, rules=plan.channel_rules)
     plan = plan.with_normalisation(rules, len(training))

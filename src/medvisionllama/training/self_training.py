@@ -17,10 +17,9 @@ from medvisionllama.data.cache import CachedCase, PseudoLabelledCase, write_pseu
 from medvisionllama.data.places import Places
 from medvisionllama.data.planning import Plan
 from medvisionllama.inference.postprocess import component_volumes_ml, remove_islands
-from medvisionllama.inference.slabs import label_values, likeliest
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.validation import case_probabilities
+from medvisionllama.training.validation import case_mask
 from medvisionllama.types import LabelArray, SpacingMm
 
 _ONE_PIECE = 0.95
@@ -97,15 +96,9 @@ class SelfTraining:
 
     def _mask(self, network: TokenSegmenter, case: CachedCase) -> LabelArray:
         plan, settings = self.plan, self.config.inference
-        probabilities = case_probabilities(
-            network,
-            case,
-            plan,
-            overlap=settings.overlap,
-            flip=settings.flip,
-            accelerator=self.accelerator,
+        mask = case_mask(
+            network, case, plan, overlap=settings.overlap, flip=settings.flip, accelerator=self.accelerator
         )
-        mask = label_values(plan)[likeliest(probabilities)]
         if plan.merged:
             mask = np.where(mask > 0, next(iter(plan.classes)), 0).astype(mask.dtype)
         places = None if plan.resize else plan.places

@@ -1,50 +1,67 @@
 """Validation while training: whole scans, on their own grid, by Dice."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from medvisionllama.config import Config
 from medvisionllama.data.cache import CachedCase, normalise
 from medvisionllama.data.planning import Plan
 from medvisionllama.evaluation.metrics import dice
 from medvisionllama.inference.slabs import native_mask
-from medvisionllama.inference.windows import predict_probabilities
+from medvisionllama.inference.windows import probability_planes, slab_axis
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.training.processes import Processes
+from medvisionllama.types import LabelArray, Triple
 
 _FOUND = 0.01
 """Dice from which on a class counts as found in a case."""
 
 
-def case_probabilities(
+def case_mask(
     network: TokenSegmenter,
     case: CachedCase,
     plan: Plan,
+    shape: Triple | None = None,
     *,
     overlap: float,
     flip: bool,
     accelerator: Accelerator,
-) -> Tensor:
-    """Class probabilities `[k, x, y, z]` of a preprocessed case, on the training grid."""
+) -> LabelArray:
+    """Label values of a preprocessed case as the network sees it.
+
+    Args:
+        shape: of the grid of the mask, which spans the case as the training grid does; by default that one.
+    """
     image = torch.from_numpy(normalise(case.image, plan.normalisation, case.facts["moments"]))
-    return predict_probabilities(
+    x, y, z = image.shape[1:]
+    axis = slab_axis((x, y, z), [plan])
+    planes = probability_planes(
         network,
         image,
         plan,
+        axis=axis,
         overlap=overlap,
         flip=flip,
+        turn=False,
         device=accelerator.device,
         context=accelerator.autocast,
     )
+    return native_mask(planes, (x, y, z), shape or (x, y, z), plan, axis=axis)
 
 
 def validate_cases(
-    network: TokenSegmenter, cases: Sequence[CachedCase], plan: Plan, config: Config, accelerator: Accelerator
+    network: TokenSegmenter,
+    cases: Sequence[CachedCase],
+    plan: Plan,
+    config: Config,
+    accelerator: Accelerator,
+    *,
+    patience_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Segment every case and return mean Dice over cases and classes, and per class; none if there are no cases.
 
@@ -54,6 +71,10 @@ def validate_cases(
     Mirrored copies are left out here: they multiply the time and change all checkpoints alike. The processes of a
     run share the cases among them and return the same; around a sharded block, which takes all of them at once,
     each segments every case.
+
+    Args:
+        patience_seconds: give up after the first two cases if all of them would take longer; then the record holds
+            `would_take_seconds` alone.
     """
     gate = getattr(network.insert, "gate", None)
     opened = {} if gate is None else {"gate_rms": float(gate.detach().square().mean().sqrt())}
@@ -65,17 +86,27 @@ def validate_cases(
     # Dice, and 1 where a case has the class.
     table = torch.zeros(2, len(cases), len(plan.output_values), dtype=torch.float64)
     network.eval()
-    for number in numbers:
-        case = cases[number]
-        probabilities = case_probabilities(
-            network, case, plan, overlap=config.inference.overlap, flip=False, accelerator=accelerator
+
+    def score(number: int) -> float:
+        """Fill the case's rows, and return the seconds that it took."""
+        started = time.monotonic()
+        truth, overlap = np.asarray(cases[number].native_label), config.inference.overlap
+        mask = case_mask(
+            network, cases[number], plan, truth.shape, overlap=overlap, flip=False, accelerator=accelerator
         )
-        truth = np.asarray(case.native_label)
-        mask = native_mask(probabilities, truth.shape, plan)
         for column, value in enumerate(plan.output_values):
             wanted = truth > 0 if plan.merged else truth == value
             table[0, number, column] = dice(mask == value, wanted)
             table[1, number, column] = float(wanted.any())
+        return time.monotonic() - started
+
+    # The first one is slower than the others: what is needed is loaded, and kernels are chosen.
+    seconds = [score(number) for number in numbers[:2]]
+    would_take = processes.first(seconds[-1] * len(numbers) if len(numbers) > 2 else 0.0)
+    if patience_seconds is not None and would_take > patience_seconds:
+        return {"would_take_seconds": would_take}
+    for number in numbers[2:]:
+        score(number)
     if shared:
         # Each row stands in one process and is zero in the others, so the sum is exact.
         table = processes.sum(table)

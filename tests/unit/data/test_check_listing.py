@@ -15,7 +15,7 @@ from medvisionllama.data.check.division import division_findings
 from medvisionllama.data.check.listing import scans_in
 from medvisionllama.data.fingerprint import fingerprint
 from medvisionllama.data.formats.dicom_grid import grid_of
-from medvisionllama.data.formats.dicom_series import find_series
+from medvisionllama.data.formats.dicom_series import find_series, person_of
 from medvisionllama.data.index import index_dataset, open_dataset
 from medvisionllama.data.splits import Fold, Splits
 from medvisionllama.errors import DataError
@@ -52,6 +52,24 @@ def both(*cases, label="{}"):
     return [
         name for case in cases for name in (f"images/{case}.nii.gz", f"labels/{label.format(case)}.nii.gz")
     ]
+
+
+def test_classes_that_train_would_refuse_are_pointed_out(plain):
+    root = plain(*both("a", "b", "c"))
+    (root / "names.json").write_text(json.dumps({"classes": {"1": "kidney", "2": "kidney"}}))
+    [found] = [finding for finding in check(root, fast=True).findings if finding.code == "class-names"]
+    assert found.severity == "warning"
+    assert "the values 1 and 2 are both called 'kidney'" in found.message
+
+
+def test_one_name_of_two_cases_is_told_with_both_files(plain):
+    root = plain("p1/t1.nii.gz", "p2/t1.nii.gz", "label1.nii.gz", "label2.nii.gz")
+    entries = [{"image": f"p{n}/t1.nii.gz", "label": f"label{n}.nii.gz"} for n in (1, 2)]
+    content = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "a"}, "training": entries}
+    (root / "dataset.json").write_text(json.dumps(content))
+    said = refusal(root)
+    assert "p1/t1.nii.gz" in said
+    assert "p2/t1.nii.gz are both the case 't1'; give them different names" in said
 
 
 @pytest.mark.parametrize("folder", ["images", "labels"])
@@ -256,6 +274,17 @@ def test_series_with_one_patient_number_are_one_person(persons, fast):
     assert not [finding for finding in joined.findings if finding.code == "person-apart"]
 
 
+def test_the_directory_of_a_cd_does_not_hide_whose_scans_they_are(persons):
+    root = persons(alpha="ID-1", bravo="ID-1", charlie="ID-2")
+    for name in ("alpha", "bravo"):
+        # DICOMDIR sorts before the images, is DICOM, and is nobody's.
+        image = next((root / "images" / name).iterdir())
+        directory = dcmread(image)
+        del directory.PatientID, directory.PixelData
+        directory.save_as(root / "images" / name / " DICOMDIR")
+    assert person_of(root / "images" / "alpha") == person_of(root / "images" / "bravo") != ""
+
+
 def test_training_says_first_that_series_are_one_persons(persons, capsys):
     # The names look alike as well, and only the first warning is shown.
     root = persons(p1_left="ID-1", p1_right="ID-2", p2="ID-3", zulu="ID-3")
@@ -264,6 +293,9 @@ def test_training_says_first_that_series_are_one_persons(persons, capsys):
     shown = capsys.readouterr().err
     assert "look at this: p2 and zulu have one PatientID but count as 2 patients" in " ".join(shown.split())
     assert "ID-3" not in shown
+    # Nothing names the classes, so it is said which there are, and that sides may be confused.
+    assert "label values found: 1; the dataset names no classes" in " ".join(shown.split())
+    assert "left and right are mirrored; the classes have no names" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("number", ["ID-1", "ID-2", "ID-3", "ANONYMOUS"])

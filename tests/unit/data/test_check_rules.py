@@ -112,6 +112,17 @@ def test_classes_that_are_never_met_are_named_once(case_facts):
     assert codes(empty) == ["all-labels-empty"]
 
 
+def test_nameless_values_that_only_some_labels_hold_are_pointed_out(case_facts):
+    ones, many = case_facts("a", label=box()), case_facts("b", label=255 * box().astype(np.uint8))
+    [found] = class_findings([ones, ones, many], {})
+    assert (found.code, found.severity) == ("values-uneven", "warning")
+    assert "1 (1 lack it), 255 (2 lack it)" in found.message
+    assert "if one class is written in two ways (1 and 255)" in found.message
+    both = case_facts("c", label=box() + 1)
+    assert class_findings([both, both], {}) == []
+    assert class_findings([ones, many], {1: "a", 255: "b"}) == []
+
+
 @pytest.mark.parametrize(
     ("names", "alike"),
     [

@@ -1,9 +1,11 @@
 """DICOM series in: every voxel where the file says, against GDCM and against what was written."""
 
 import copy
+import logging
 import os
 import shutil
 import warnings
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from pydicom.uid import (
 
 from dicom_files import AXIAL, ORIGIN, SPACING, affine_of, classic, enhanced, rotation, save
 from medvisionllama.data.formats.dicom import read_header, read_voxels
+from medvisionllama.data.formats.dicom_header import quiet
 from medvisionllama.data.formats.dicom_series import find_series
 from medvisionllama.data.readers import read_image, stem_of
 from medvisionllama.data.readers import read_voxels as read_any
@@ -398,6 +401,28 @@ def test_warnings_of_others_are_as_loud_as_before(tmp_path):
     save(classic(voxels()), tmp_path)
     before = list(warnings.filters)
     read_voxels(tmp_path)
+    assert warnings.filters == before
+
+
+def test_threads_that_read_at_once_leave_others_as_loud_as_before():
+    logger, before = logging.getLogger("pydicom"), list(warnings.filters)
+    inside, leave = Event(), Event()
+
+    def read():
+        with quiet():
+            inside.set()
+            leave.wait(10)
+
+    level = logger.level
+    thread = Thread(target=read)
+    thread.start()
+    inside.wait(10)
+    with quiet():
+        leave.set()
+        thread.join()
+        # The first to come has gone, and the last is still within.
+        assert logger.level > logging.CRITICAL
+    assert logger.level == level
     assert warnings.filters == before
 
 

@@ -401,6 +401,13 @@ def test_an_arm_is_summarised_over_patients_and_over_runs():
     assert math.isnan(table.loc[("none", "dice"), "mean"])
 
 
+def test_empty_masks_are_counted_over_runs():
+    runs, cases = Study().add("none", NONE).add("none", NONE, seed=1).tables
+    empty = ["truth", *[""] * 6, "both", *[""] * 4]
+    assert set(summarise_arms(runs, cases.assign(empty=empty))["num_empty"]) == {2}
+    assert set(summarise_arms(runs, cases)["num_empty"]) == {0}
+
+
 def test_average_ranks_are_those_counted_by_hand_and_ties_share_theirs():
     study = Study()
     for task, dice in {"heart": (0.9, 0.8, 0.7), "liver": (0.6, 0.6, 0.5), "lung": (0.2, 0.4, 0.1)}.items():

@@ -1,6 +1,7 @@
 """Tables of measures: over whom they average, and whose classes they name."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -150,3 +151,17 @@ def test_labels_that_trained_by_their_values_are_measured_by_them(tmp_path):
         evaluate_files([pair], classes, tolerance_mm=1.0)
     trained = Pair("a", "a", tmp_path / "a.nii.gz", label, by_value=True)
     assert evaluate_files([trained], classes, tolerance_mm=1.0)["dice"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_value_that_no_class_has_is_refused_unless_the_dataset_declares_none(tmp_path):
+    for folder in ("p", "l"):
+        (tmp_path / folder).mkdir()
+    write_mask(tmp_path / "p" / "a.nii.gz", np.ones((4, 4, 4), np.uint8), np.eye(4))
+    label = np.ones((4, 4, 4), np.uint8)
+    label[0] = 255
+    write_mask(tmp_path / "l" / "a.nii.gz", label, np.eye(4))
+    pair = Pair("a", "a", tmp_path / "p" / "a.nii.gz", tmp_path / "l" / "a.nii.gz", by_value=True)
+    with pytest.raises(DataError, match="holds the value 255, which is no class's"):
+        evaluate_files([pair], {1: "liver"}, tolerance_mm=1.0)
+    [score] = evaluate_files([replace(pair, declared=False)], {1: "liver"}, tolerance_mm=1.0)["dice"]
+    assert score == pytest.approx(2 * 48 / (64 + 48))

@@ -154,6 +154,25 @@ BROKEN = {
         {"arms": {"none": {"set": {"network.insert": "none"}, "also": ["block_removed"]}}},
         "no block",
     ),
+    "an arm that changes nothing": (
+        {
+            "arms": {
+                "none": {"set": {"network.insert": "none"}},
+                "plain": {"set": {"network.depth": 6}},
+                "x": {},
+            }
+        },
+        "the same training as the arm plain",
+    ),
+    "a block's weights where there is no block": (
+        {
+            "arms": {
+                "none": {"set": {"network.tokens": False}},
+                "random": {"set": {"network.tokens": False, "network.block.weights": "random"}},
+            }
+        },
+        "the same training as the arm none",
+    ),
     "a variant twice": (
         {"arms": {"none": {}, "block": {"also": ["block_removed"] * 2}}},
         "block-block-removed",

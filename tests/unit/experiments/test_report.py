@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from medvisionllama._files import write_json
+from medvisionllama.errors import CheckpointError
 from medvisionllama.evaluation.evaluate import write_table
 from medvisionllama.experiments import verbs
 from medvisionllama.experiments.matrix import expand
@@ -27,16 +28,21 @@ def measure(experiment, **dice):
     """Make runs look done, each with one test patient; `dice` by task, arm and fold, as a_none_0=0.5."""
     runs = {f"{run.task}_{run.arm}_{run.fold}": run for run in expand(experiment.matrix)}
     for name, value in dice.items():
-        files, fold = experiment.files(runs[name].run_id), runs[name].fold
-        row = {"case_id": f"c{fold}", "patient_id": f"p{fold}", "class": "left", "empty": ""}
-        row |= {"dice": value, "nsd": value, "hd95_mm": 1.0}
-        write_table(pd.DataFrame([row]), files.path / "evaluation.csv")
-        facts = {
-            "splits_sha256": f"{fold}" * 64,
-            "patients": {"train": ["p8"], "validation": ["p9"], "test": [f"p{fold}"]},
-            "test_dice": {runs[name].arm: value},
-        }
-        write_json(files.done, facts)
+        finish(experiment, runs[name], value)
+
+
+def finish(experiment, run, dice, **facts):
+    """Make a run look done, with the test patient of its fold and seed."""
+    files, place = experiment.files(run.run_id), f"{run.fold}{run.seed}"
+    row = {"case_id": f"c{place}", "patient_id": f"p{place}", "class": "left", "empty": ""}
+    row |= {"dice": dice, "nsd": dice, "hd95_mm": 1.0, "tolerance_mm": 1.0}
+    write_table(pd.DataFrame([row]), files.path / "evaluation.csv")
+    told = {
+        "splits_sha256": place * 32,
+        "patients": {"train": ["x"], "validation": ["y"], "test": [f"p{place}"]},
+        "test_dice": {run.arm: dice},
+    }
+    write_json(files.done, told | facts)
 
 
 def report(experiment):
@@ -64,3 +70,58 @@ def test_blocks_without_a_fold_that_all_have_are_not_ranked_and_are_named(folds)
     page, ranks = report(folds)
     assert ranks is None
     assert "(1 of block, 1 of none), and so the blocks without a run that all have: b, small, 100 %." in page
+
+
+def test_a_curve_joins_only_seeds_that_have_all_of_its_fractions(tmp_path, write_matrix):
+    path = write_matrix(fractions=[0.5, 1.0], seeds=[0, 1], split_per_seed=True)
+    experiment = Experiment.create(tmp_path / "experiment", path, data_root=tmp_path)
+    for run in expand(experiment.matrix):
+        # The second seed's patients are the hard ones, and of all of the cases one arm has not been there yet.
+        if (run.seed, run.fraction, run.arm) != (1, 1.0, "block"):
+            finish(experiment, run, 0.8 if run.seed == 0 else 0.2)
+    page, _ = report(experiment)
+    folder = experiment.results
+    summary, drawn = (
+        pd.read_csv(folder / f"{name}.csv").query("metric == 'dice'") for name in ("summary", "few_shot")
+    )
+    assert summary.set_index(["arm", "fraction"])["mean"].round(3).to_dict() == {
+        ("block", 0.5): 0.5,
+        ("block", 1.0): 0.8,
+        ("none", 0.5): 0.5,
+        ("none", 1.0): 0.5,
+    }
+    assert set(drawn["mean"].round(3)) == {0.8}
+    assert len(drawn) == 4
+    assert "the numbers are in few_shot.csv" in page
+
+
+def test_a_table_that_was_written_again_is_refused(folds):
+    measure(folds, a_none_0=0.5, a_block_0=0.6)
+    run = next(run for run in expand(folds.matrix) if (run.task, run.arm, run.fold) == ("a", "block", 0))
+    file = folds.files(run.run_id).path / "evaluation.csv"
+    table = pd.read_csv(file, dtype={"empty": str}, keep_default_na=False)
+    write_table(table.assign(dice=0.7), file)
+    with pytest.raises(CheckpointError, match=r"written again since .* 0.7000, then 0.6000.*done.json"):
+        report(folds)
+    write_table(table.assign(tolerance_mm=3.0), file)
+    with pytest.raises(CheckpointError, match="tolerances of 1 and 3 mm"):
+        report(folds)
+
+
+def test_code_that_changed_under_way_is_told(folds):
+    first, second, third, fourth, *_ = expand(folds.matrix)
+    finish(folds, first, 0.5, made_with=["medvisionllama 1 (installed) with torch 2"])
+    finish(folds, second, 0.5, made_with=["medvisionllama 1 (installed) with torch 2"])
+    assert "versions of the code" not in report(folds)[0]
+    finish(folds, third, 0.5, made_with=["medvisionllama 2 (installed) with torch 2"])
+    finish(folds, fourth, 0.5, git_revisions=["abc"])
+    assert "The runs were made by 3 versions of the code: abc, medvisionllama 1" in report(folds)[0]
+
+
+def test_attempts_of_a_failed_run_are_counted(folds):
+    run = expand(folds.matrix)[0]
+    for number in range(2):
+        folds.files(run.run_id).add_failure(f"RuntimeError: {number}", "", where="here")
+    report(folds)
+    rows = pd.read_csv(folds.results / "runs.csv").set_index("run_id")
+    assert rows.loc[run.run_id, ["state", "attempts", "error"]].tolist() == ["failed", 2, "RuntimeError: 1"]

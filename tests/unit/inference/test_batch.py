@@ -37,7 +37,7 @@ def test_a_scan_and_its_prediction_are_gone_before_a_huge_one_is_read(monkeypatc
     batch.predict_scans(
         predictor,
         [Scan(f"c{number}", (Path(f"c{number}.nii"),), voxels) for number in range(4)],
-        batch.Outputs(Path("nowhere"), MadeBy(weights_sha256=("0",), fast=False, cleaning=Cleaning())),
+        batch.Outputs(Path("nowhere"), MadeBy(weights_sha256=("0",), views=(), cleaning=Cleaning())),
         cleaning=InferenceConfig(),
         overwrite=False,
         keep_going=False,

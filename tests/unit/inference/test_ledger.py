@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from medvisionllama._files import files_sha256
 from medvisionllama.errors import DataError
 from medvisionllama.inference.cleaning import Cleaning
-from medvisionllama.inference.ledger import Ledger, MadeBy, check_mask
+from medvisionllama.inference.ledger import Ledger, MadeBy, Views, check_mask
 
-MAKER = MadeBy(weights_sha256=("a",), fast=False, cleaning=Cleaning())
+VIEWS = Views(overlap=0.5, flip=True, turn=True)
+MAKER = MadeBy(weights_sha256=("a",), views=(VIEWS,), cleaning=Cleaning())
 
 
 @pytest.fixture
@@ -34,12 +36,12 @@ def record(scan: Path, volume: float = 1.0) -> dict:
 def test_the_last_line_of_a_mask_counts_and_a_torn_one_does_not(scan, tmp_path):
     ledger = Ledger(tmp_path)
     assert ledger.read() == {}
-    ledger.add(record(scan), [scan], MAKER)
-    ledger.add(record(scan, 2.0), [scan], MAKER)
+    ledger.add(record(scan), files_sha256([scan]), MAKER)
+    ledger.add(record(scan, 2.0), files_sha256([scan]), MAKER)
     whole = ledger.path.read_bytes()
     ledger.path.write_bytes(whole + whole[:30])
     assert ledger.read()["s.nii.gz"].volumes_ml == {"a": 2.0}
-    ledger.add(record(scan, 3.0), [scan], MAKER)
+    ledger.add(record(scan, 3.0), files_sha256([scan]), MAKER)
     ledger.path.write_bytes(ledger.path.read_bytes() + b'[]\n{"mask": 3}\n\xff\n')
     assert ledger.read()["s.nii.gz"].volumes_ml == {"a": 3.0}
 
@@ -47,7 +49,7 @@ def test_the_last_line_of_a_mask_counts_and_a_torn_one_does_not(scan, tmp_path):
 def test_folders_and_headers_stay_out_of_it(scan, tmp_path):
     ledger = Ledger(tmp_path)
     said = record(scan) | {"source": {"folder": str(scan.parent)}, "warnings": [f"{scan} is of Mr Roe"]}
-    ledger.add(said, [scan], MAKER)
+    ledger.add(said, files_sha256([scan]), MAKER)
     assert not {"Doe", "Roe"} & set(re.findall("[A-Z][a-z]+", ledger.path.read_text()))
     assert ledger.read()["s.nii.gz"].volumes_ml == {"a": 1.0}
 
@@ -57,13 +59,17 @@ def test_folders_and_headers_stay_out_of_it(scan, tmp_path):
     [
         ({"weights_sha256": ("b",)}, "by other networks"),
         ({"weights_sha256": ("a", "b")}, "by other networks"),
-        ({"fast": True}, "without --fast"),
+        (
+            {"views": (VIEWS.model_copy(update={"turn": False}),)},
+            "mirrored and turned, windows overlapping by 0.5",
+        ),
+        ({"views": (VIEWS.model_copy(update={"overlap": 0.6}),)}, "other views of each scan"),
         ({"cleaning": Cleaning(largest_component=True)}, "no component is removed"),
     ],
 )
 def test_a_mask_made_otherwise_is_refused(scan, tmp_path, other, words):
     ledger = Ledger(tmp_path)
-    ledger.add(record(scan), [scan], MAKER)
+    ledger.add(record(scan), files_sha256([scan]), MAKER)
     made = ledger.read()["s.nii.gz"]
     check_mask(tmp_path / "s.nii.gz", made, [scan], MAKER)
     with pytest.raises(DataError, match=words):
@@ -72,7 +78,7 @@ def test_a_mask_made_otherwise_is_refused(scan, tmp_path, other, words):
 
 def test_a_mask_of_other_voxels_or_of_nobody_is_refused(scan, tmp_path):
     ledger = Ledger(tmp_path)
-    ledger.add(record(scan), [scan], MAKER)
+    ledger.add(record(scan), files_sha256([scan]), MAKER)
     made = ledger.read()["s.nii.gz"]
     scan.write_bytes(b"others")
     with pytest.raises(DataError, match=r"another scan of that name, or .* has changed"):

@@ -15,7 +15,6 @@ from medvisionllama.inference.windows import (
     _blend_row,
     _row_weights,
     blended_planes,
-    predict_probabilities,
     probability_planes,
     slab_axis,
 )
@@ -57,6 +56,18 @@ class _OneSided(nn.Module):
     def forward(self, windows):
         ramp = torch.linspace(-2, 2, windows.shape[2]).view(1, 1, -1, 1, 1)
         return torch.cat([windows[:, :1], windows[:, 1:] + ramp, windows[:, :1] * ramp], dim=1)
+
+
+def predict_probabilities(network, image, plan, *, turn=False, **options):
+    """Class probabilities `[k, x, y, z]`, all at once."""
+    axis = slab_axis(tuple(image.shape[1:]), [plan], turn=turn)
+    return torch.cat(
+        list(probability_planes(network, image, plan, axis=axis, turn=turn, **options)), axis + 1
+    )
+
+
+def mask_of(probabilities, shape, plan, axis=0):
+    return native_mask([probabilities], tuple(probabilities.shape[1:]), shape, plan, axis=axis)
 
 
 def _image(shape):
@@ -170,7 +181,7 @@ def test_axes_that_training_does_not_mirror_are_not_mirrored():
 def test_masks_hold_label_values_in_the_smallest_type_that_fits(classes, merged, values, dtype):
     winners = torch.arange(24).view(2, 3, 4) % len(values)
     probabilities = nn.functional.one_hot(winners, len(values)).movedim(-1, 0).float()
-    mask = native_mask(probabilities, (2, 3, 4), _plan(classes=classes, merged=merged))
+    mask = mask_of(probabilities, (2, 3, 4), _plan(classes=classes, merged=merged))
     assert mask.dtype == dtype
     assert mask.shape == (2, 3, 4)
     assert np.array_equal(mask, np.array(values)[winners.numpy()])
@@ -180,7 +191,7 @@ def test_masks_come_back_to_the_scans_own_grid():
     probabilities = torch.zeros(3, 4, 4, 4)
     probabilities[0] = 1
     probabilities[:, 2:] = torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1, 1)
-    mask = native_mask(probabilities, (8, 6, 2), _plan())
+    mask = mask_of(probabilities, (8, 6, 2), _plan())
     assert mask.shape == (8, 6, 2)
     assert (mask[:4] == 0).all()
     assert (mask[4:] == 2).all()
@@ -188,9 +199,13 @@ def test_masks_come_back_to_the_scans_own_grid():
 
 def test_masks_of_a_few_planes_at_a_time_are_those_of_all_at_once(monkeypatch):
     probabilities = torch.rand(3, 7, 6, 5, generator=torch.Generator().manual_seed(0)).softmax(dim=0)
-    whole = native_mask(probabilities, (17, 9, 8), _plan())
+    whole = mask_of(probabilities, (17, 9, 8), _plan())
     monkeypatch.setattr("medvisionllama.inference.slabs._SLAB_BYTES", 1)
-    assert np.array_equal(native_mask(probabilities, (17, 9, 8), _plan()), whole)
+    for axis in range(3):
+        assert np.array_equal(mask_of(probabilities, (17, 9, 8), _plan(), axis), whole)
+        planes = probabilities.split(2, dim=axis + 1)
+        pieces = native_mask(planes, (7, 6, 5), (17, 9, 8), _plan(), axis=axis)
+        assert np.array_equal(pieces, whole)
 
 
 def _all_at_once(network, image, overlap, axis):

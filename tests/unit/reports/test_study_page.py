@@ -135,6 +135,7 @@ def whole_study():
         curves=pd.DataFrame(curves),
         comparisons=pd.DataFrame(comparisons),
         summary=pd.DataFrame(summary),
+        few_shot=pd.DataFrame(summary).query("metric == 'dice'"),
         arms=ARMS,
         ranks=pd.DataFrame({"arm": ["pretrained", "none", "random"], "rank": [1.0, 2.0, 3.0]}),
         critical_difference=1.66,
@@ -416,6 +417,23 @@ def test_failed_runs_are_listed_with_their_last_line(study, tmp_path):
     assert "arms have different numbers of runs" in page
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"data_sha256": "other"}, "In 1 of 8 repetitions the arms were not trained on the same files"),
+        ({"machine": "another", "steps": 7}, "In 1 of 8 repetitions the arms ran on different machines"),
+        ({"machine": "another"}, None),
+        ({"steps": 7}, None),
+    ],
+)
+def test_arms_of_other_files_or_clocks_are_said(study, tmp_path, changed, said):
+    runs = study.runs.assign(data_sha256="one")
+    runs.loc[0, list(changed)] = list(changed.values())
+    page = write_study(replace(study, runs=runs), tmp_path).read_text()
+    assert said is None or said in page
+    assert page.count(" repetitions the arms ") == (said is not None)
+
+
 def test_splits_that_differ_within_a_task_are_said(study, tmp_path):
     runs = study.runs.copy()
     runs.loc[0, "splits_sha256"] = "cd" * 32
@@ -440,7 +458,7 @@ def test_names_with_special_characters_are_escaped_in_html_and_latex(study, tmp_
     arm = '<b>50%_R&D#1</b>{x}\\"'
     changed = {
         name: getattr(study, name).replace({"arm": {"pretrained": arm}})
-        for name in ("runs", "cases", "curves", "comparisons", "summary", "ranks")
+        for name in ("runs", "cases", "curves", "comparisons", "summary", "few_shot", "ranks")
     }
     arms = {arm if name == "pretrained" else name: text for name, text in ARMS.items()}
     page = write_study(replace(study, **changed, arms=arms, links={}), tmp_path)
@@ -494,6 +512,7 @@ def test_without_curves_links_ranks_and_a_second_task_the_page_says_so(study, tm
         cases=one(study.cases),
         comparisons=one(study.comparisons),
         summary=one(study.summary),
+        few_shot=one(study.few_shot),
         curves=pd.DataFrame(),
         ranks=None,
         critical_difference=None,
@@ -503,7 +522,7 @@ def test_without_curves_links_ranks_and_a_second_task_the_page_says_so(study, tm
     parse(page)
     text = page.read_text()
     assert "No run has written a learning curve." in text
-    assert "No task was measured at more than one fraction." in text
+    assert "No task was measured at more than one fraction in runs that all arms have." in text
     assert "No critical-difference diagram" in text
     assert "In the one comparison by Dice, no difference between pretrained and none is shown." in text
     assert "../runs" not in text
@@ -519,6 +538,7 @@ def test_without_a_reference_run_that_is_done_nothing_is_compared_and_the_page_s
             cases=study.cases[study.cases["arm"] != "none"],
             comparisons=pd.DataFrame(),
             summary=study.summary[study.summary["arm"] != "none"],
+            few_shot=study.few_shot[study.few_shot["arm"] != "none"],
         ),
         tmp_path,
     )
@@ -530,7 +550,7 @@ def test_without_a_reference_run_that_is_done_nothing_is_compared_and_the_page_s
 
 
 def test_a_study_that_has_not_begun_has_a_page(study, tmp_path):
-    empty = dict.fromkeys(("cases", "curves", "comparisons", "summary"), pd.DataFrame())
+    empty = dict.fromkeys(("cases", "curves", "comparisons", "summary", "few_shot"), pd.DataFrame())
     runs = study.runs.assign(state="planned", seconds="", trainable="", test_dice="", splits_sha256="")
     page = write_study(replace(study, runs=runs, **empty, ranks=None), tmp_path)
     parse(page)

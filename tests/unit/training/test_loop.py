@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from medvisionllama.config import load_config
+from medvisionllama.progress import Silent
 from medvisionllama.training import loop as module
 from medvisionllama.training.loop import LoopState, TrainingLoop
 
@@ -23,12 +24,12 @@ def loop(monkeypatch):
 
 
 def validate_in(loop, seconds):
-    def validate(network):
+    def validate(network, patience):
         loop.now += seconds
         return {"dice": 0.5}
 
     loop.validate = validate
-    loop._validate()
+    loop._validate(Silent())
 
 
 def test_a_quick_validation_after_a_slow_one_is_not_repeated(loop):
@@ -46,6 +47,45 @@ def test_a_quick_validation_after_a_slow_one_is_not_repeated(loop):
     loop.now = 37.6
     loop._tick()
     assert loop._validation_due()
+
+
+class Lines(Silent):
+    def __init__(self):
+        self.said = []
+
+    def say(self, line):
+        self.said.append(line)
+
+
+def test_a_validation_that_would_eat_the_run_is_made_at_its_end_alone(loop):
+    patience, lines = [], Lines()
+
+    def validate(network, seconds):
+        patience.append(seconds)
+        loop.now += 1.0 if seconds else 20.0
+        return {"would_take_seconds": 20.0} if seconds else {"dice": 0.5}
+
+    loop.validate = validate
+    loop.now = 15.1
+    loop._tick()
+    assert loop._validation_due()
+    loop._validate(lines)
+    assert (loop.state.validated_step, loop.state.best) == (0, None)
+    assert "takes about 0.33 of the 1 minutes, so it is done once, at the end" in lines.said[0]
+    for loop.now in (16.2, 30.1, 39.9):
+        loop._tick()
+        assert not loop._validation_due()
+    # Given more time, it may take what it takes, as often as was asked for.
+    config, loop.config = loop.config, loop.config.model_copy(update={"max_minutes": 10})
+    assert not loop._validates_late
+    loop.config = config
+    loop.now = 40.1
+    loop._tick()
+    assert loop._validation_due()
+    loop._validate(lines)
+    assert patience == [pytest.approx(0.25 * 60 / 4), None]
+    assert loop.state.best == 0.5
+    assert len(lines.said) == 1
 
 
 def test_a_run_that_goes_on_longer_gets_new_masks(loop):

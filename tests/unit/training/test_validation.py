@@ -11,7 +11,7 @@ from medvisionllama.data.cache import build_cache, fit_normalisation
 from medvisionllama.data.fingerprint import fingerprint
 from medvisionllama.data.index import open_dataset
 from medvisionllama.data.planning import make_plan
-from medvisionllama.inference.slabs import native_mask
+from medvisionllama.inference.slabs import likeliest
 from medvisionllama.run_dir import RunDir
 from medvisionllama.training.fit import say_never_found
 from medvisionllama.training.validation import validate_cases
@@ -71,16 +71,37 @@ def test_the_network_works_in_the_runs_precision_and_nothing_else_does(cases, mo
             inside.append(torch.is_autocast_enabled("cpu"))
             return super().forward(image)
 
-    def noting(probabilities, shape, plan):
+    def noting(slab):
         outside.append(torch.is_autocast_enabled("cpu"))
-        return native_mask(probabilities, shape, plan)
+        return likeliest(slab)
 
-    monkeypatch.setattr("medvisionllama.training.validation.native_mask", noting)
+    monkeypatch.setattr("medvisionllama.inference.slabs.likeliest", noting)
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(accelerator, "autocast", partial(torch.autocast, "cpu", torch.bfloat16))
     validate_cases(Noting(1, 4), found, plan, load_config("small"), accelerator)
     assert set(inside) == {True}
     assert set(outside) == {False}
+
+
+def test_it_is_given_up_where_it_would_take_too_long(cases, monkeypatch):
+    found, plan = cases
+    seen = []
+
+    class Slow(Everywhere):
+        def forward(self, image):
+            seen.append(1)
+            return super().forward(image)
+
+    def record(patience):
+        seen.clear()
+        return validate_cases(
+            Slow(1, 4), found, plan, load_config("small"), Accelerator(cpu=True), patience_seconds=patience
+        )
+
+    assert record(1e-9)["would_take_seconds"] > 1e-9
+    given_up = len(seen)
+    assert record(1000.0) == record(None) != {}
+    assert len(seen) > given_up
 
 
 def test_nothing_is_said_where_every_class_is_found_somewhere(cases):
@@ -107,7 +128,7 @@ def test_the_user_is_told_of_the_weights_that_are_kept(tmp_path):
     run.append_history({"step": 3, "dice": 0.6})
     say_never_found(run, 5, lines)
     assert len(lines) == 1
-    assert "'a' and 'b' was found in none of the 5 validation cases" in lines[0]
+    assert f"in {tmp_path}, 'a' and 'b' was found in none of the 5 validation cases" in lines[0]
     run.append_history({"step": 4, "dice": 0.7})
     run.append_history({"step": 5, "dice": 0.6, "never_found": ["a"]})
     say_never_found(run, 5, lines)

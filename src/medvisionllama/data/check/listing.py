@@ -1,6 +1,7 @@
 """Rules on a dataset's list of files, before any is opened."""
 
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from medvisionllama.data.formats.dicom_header import is_dicom
 from medvisionllama.data.formats.dicom_series import find_series
 from medvisionllama.data.formats.itk import is_segmentation
 from medvisionllama.data.index import Case, Dataset
+from medvisionllama.data.labels import check_class_names
 from medvisionllama.data.readers import is_scan, stem_of
 from medvisionllama.errors import DataError
 
@@ -22,18 +24,35 @@ def listing_findings(dataset: Dataset) -> list[Finding]:
         message = f"{dataset.root} holds no labelled cases; put images and labels of the same names there"
         return [Finding("layout", message)]
     findings = []
-    counts = Counter(case.case_id for case in dataset.cases)
-    for case_id, count in counts.items():
-        if count > 1:
-            times = "twice" if count == 2 else f"{count} times"
-            message = f"{dataset.root}: the case {case_id!r} is listed {times}; remove one"
-            findings.append(Finding("listed-twice", message, (case_id,)))
+    by_name = defaultdict(list)
+    for case in dataset.cases:
+        by_name[case.case_id].append(case)
+    for case_id, cases in by_name.items():
+        if len(cases) > 1:
+            findings.append(Finding("listed-twice", f"{dataset.root}: {_twice(case_id, cases)}", (case_id,)))
     for case in dataset.cases:
         for path in (*case.images, *([case.label] if case.label else [])):
             if not path.exists():
                 message = f"{dataset.root}: {path} is named by the dataset but does not exist; restore it or remove the case"
                 findings.append(Finding("missing-file", message, (case.case_id,), path))
     return findings
+
+
+def class_name_findings(dataset: Dataset) -> list[Finding]:
+    """Names of classes by which `train` refuses to tell them apart, unless it merges all of them."""
+    try:
+        check_class_names(dataset.classes, dataset.root)
+    except DataError as error:
+        return [Finding("class-names", str(error))]
+    return []
+
+
+def _twice(case_id: str, cases: Sequence[Case]) -> str:
+    places = list(dict.fromkeys(str(case.images[0]) for case in cases))
+    if len(places) > 1:
+        return f"{' and '.join(places[:2])} are both the case {case_id!r}; give them different names"
+    times = "twice" if len(cases) == 2 else f"{len(cases)} times"
+    return f"the case {case_id!r} is listed {times}; remove one"
 
 
 def present(dataset: Dataset) -> Dataset:

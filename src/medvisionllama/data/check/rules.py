@@ -1,7 +1,7 @@
 """Rules on all cases together: what stands apart, what occurs twice, what is never there."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.check.findings import Finding
@@ -26,6 +26,8 @@ def class_findings(cases: Sequence[CaseFacts], classes: Mapping[int, str]) -> li
     if not met:
         message = f"none of the {len(masks)} labels holds a labelled voxel; check that the label files hold the masks and not the images"
         return [Finding("all-labels-empty", message)]
+    if not classes and len(met) > 1:
+        return _uneven(cases, met)
     return [
         Finding(
             "class-unseen",
@@ -34,6 +36,23 @@ def class_findings(cases: Sequence[CaseFacts], classes: Mapping[int, str]) -> li
         for value, name in classes.items()
         if value not in met
     ]
+
+
+def _uneven(cases: Sequence[CaseFacts], met: Collection[int]) -> list[Finding]:
+    """Of classes that nobody names: values that some labels lack, as those that two programs wrote do."""
+    lacking = {
+        value: [
+            case
+            for case in cases
+            if case.mask is not None and case.mask.countable and value not in case.mask.voxels
+        ]
+        for value in sorted(met)
+    }
+    if not (uneven := {value: without for value, without in lacking.items() if without}):
+        return []
+    words = ", ".join(f"{value} ({len(without)} lack it)" for value, without in uneven.items())
+    message = f"no names.json says what the label values mean, each is a class of its own, and not all labels have the values {words}; if one class is written in two ways (1 and 255), make it one, else name the classes in names.json"
+    return [Finding("values-uneven", message, tuple(without[0].case_id for without in uneven.values()))]
 
 
 def duplicate_findings(cases: Sequence[CaseFacts]) -> list[Finding]:

@@ -12,6 +12,7 @@ from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.check.findings import Finding, path_of
 from medvisionllama.data.check.headers import channel_findings, grid_findings, read_headers
 from medvisionllama.data.check.listing import (
+    class_name_findings,
     listing_findings,
     name_findings,
     present,
@@ -80,6 +81,7 @@ def check_dataset(
     if listed:
         findings += listing_findings(dataset)
         findings += name_findings(dataset)
+        findings += class_name_findings(dataset)
         if dataset.cases:
             findings += patient_findings(dataset.cases)
     facts, found = _examine(whole, labelled=labelled, fast=fast, look=look, progress=progress or Silent())

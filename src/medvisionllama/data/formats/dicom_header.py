@@ -11,9 +11,10 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from medvisionllama._optional import require
@@ -105,7 +106,29 @@ class FileHeader:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep pydicom's warnings from terminal and logs: they quote values, which may be the patient's."""
+    """Keep pydicom's warnings from terminal and logs: they quote values, which may be the patient's.
+
+    Of several threads the first to come silences and the last to go lets speak again.
+    """
+    global _num_quiet
+    with _QUIET:
+        _num_quiet += 1
+        if _num_quiet == 1:
+            _loud.enter_context(_silenced())
+    try:
+        yield
+    finally:
+        with _QUIET:
+            _num_quiet -= 1
+            if not _num_quiet:
+                _loud.close()
+
+
+_QUIET, _loud, _num_quiet = Lock(), ExitStack(), 0
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
     logger = logging.getLogger("pydicom")
     before = logger.level
     logger.setLevel(logging.CRITICAL + 1)

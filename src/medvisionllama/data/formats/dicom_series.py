@@ -71,14 +71,19 @@ def find_series(path: Path) -> tuple[Series, ...]:
 def person_of(source: Path | Series) -> str:
     """SHA-256 of the first PatientID in a series; empty where there is none, or a file is damaged."""
     try:
-        for file in source.files if isinstance(source, Series) else _files_of(source):
-            if is_dicom(file):
-                number = str(read_dataset(file, ("PatientID",)).get("PatientID") or "").strip()
-                return hashlib.sha256(number.encode()).hexdigest() if number else ""
+        for file in files_of(source):
+            # The directory of a CD has none, and lies before the images.
+            if number := str(read_dataset(file, ("PatientID",)).get("PatientID") or "").strip():
+                return hashlib.sha256(number.encode()).hexdigest()
     except (OSError, DataError):
         # What is wrong with it is said when its header is read.
         return ""
     return ""
+
+
+def files_of(source: Path | Series) -> list[Path]:
+    """The DICOM files of a series, or of a folder and the folders below it, whatever else lies there."""
+    return list(source.files) if isinstance(source, Series) else list(filter(is_dicom, _files_of(source)))
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -35,6 +35,8 @@ class ScanToExplain:
     """The label was given by the user, and is not the dataset's."""
     part: str = ""
     """`train`, `validation` or `test` of the run; empty for a scan that is not of its dataset."""
+    trained_other: bool = False
+    """The run that it is compared with was trained on a patient of this name."""
 
     @property
     def truth(self) -> str:
