@@ -57,7 +57,7 @@ ROWS = {
     "acdc-all": Row("Task101_ACDC", None, 30, exclude=_TWICE),
     "sunnybrook-all": Row("Task104_SunnybrookLV", None, 30),
 }
-_OF_SMALL = {"one-network", "half"}
+_OF_SMALL = {"one-network", "half", "fine-16"}
 """Arms that take one of two networks away, or name the stem's channels."""
 TABLES = {
     "small": ("hippocampus-14", "hippocampus-all", "acdc-4", "sunnybrook-5"),
@@ -77,6 +77,9 @@ ARMS = {
     "no-bias-field": Arm(overrides={"network.tokens": False, "train.members": 1, "augment.bias_field": 0}),
     # Logits from stride 2: more steps in the same minutes.
     "half": Arm(overrides={"network.stem_channels": [0, 32, 64]}),
+    # More work on each crop, and fewer steps: channels at full resolution, convolutions on the way up.
+    "fine-16": Arm(overrides={"network.stem_channels": [16, 32, 64]}),
+    "join-2": Arm(overrides={"network.join_convolutions": 2}),
     "no-context": Arm(overrides={"network.tokens": False, "network.context_channels": None}),
     **{
         f"{name}-{width}{ending}": Arm(

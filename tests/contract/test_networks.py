@@ -47,7 +47,7 @@ def _config(llama, head, *, insert, lora_rank=0, **changes):
         # Nothing at full resolution.
         head, settings = "context", settings | {"stem_channels": (0, 6, 8)}
     if head == "context":
-        head, settings = "skip", {"context_channels": (10, 12)} | settings
+        head, settings = "skip", {"context_channels": (10, 12), "join_convolutions": 2} | settings
     return NetworkConfig(head=head, insert=insert, block=block, **settings)
 
 

@@ -282,6 +282,8 @@ class NetworkConfig(Section):
     stem_channels: tuple[Annotated[int, Field(ge=0)], Positive, Positive] = (8, 32, 64)
     """Channels of the skip head's stem at stride 1, 2 and 4; 0 leaves the work at full resolution out, and logits
     come from stride 2."""
+    join_convolutions: Annotated[int, Field(ge=1, le=4)] = 1
+    """Convolutions at strides 4 and 2 of the skip head, where what comes up is joined by the stem's features."""
     refine: bool = False
     """Read logits off the features of stride 2, in boxes that overlap, and let full resolution add to them
     from zero at the start, instead of reading all off its few channels; without work there, nothing changes."""

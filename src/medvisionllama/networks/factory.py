@@ -85,7 +85,13 @@ def build_network(
             channels=config.stem_channels, strides=strides, tokens=config.tokens, context=context, grid=grid
         )
         embed = StemEmbed(num_channels, config.width, **shared)
-        head = SkipHead(config.width, num_outputs, **shared, refine=config.refine)
+        head = SkipHead(
+            config.width,
+            num_outputs,
+            **shared,
+            join_convolutions=config.join_convolutions,
+            refine=config.refine,
+        )
     else:
         embed = PatchEmbed(num_channels, config.width, patch_size=config.patch_size)
         kind = LinearHead if config.head == "linear" else UpsampleHead

@@ -52,6 +52,7 @@ class SkipHead(nn.Module):
     starts at the network without them.
 
     Args:
+        join_convolutions: at strides 4 and 2, after each join; full resolution has one.
         refine: read logits off the features of stride 2 and add what full resolution has to say, from nothing at
             the start, instead of reading all off its few channels, in which a class may find no place for hundreds
             of steps.
@@ -67,6 +68,7 @@ class SkipHead(nn.Module):
         tokens: bool,
         context: tuple[int, int] | None,
         grid: Triple,
+        join_convolutions: int = 1,
         refine: bool = False,
     ) -> None:
         super().__init__()
@@ -78,11 +80,10 @@ class SkipHead(nn.Module):
             nn.init.zeros_(self.add_tokens.weight)
         self.context = ContextUp(context, grid=grid) if context else None
         self.from_tokens = Rise(deepest, coarse, strides[2]) if has_deepest else None
-        self.join_quarter = ConvBlock(
-            2 * coarse if has_deepest else coarse, coarse, kernel=kernel_for(strides[2])
-        )
+        joined = 2 * coarse if has_deepest else coarse
+        self.join_quarter = _join(joined, coarse, strides[2], join_convolutions)
         self.to_half = Rise(coarse, middle, strides[1])
-        self.join_half = ConvBlock(2 * middle, middle, kernel=kernel_for(strides[1]))
+        self.join_half = _join(2 * middle, middle, strides[1], join_convolutions)
         self.to_full = Rise(middle, fine, strides[0]) if fine else None
         self.join_full = ConvBlock(2 * fine, fine, kernel=kernel_for(strides[0])) if fine else None
         self.out = nn.Conv3d(fine, num_outputs, 1) if fine else _overlapping(middle, num_outputs, strides[0])
@@ -121,6 +122,14 @@ class SkipHead(nn.Module):
             return grid
         upper, lower = context
         return self.context(upper, lower if self.add_tokens is None else lower + self.add_tokens(grid))
+
+
+def _join(num_in: int, num_out: int, stride: Triple, number: int) -> nn.Module:
+    """So many convolutions, the first of which mixes what was joined; one is as it was before there were more."""
+    kernel = kernel_for(stride)
+    first = ConvBlock(num_in, num_out, kernel=kernel)
+    more = [ConvBlock(num_out, num_out, kernel=kernel) for _ in range(number - 1)]
+    return nn.Sequential(first, *more) if more else first
 
 
 def _overlapping(num_in: int, num_out: int, stride: Triple) -> nn.ConvTranspose3d:

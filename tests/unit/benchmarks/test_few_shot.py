@@ -70,6 +70,7 @@ def test_cells_that_would_repeat_another_are_left_out(module):
         "self-training",
         "one-network",
         "half",
+        "fine-16",
     }
 
 

@@ -79,3 +79,13 @@ def test_without_work_at_full_resolution_there_is_nothing_to_refine(image):
 def test_presets_refine_and_older_configurations_do_not(preset):
     assert load_config(preset).network.refine
     assert not NetworkConfig().refine
+
+
+def test_one_convolution_joins_as_it_did_before_there_could_be_more():
+    weights = {name for name in build().head.state_dict() if name.startswith("join_") and "conv" in name}
+    assert weights == {"join_quarter.conv.weight", "join_half.conv.weight", "join_full.conv.weight"}
+    twice = {name for name in build(join_convolutions=2).head.state_dict() if "join_half" in name}
+    assert {name for name in twice if "conv" in name} == {
+        "join_half.0.conv.weight",
+        "join_half.1.conv.weight",
+    }
