@@ -82,11 +82,8 @@ class RunDir:
         num = read_config(self.config).train.members
         others = [self.member(number) for number in range(2, num + 1)]
         for other in others:
-            if not other.best.is_file():
-                fewer = int(other.path.name) - 1
-                raise CheckpointError(
-                    f"{other.path} has no {other.best.name} yet; finish it with: {command('train', 'DATA', '--out', self.path, '--resume')}, or do without it by adding --members {fewer}"
-                )
+            fewer = int(other.path.name) - 1
+            self._check_weights(other.best, f", or do without it by adding --members {fewer}")
         return [self, *others]
 
     def weights_sha256(self) -> str:
@@ -132,9 +129,12 @@ class RunDir:
             raise CheckpointError(
                 f"{self.path} is not a run folder (no config.yaml); make one with: {command('train', 'DATA', '--out', self.path)}"
             )
-        if not self.best.is_file():
+        self._check_weights(self.best)
+
+    def _check_weights(self, best: Path, otherwise: str = "") -> None:
+        if not best.is_file():
             raise CheckpointError(
-                f"{self.path} has no {self.best.name} yet; finish it with: {command('train', 'DATA', '--out', self.path, '--resume')}"
+                f"{best.parent} has no {best.name} yet; finish it with: {command('train', 'DATA', '--out', self.path, '--resume')}{otherwise}"
             )
 
     def read_manifest(self) -> dict[str, Any]:

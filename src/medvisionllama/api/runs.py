@@ -150,13 +150,13 @@ def predict(
     run_dirs = [RunDir(Path(path)) for path in (run, *also)]
     plan = check_alike([run, *also])
     scans = collect_scans([Path(path) for path in inputs], channels=plan.channels)
-    settings = [read_config(one.config, ONE_VIEW if fast else {}).inference for one in run_dirs]
+    configs = [read_config(one.config, ONE_VIEW if fast else {}) for one in run_dirs]
     cleaning, reason = cleaning_of(
-        run_dirs[0], settings[0], largest=largest, min_ml=min_ml, num_runs=len(run_dirs)
+        run_dirs[0], configs[0].inference, largest=largest, min_ml=min_ml, num_runs=len(run_dirs)
     )
     made_by = MadeBy(
         weights_sha256=tuple(one.weights_sha256() for one in run_dirs),
-        views=tuple(Views.of(one) for one in settings),
+        views=tuple(Views.of(one.inference) for one in configs),
         cleaning=Cleaning.of(cleaning),
     )
     outputs = Outputs(
@@ -170,8 +170,7 @@ def predict(
     left = outputs.missing(scans, overwrite=overwrite, resume=resume)
     if len(left) < len(scans):
         progress.say(f"{len(scans) - len(left)} of {len(scans)} scans have their masks and are left out")
-    precision = read_config(run_dirs[0].config).train.precision
-    progress.say(f"segmenting on {device_words(device, precision)}")  # type: ignore[arg-type] # checked above
+    progress.say(f"segmenting on {device_words(device, configs[0].train.precision)}")  # type: ignore[arg-type] # checked above
     predictor = Predictor.from_run(run, *also, device=device, fast=fast)  # type: ignore[arg-type] # checked above
     if reason:
         progress.say(reason)

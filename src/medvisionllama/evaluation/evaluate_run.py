@@ -1,7 +1,6 @@
 """A run, or the mean of several, measured on one of the first run's own splits."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -84,8 +83,10 @@ def evaluate_run(
     tally = CalibrationTally(predictor.plan) if calibration else None
     masks = run_dir.path / "predictions" / part
     with progress.track(f"segmenting the {split} cases", len(cases)) as advance:
-        pairs = segment_cases(predictor, cases, masks, cleaning, tally=tally, advance=advance)
-    pairs = [replace(pair, declared=bool(dataset.classes)) for pair in pairs]
+        declared = bool(dataset.classes)
+        pairs = segment_cases(
+            predictor, cases, masks, cleaning, declared=declared, tally=tally, advance=advance
+        )
     if tally is not None:
         file = calibration_file(run_dir, split, also=also, block_removed=block_removed)
         tally.write(file, members, split)
@@ -119,10 +120,11 @@ def segment_cases(
     folder: Path,
     cleaning: InferenceConfig,
     *,
+    declared: bool,
     tally: CalibrationTally | None = None,
     advance: Callable[[int], None],
 ) -> list[Pair]:
-    """Write a mask of each labelled case into a folder, and pair it with its label."""
+    """Write a mask of each labelled case into a folder, and pair it with its label; `declared` as in `Pair`."""
     pairs = []
     for number, case in enumerate(cases, start=1):
         assert case.label is not None, "datasets list labelled cases"
@@ -131,7 +133,7 @@ def segment_cases(
         on_slab = None if tally is None else tally.watch(case, scan)
         mask = clean(predictor.segment(scan, on_slab=on_slab).mask, cleaning, predictor.plan.places)
         write_mask(path, mask.array, mask.affine, like=case.images[0])
-        pairs.append(Pair(case.case_id, case.patient_id, path, case.label, by_value=True))
+        pairs.append(Pair(case.case_id, case.patient_id, path, case.label, by_value=True, declared=declared))
         advance(number)
     return pairs
 

@@ -19,40 +19,34 @@ _FLAT_RATIO = 16.0
 
 def class_findings(cases: Sequence[CaseFacts], classes: Mapping[int, str]) -> list[Finding]:
     """Classes that no label holds."""
-    masks = [case.mask for case in cases if case.mask is not None and case.mask.countable]
-    if not masks:
+    values = [(case.case_id, set(case.mask.voxels)) for case in cases if case.mask and case.mask.countable]
+    if not values:
         return []
-    met = {value for mask in masks for value in mask.voxels}
+    met = {value for _, own in values for value in own}
     if not met:
-        message = f"none of the {len(masks)} labels holds a labelled voxel; check that the label files hold the masks and not the images"
+        message = f"none of the {len(values)} labels holds a labelled voxel; check that the label files hold the masks and not the images"
         return [Finding("all-labels-empty", message)]
     if not classes and len(met) > 1:
-        return _uneven(cases, met)
+        return _uneven(values, met)
     return [
         Finding(
             "class-unseen",
-            f"the class {value} ({name}) is declared but in none of the {len(masks)} labels; remove it from the declared classes or label it",
+            f"the class {value} ({name}) is declared but in none of the {len(values)} labels; remove it from the declared classes or label it",
         )
         for value, name in classes.items()
         if value not in met
     ]
 
 
-def _uneven(cases: Sequence[CaseFacts], met: Collection[int]) -> list[Finding]:
+def _uneven(values: Sequence[tuple[str, Collection[int]]], met: Collection[int]) -> list[Finding]:
     """Of classes that nobody names: values that some labels lack, as those that two programs wrote do."""
-    lacking = {
-        value: [
-            case
-            for case in cases
-            if case.mask is not None and case.mask.countable and value not in case.mask.voxels
-        ]
-        for value in sorted(met)
-    }
-    if not (uneven := {value: without for value, without in lacking.items() if without}):
+    lacking = {value: [name for name, own in values if value not in own] for value in sorted(met)}
+    uneven = {value: without for value, without in lacking.items() if without}
+    if not uneven:
         return []
     words = ", ".join(f"{value} ({len(without)} lack it)" for value, without in uneven.items())
     message = f"no names.json says what the label values mean, each is a class of its own, and not all labels have the values {words}; if one class is written in two ways (1 and 255), make it one, else name the classes in names.json"
-    return [Finding("values-uneven", message, tuple(without[0].case_id for without in uneven.values()))]
+    return [Finding("values-uneven", message, tuple(without[0] for without in uneven.values()))]
 
 
 def duplicate_findings(cases: Sequence[CaseFacts]) -> list[Finding]:

@@ -4,6 +4,7 @@ import filecmp
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,9 +82,10 @@ def person_of(source: Path | Series) -> str:
     return ""
 
 
-def files_of(source: Path | Series) -> list[Path]:
+def files_of(source: Path | Series) -> Iterator[Path]:
     """The DICOM files of a series, or of a folder and the folders below it, whatever else lies there."""
-    return list(source.files) if isinstance(source, Series) else list(filter(is_dicom, _files_of(source)))
+    # One by one: who looks for one thing in the first need not open the others.
+    return iter(source.files) if isinstance(source, Series) else filter(is_dicom, _files_of(source))
 
 
 def _files_of(path: Path) -> list[Path]:
