@@ -259,7 +259,7 @@ def test_patients_that_were_left_out_are_in_no_part_of_the_run(module, tmp_path)
     api.train(data, out=run, cases=3, overrides=settings, test=False)
     unused, parts = module("few_shot_unused"), RunDir(run).read_manifest()["cases"]
     seen = {name for part in parts.values() for name in part}
-    cases = {case.case_id for case in unused.unused_cases(RunDir(run))}
+    cases = {case.case_id for case in unused.unused_cases(RunDir(run), open_dataset(data))}
     assert cases == {case.case_id for case in open_dataset(data).cases} - seen
     table = unused.score_unused(RunDir(run), Silent())
     assert set(table["case_id"]) == cases
