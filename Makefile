@@ -42,13 +42,14 @@ format: install  ## Fix what the formatter can
 test-slow: install  ## Only the slow tests
 	$(PYTEST) -m slow
 
-bench: install  ## The benchmarks behind the README's numbers (hours; see benchmarks/README.md)
+bench: install  ## Most of the benchmarks behind the README's numbers (hours; see benchmarks/README.md)
 	$(BIN)/python benchmarks/block.py
 	$(BIN)/python benchmarks/block_source.py
 	$(BIN)/python benchmarks/paper_step.py
-	$(BIN)/python benchmarks/io.py check
-	$(BIN)/python benchmarks/io.py predict
-	$(BIN)/python benchmarks/io.py preprocess --data $${MEDVISIONLLAMA_DATA:-../shared/data}
+	$(BIN)/python benchmarks/experiment_scan.py
+	$(BIN)/python benchmarks/io_check.py
+	$(BIN)/python benchmarks/io_predict.py
+	$(BIN)/python benchmarks/io_preprocess.py --data $${MEDVISIONLLAMA_DATA:-../shared/data}
 	$(BIN)/python benchmarks/hippocampus.py
 
 clean:  ## Remove what `make` built

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def main() -> None:
     out.write_text(json.dumps({**result, "machine": machine_facts()["hardware"]}, indent=2) + "\n")
 
 
-def measure(tokens: int, precision: str, device: torch.device, repeats: int) -> dict[str, object]:
+def measure(tokens: int, precision: str, device: torch.device, repeats: int) -> dict[str, Any]:
     """Time the three ways in turn; report medians and the ratios of each turn."""
     dtype = getattr(torch, precision)
     block = make_block(device, dtype)
@@ -71,7 +72,7 @@ def measure(tokens: int, precision: str, device: torch.device, repeats: int) -> 
             spent = timed(step, device)
             if turn:  # the first one warms up
                 seconds[name].append(spent)
-    row: dict[str, object] = {"tokens": tokens, "precision": precision, "device": device.type}
+    row: dict[str, Any] = {"tokens": tokens, "precision": precision, "device": device.type}
     row |= {f"{name}_s": [round(value, 4) for value in values] for name, values in seconds.items()}
     row["ours_over_floor"] = ratio(seconds["ours"], seconds["floor"])
     row["reference_over_ours"] = ratio(seconds["reference"], seconds["ours"])
@@ -86,7 +87,7 @@ def measure(tokens: int, precision: str, device: torch.device, repeats: int) -> 
     return row
 
 
-def across_precisions(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+def across_precisions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Ours in bfloat16 against the reference code as it runs, in float32."""
     found = {(row["tokens"], row["precision"]): row for row in rows}
     result = []
@@ -129,10 +130,11 @@ def peak_gib(way: str, tokens: int, precision: str, device: torch.device) -> flo
     """Most memory held at once by weights and one step, above what the interpreter held before."""
     dtype = getattr(torch, precision)
     before = status_gib("VmRSS")
-    block: nn.Module = make_block(device, dtype)
-    if way == "reference":
-        block = ReferenceBlock(block)
-    step = there_and_back(block, torch.randn(1, tokens, WIDTH, device=device, dtype=dtype))
+    block = make_block(device, dtype)
+    step = there_and_back(
+        ReferenceBlock(block) if way == "reference" else block,
+        torch.randn(1, tokens, WIDTH, device=device, dtype=dtype),
+    )
     if device.type == "cuda":
         step()
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
@@ -167,7 +169,8 @@ class ReferenceBlock(nn.Module):
 
     def __init__(self, block: FrozenBlock) -> None:
         super().__init__()
-        self.layer, self.norm = block.layers[0], block.norm
+        self.layer: Any = block.layers[0]
+        self.norm: Any = block.norm
 
     def forward(self, x: Tensor) -> Tensor:
         attention, mlp = self.layer.self_attn, self.layer.mlp
@@ -189,7 +192,8 @@ class ReferenceBlock(nn.Module):
 
 def floor(block: FrozenBlock, x: Tensor) -> Step:
     """The matrix products of a step alone: one each way per matrix, two forward and four back in the attention."""
-    attention, mlp = block.layers[0].self_attn, block.layers[0].mlp
+    layer: Any = block.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
     linears = [
         attention.q_proj,
         attention.k_proj,

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ def main() -> None:
     try:
         folder = root / "org" / "model"
         checkpoint_bytes = write_checkpoint(folder)
-        rows = [{"source": "folder", **in_a_fresh_process(str(folder), {})}]
+        rows: list[dict[str, Any]] = [{"source": "folder", **in_a_fresh_process(str(folder), {})}]
         rows.append({"source": "http", **over_http(root)})
     finally:
         shutil.rmtree(root)
@@ -105,7 +106,7 @@ def write_checkpoint(folder: Path) -> int:
 
 def over_http(root: Path) -> dict[str, int | float]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from range_server import serving
+    from range_server import serving  # type: ignore[import-not-found]
 
     with serving(root) as server, tempfile.TemporaryDirectory(dir=root) as cache:
         environment = {"HF_ENDPOINT": server.url, "MEDVISIONLLAMA_CACHE": cache}

@@ -103,7 +103,7 @@ def main() -> None:
                 "medvisionllama",
                 "experiment",
                 "status",
-                experiment.path,
+                str(experiment.path),
                 "--json",
             ]
             times["status, whole command"] = seconds(

@@ -6,6 +6,7 @@ python benchmarks/few_shot_summary.py benchmarks/results/few_shot/acdc-4-20min  
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ Scores = dict[tuple[str, str, int], pd.Series]
 
 
 def difference(
-    scores: Scores, patients: dict[str, str], machine: str, arm: str, reference: str
+    scores: Scores, patients: Mapping[Any, str], machine: str, arm: str, reference: str
 ) -> dict[str, float]:
     """Mean over patients of an arm's Dice minus the reference's on the same cases, with its interval."""
     from medvisionllama.evaluation.statistics import bootstrap_interval, patient_means

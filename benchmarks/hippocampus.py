@@ -17,7 +17,7 @@ from medvisionllama.evaluation.evaluate import mean_class_dice, read_table
 from medvisionllama.evaluation.statistics import bootstrap_interval
 from medvisionllama.run_dir import RunDir
 
-ARMS = {
+ARMS: dict[str, dict[str, object]] = {
     "block": {},
     "no-block": {"network.insert": "none"},
     "no-tokens": {"network.tokens": False},

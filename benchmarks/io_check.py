@@ -1,6 +1,6 @@
 """How fast `data check` reads ten thousand small volumes, and in how much memory.
 
-    python benchmarks/io.py check
+    python benchmarks/io_check.py
 
 Writes a dataset of random volumes with labels to `--scratch` (about 2 GB), checks it from the command line in a
 fresh process, headers only and whole, and deletes it.
@@ -25,12 +25,8 @@ RESULT = Path(__file__).parent / "results" / "io_check.json"
 SHAPE = (32, 32, 32)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--cases", type=int, default=10_000)
-
-
-def run(arguments: argparse.Namespace) -> None:
+def main() -> None:
+    arguments = parse()
     root = Path(tempfile.mkdtemp(prefix="io-check-", dir=arguments.scratch))
     try:
         write_dataset(root / "data", arguments.cases)
@@ -56,6 +52,15 @@ def run(arguments: argparse.Namespace) -> None:
     }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--cases", type=int, default=10_000)
+    return parser.parse_args()
 
 
 def write_dataset(root: Path, num_cases: int) -> None:
@@ -104,3 +109,7 @@ def timed(arguments: list[str]) -> dict[str, float | str]:
         "exit_code": process.returncode,
         "summary": summary,
     }
+
+
+if __name__ == "__main__":
+    main()

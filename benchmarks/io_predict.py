@@ -1,6 +1,6 @@
 """What predicting a large CT costs: memory, time, and the share that is not the network.
 
-    python benchmarks/io.py predict
+    python benchmarks/io_predict.py
 
 Makes an artificial CT of 512 × 512 × 800 voxels of 0.8 × 0.8 × 1 mm with five organs, trains a small run on small
 volumes of the same kind for a minute, and segments the CT in a fresh process: read, resample, run windows, bring
@@ -40,13 +40,8 @@ ORGANS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--overlap", type=float, default=0.5, help="of windows; 0.5 is the preset's")
-    parser.add_argument("--child", nargs=3, metavar=("RUN", "SCAN", "OUT"), help=argparse.SUPPRESS)
-
-
-def run(arguments: argparse.Namespace) -> None:
+def main() -> None:
+    arguments = parse()
     if arguments.child:
         print(json.dumps(timed_prediction(*map(Path, arguments.child))))
         return
@@ -55,16 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         scan = root / "big.nii.gz"
         write_ct(scan, None, SHAPE, SPACING, seed=0)
         trained = train(root, arguments.overlap)
-        io_script = str(Path(__file__).with_name("io.py"))
-        command = [
-            sys.executable,
-            io_script,
-            "predict",
-            "--child",
-            str(trained),
-            str(scan),
-            str(root / "masks"),
-        ]
+        command = [sys.executable, __file__, "--child", str(trained), str(scan), str(root / "masks")]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         facts = json.loads(printed.splitlines()[-1])
     finally:
@@ -80,6 +66,16 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(result, indent=2))
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--overlap", type=float, default=0.5, help="of windows; 0.5 is the preset's")
+    parser.add_argument("--child", nargs=3, metavar=("RUN", "SCAN", "OUT"), help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def train(root: Path, overlap: float) -> Path:
@@ -149,7 +145,7 @@ def timed_prediction(run: Path, scan: Path, out: Path) -> dict[str, Any]:
                 return
             yield piece
 
-    predictor.Member.planes = timed
+    predictor.Member.planes = timed  # type: ignore[method-assign, assignment]
     measure(batch, "write_mask", seconds, "write")
     started = time.perf_counter()
     [record] = api.predict(run, [scan], out=out)
@@ -181,3 +177,7 @@ def measure(owner: Any, name: str, seconds: dict[str, float], key: str) -> None:
             seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - started
 
     setattr(owner, name, timed)
+
+
+if __name__ == "__main__":
+    main()

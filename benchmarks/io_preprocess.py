@@ -1,5 +1,7 @@
 """Preprocessing throughput against nnU-Net's own preprocessor: cases and megabytes a second, two workers each.
 
+    python benchmarks/io_preprocess.py --data DIR
+
 Both start from the same .nii.gz files and end with what their training reads. Ours: hash, RAS, resampling where
 the spacing differs (linear), foreground voxels and statistics, float32 `.npy` flushed to disk. nnU-Net's
 (`3d_fullres`): crop to non-zero, normalisation, resampling where the spacing differs (order-3 splines), foreground
@@ -18,6 +20,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+import nnunet
+from medvisionllama.run_dir import machine_facts
 
 FOLDER = Path(__file__).parent
 RESULT = FOLDER / "results" / "io_preprocess.json"
@@ -69,21 +74,8 @@ if __name__ == "__main__":
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this part."""
-    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
-    default = os.environ.get("MEDVISIONLLAMA_DATA")
-    parser.add_argument("--data", type=Path, default=default, required=default is None, help="the real scans")
-    parser.add_argument("--nnunet", type=Path, help="environment with nnU-Net, made here if it is not there")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--turns", type=int, default=3)
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Measure, print and write the result."""
-    import nnunet
-    from medvisionllama.run_dir import machine_facts
-
+def main() -> None:
+    arguments = parse()
     scratch = Path(tempfile.mkdtemp(prefix="io-preprocess-", dir=arguments.scratch))
     try:
         python = nnunet.install(arguments.nnunet or scratch / "nnunet")
@@ -103,10 +95,20 @@ def run(arguments: argparse.Namespace) -> None:
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
 
 
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = os.environ.get("MEDVISIONLLAMA_DATA")
+    parser.add_argument("--data", type=Path, default=default, required=default is None, help="the real scans")
+    parser.add_argument("--nnunet", type=Path, help="environment with nnU-Net, made here if it is not there")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--turns", type=int, default=3)
+    return parser.parse_args()
+
+
 def measure(data: Path, number: int, scratch: Path, python: Path, turns: int) -> dict:
     """Both tools on one dataset, taking turns, each time in a fresh process and into an empty folder."""
-    import nnunet
-
     content = json.loads((data / "dataset.json").read_text())
     files = [data / entry[part] for entry in content["training"] for part in ("image", "label")]
     size_mb = sum(path.stat().st_size for path in files) / 1e6
@@ -175,3 +177,7 @@ def summary(turns: Sequence[dict], num_cases: int, size_mb: float) -> dict:
         "mb_per_s": round(size_mb / middle, 2),
         **known,
     }
+
+
+if __name__ == "__main__":
+    main()

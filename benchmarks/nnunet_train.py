@@ -215,7 +215,7 @@ def settle(work: Path, request: dict[str, Any]) -> None:
 
 def read_result(work: Path) -> NnunetResult:
     """Read the facts of a finished run."""
-    facts = {
+    facts: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for name in ("train", "predict")
         for key, value in json.loads((work / f"{name}.json").read_text()).items()

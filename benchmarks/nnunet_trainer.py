@@ -83,7 +83,8 @@ class ClockTrainer(nnUNetTrainer):
         while not self.clock.is_over:
             self.on_epoch_start()
             self.on_train_epoch_start()
-            part, outputs = self.clock.part(NUM_PARTS), []
+            part = self.clock.part(NUM_PARTS)
+            outputs: list[dict[str, Any]] = []
             while not outputs or (self.clock.part(NUM_PARTS) == part and not self.clock.is_over):
                 outputs.append(self.train_step(next(self.dataloader_train)))
             self.on_train_epoch_end(outputs)
@@ -104,7 +105,7 @@ ClockTrainer.__name__ = "nnUNetTrainer"
 def train(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Plan, preprocess and train in the minutes of the request; return what there is to know."""
     start = multiprocessing.get_context
-    multiprocessing.get_context = lambda method=None: start("fork")
+    multiprocessing.get_context = lambda method=None: start("fork")  # type: ignore[assignment]
     for seeded in (random.seed, np.random.seed, torch.manual_seed):
         seeded(request["seed"])
     name, threads = request["name"], request["threads"]

@@ -46,7 +46,7 @@ class Trained:
             batch_size=self.config.train.batch_size,
             seed=0,
         )
-        network = fast_layout(build_network(self.config.network, **data.plan.network_sizes)).to(self.device)
+        network = fast_layout(build_network(self.config.network, **data.plan.network_shapes)).to(self.device)
         self.model = SupervisedSegmenter(
             network,
             num_outputs=data.plan.num_outputs,
