@@ -11,18 +11,31 @@ from safetensors import safe_open
 
 from medvisionllama import Predictor, api, load_config
 from medvisionllama.checkpoint import frozen, trainable
+from medvisionllama.config import read_config, write_config
+from medvisionllama.errors import CheckpointError
 from medvisionllama.llm import FrozenBlock
 from medvisionllama.run_dir import RunDir
 
 from .conftest import TINY
+
+SETTINGS = {**TINY, "network.block.lora_rank": 2}
 
 
 @pytest.fixture(scope="module")
 def run(phantoms, tmp_path_factory):
     """A finished run of the tiny network, made once."""
     path = tmp_path_factory.mktemp("runs") / "tiny"
-    api.train(phantoms, out=path, epochs=6, overrides={**TINY, "network.block.lora_rank": 2})
+    api.train(phantoms, out=path, epochs=6, overrides=SETTINGS)
     return RunDir(path)
+
+
+@pytest.fixture
+def around_another_block(run, tmp_path):
+    """A copy of the run whose settings name another layer, of the same shapes and other values."""
+    shutil.copytree(run.path, tmp_path / "run")
+    copy = RunDir(tmp_path / "run")
+    write_config(read_config(copy.config, {"network.block.layers": [0]}), copy.config)
+    return copy
 
 
 def test_run_folder_holds_everything_the_design_names(run):
@@ -54,6 +67,22 @@ def test_saved_weights_are_the_trainable_ones_and_the_block_is_what_was_loaded(r
     loaded = FrozenBlock.from_pretrained("smollm2-135m", weights="random", seed=0)
     assert json.loads(run.manifest.read_text())["network"]["block"]["sha256"] == loaded.sha256()
     assert predictor.network.insert.block.sha256() == loaded.sha256()
+
+
+def test_a_run_refuses_to_predict_around_another_block(around_another_block, phantoms, tmp_path):
+    scan = phantoms / "imagesTr" / "phantom_000.nii.gz"
+    with pytest.raises(CheckpointError, match="another frozen block"):
+        api.predict(around_another_block.path, scan, out=tmp_path / "masks")
+    assert not (tmp_path / "masks").exists()
+
+
+def test_a_run_refuses_to_go_on_around_another_block_and_stays_as_it_was(around_another_block, phantoms):
+    path = around_another_block.path
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    assert around_another_block.state in before
+    with pytest.raises(CheckpointError, match="another frozen block"):
+        api.train(phantoms, out=path, epochs=8, resume=True)
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 
 
 def test_test_cases_are_scored_once_per_class_and_merged(run):
@@ -161,12 +190,9 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(run, phantoms, cli):
     assert "--resume" in outcome.err
 
 
-def test_config_of_a_run_builds_the_same_config_again(run):
-    from medvisionllama.config import read_config
-
-    config = read_config(run.config)
-    assert config.network.width == TINY["network.width"]
-    assert config != load_config("small")
+def test_config_of_a_run_builds_the_same_config_again(run, phantoms):
+    places = {"data.path": phantoms.resolve(), "out": run.path.resolve()}
+    assert read_config(run.config) == load_config("small", {**SETTINGS, **places, "train.epochs": 6})
 
 
 def test_resume_refuses_a_changed_dataset(run, phantoms, tmp_path, cli):

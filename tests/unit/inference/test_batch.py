@@ -1,6 +1,8 @@
 """Many scans in turn: what is held in memory between them."""
 
+import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +20,29 @@ class Held:
     """Stands for a scan in memory or for its prediction."""
 
 
-@pytest.mark.parametrize("voxels", [60_000_000, 1_000])
-def test_a_scan_and_its_prediction_are_gone_before_a_huge_one_is_read(monkeypatch, voxels):
+@pytest.fixture
+def predict(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run four scans of a size through a predictor of two functions; nothing is written."""
+
+    def run(voxels, *, prepare, segment):
+        predictor = SimpleNamespace(
+            plan=SimpleNamespace(mask_classes={1: "a"}), prepare=prepare, segment=segment
+        )
+        monkeypatch.setattr(batch, "_finish", lambda *_: {})
+        batch.predict_scans(
+            predictor,
+            [Scan(f"c{number}", (Path(f"{number}.nii"),), voxels) for number in range(4)],
+            batch.Outputs(Path("nowhere"), MadeBy(weights_sha256=("0",), views=(), cleaning=Cleaning())),
+            cleaning=InferenceConfig(),
+            overwrite=False,
+            keep_going=False,
+            progress=Silent(),
+        )
+
+    return run
+
+
+def test_a_scan_and_its_prediction_are_gone_before_a_huge_one_is_read(predict):
     made: list[weakref.ref[Held]] = []
     alive = []
 
@@ -32,18 +55,24 @@ def test_a_scan_and_its_prediction_are_gone_before_a_huge_one_is_read(monkeypatc
         alive.append(sum(one() is not None for one in made))
         return make()
 
-    predictor = SimpleNamespace(plan=SimpleNamespace(mask_classes={1: "a"}), prepare=prepare, segment=make)
-    monkeypatch.setattr(batch, "_finish", lambda *_: {})
-    batch.predict_scans(
-        predictor,
-        [Scan(f"c{number}", (Path(f"c{number}.nii"),), voxels) for number in range(4)],
-        batch.Outputs(Path("nowhere"), MadeBy(weights_sha256=("0",), views=(), cleaning=Cleaning())),
-        cleaning=InferenceConfig(),
-        overwrite=False,
-        keep_going=False,
-        progress=Silent(),
-    )
-    if voxels > batch._MOST_VOXELS_AHEAD:
-        assert alive == [0, 0, 0, 0]
-    else:
-        assert len(alive) == 4
+    predict(batch._MOST_VOXELS_AHEAD + 1, prepare=prepare, segment=make)
+    assert alive == [0, 0, 0, 0]
+
+
+def test_the_next_scan_alone_is_read_while_the_networks_work_on_this_one(predict):
+    begun = [threading.Event() for _ in range(4)]
+    ahead = []
+
+    def prepare(images):
+        number = int(images[0].stem)
+        begun[number].set()
+        return number
+
+    def segment(number, **_):
+        following = begun[number + 1 :]
+        ahead.append(
+            [*(event.wait(2) for event in following[:1]), *(event.is_set() for event in following[1:])]
+        )
+
+    predict(batch._MOST_VOXELS_AHEAD, prepare=prepare, segment=segment)
+    assert ahead == [[True, False, False], [True, False], [True], []]

@@ -1,0 +1,77 @@
+"""Watching an experiment until it is over, and options that say nothing together."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from medvisionllama._files import lock_if_free, write_json
+from medvisionllama.experiments.matrix import expand
+from medvisionllama.experiments.store import Experiment
+
+
+@pytest.fixture
+def study(phantoms, tmp_path):
+    """An experiment of two runs, none of which has begun."""
+    matrix = {
+        "name": "mine",
+        "tasks": {"phantoms": {"data": phantoms.name}},
+        "models": {"small": {}},
+        "arms": {"none": {"set": {"network.insert": "none"}}, "block": {}},
+        "reference": "none",
+        "set": {"train.max_steps": 5},
+    }
+    (tmp_path / "matrix.yaml").write_text(yaml.safe_dump(matrix, sort_keys=False))
+    return Experiment.create(tmp_path / "study", tmp_path / "matrix.yaml", data_root=phantoms.parent)
+
+
+def test_watching_ends_at_the_second_look_that_finds_all_over(study, cli, monkeypatch):
+    first, second = (study.files(run.run_id) for run in expand(study.matrix))
+
+    def happenings():
+        write_json(first.done, {"test_dice": {"none": 0.5}})
+        yield "one is to come"
+        second.add_failure("out of memory", "Traceback ...", where="here")
+        yield "over, unless it is tried again"
+        with lock_if_free(second.lock):
+            yield "as it is"
+        write_json(second.done, {"test_dice": {"block": 0.5}})
+        yield "over"
+        yield "and still"
+
+    ahead, waits = happenings(), []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        next(ahead)
+
+    monkeypatch.setattr("medvisionllama.cli.experiment.time", SimpleNamespace(sleep=sleep))
+    outcome = cli("experiment", "status", study.path, "--watch")
+    assert outcome.code == 0, outcome.err
+    assert len(waits) == 5
+    assert min(waits) >= 1
+    assert "2 runs: 2 done" in outcome.out
+
+
+def test_a_table_that_is_watched_is_no_json(study, cli):
+    outcome = cli("experiment", "status", study.path, "--watch", "--json")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "--watch" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "option", [("--gpus-per-run", 1), ("--address", "anna:6379")], ids=lambda option: option[0]
+)
+def test_options_of_a_cluster_are_refused_on_one_machine(study, cli, option):
+    outcome = cli("experiment", "run", study.path, *option)
+    assert outcome.code == 2
+    assert "add --backend ray" in outcome.err
+    assert not (study.path / "runs").exists()
+
+
+def test_refused_options_leave_no_folder(tmp_path, cli):
+    matrix = Path(__file__).parents[2] / "configs" / "matrix" / "smoke.yaml"
+    outcome = cli("experiment", "run", matrix, "--out", tmp_path / "new", "--gpus-per-run", 1)
+    assert outcome.code == 2
+    assert not (tmp_path / "new").exists()
