@@ -61,7 +61,7 @@ FACTS = {
         "frozen": 3_540_672,
         "gflops": 2.3,
     },
-    **{"attempts": 1, "machine": "two cores", "git_revisions": ["0" * 40]},
+    **{"attempts": 1, "machine": "two cores", "made_with": ["medvisionllama 0.1.0"]},
 }
 """What a finished run with two hundred patients leaves."""
 

@@ -1,4 +1,7 @@
-"""DICOM series made on the spot: classic ones, a file for each slice, and enhanced multi-frame ones."""
+"""DICOM series made on the spot: classic ones, a file for each slice, and enhanced multi-frame ones.
+
+And what tests ask of scans and masks that are read back.
+"""
 
 from pathlib import Path
 
@@ -7,6 +10,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from pydicom.valuerep import format_number_as_ds
+
+from medvisionllama.data.formats import dicom
+from medvisionllama.data.formats.dicom_labels import read_classes
 
 MR = "1.2.840.10008.5.1.4.1.1.4"
 ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.4.1"
@@ -137,3 +143,28 @@ def enhanced(stored, *, orientation=AXIAL, spacing=SPACING, origin=ORIGIN, order
     dataset.PerFrameFunctionalGroupsSequence = Sequence(frames)
     dataset.PixelData = np.ascontiguousarray(stored[list(order)]).tobytes()
     return dataset
+
+
+def read_voxels(source):
+    """The voxels `[channel, x, y, z]` of a scan or a mask."""
+    return dicom.read(source)[0]
+
+
+def read_seg(path, header, classes=None):
+    """A mask on the grid of its scan, which may be rounded: numbers of segments, or values of `classes`."""
+    if classes is not None:
+        mask = read_classes(path, classes)
+        return on_grid(mask.array, mask.affine, header, atol=0.1)
+    array, own = dicom.read(path)
+    return on_grid(array[0], own.affine, header, atol=0.1)
+
+
+def on_grid(array, affine, header, *, atol=1e-3):
+    """Put every voxel of a mask at its place in the patient, on the scan's grid."""
+    index = np.argwhere(array)
+    world = affine @ np.c_[index, np.ones(len(index))].T
+    place = (np.linalg.inv(header.affine) @ world)[:3].T
+    np.testing.assert_allclose(place, np.rint(place), rtol=0, atol=atol)
+    whole = np.zeros(header.shape, array.dtype)
+    whole[tuple(np.rint(place).astype(int).T)] = array[tuple(index.T)]
+    return whole

@@ -6,9 +6,14 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows does without locks
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -38,9 +43,7 @@ def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterato
     Args:
         waiting: called once if another process holds it.
     """
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
         return
@@ -52,9 +55,7 @@ def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterato
         except FileNotFoundError:
             continue  # its holder has just removed the folder
         try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _take(file, fcntl.LOCK_EX):
                 waiting()
                 fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_still(path, file):
@@ -72,46 +73,54 @@ def lock_if_free(path: Path, *, seconds: float = 0.0) -> Iterator[bool]:
     The system frees the lock when the process ends, however it ends. Windows does without.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         yield True
         return
     file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         deadline = time.monotonic() + seconds
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    yield False
-                    return
-                time.sleep(0.05)
-            else:
-                yield True
-                return
+        while not (free := _take(file, fcntl.LOCK_EX)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield free
     finally:
         os.close(file)
 
 
 def is_locked(path: Path) -> bool:
     """Whether a living process holds a lock file; looking holds it for an instant itself."""
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         return False
     try:
         file = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not _take(file, fcntl.LOCK_SH)
     finally:
         os.close(file)
-    return False
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder itself, so that no file is left behind. Windows does without."""
+    if fcntl is None:
+        yield
+        return
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
+def _take(file: int, kind: int) -> bool:
+    """Lock an open file unless another process has it, and say whether that went."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_still(path: Path, file: int) -> bool:
@@ -145,6 +154,15 @@ def append_json(path: Path, record: Any) -> None:
         file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """What `append_json` wrote, nothing if there is no file; a line that a crash cut short is passed over."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return found
 
 
 def canonical_hash(value: Any) -> str:

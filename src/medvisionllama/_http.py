@@ -1,12 +1,12 @@
 """Downloads over HTTP, as far as they are the same for everything fetched: tries, versions, and what to say.
 
-`requests` is imported by those who open a connection, not here.
+`requests` is imported when a connection is opened, not with this module.
 """
 
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
@@ -45,7 +45,6 @@ def tries(
     lost: Callable[[str], MedVisionLlamaError],
     unusable: Callable[[str], MedVisionLlamaError],
     done: Callable[[], int] = lambda: 0,
-    waits_s: Sequence[float] = WAITS_S,
 ) -> T:
     """Repeat `attempt` while the connection fails and a few waits have not helped.
 
@@ -75,9 +74,9 @@ def tries(
             raise unusable(short(error)) from None
         if done() > before:
             failures, before = 0, done()
-        if failures == len(waits_s):
+        if failures == len(WAITS_S):
             raise lost(cause(reason)) from None
-        time.sleep(waits_s[failures])
+        time.sleep(WAITS_S[failures])
         failures += 1
 
 

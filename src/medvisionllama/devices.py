@@ -1,15 +1,14 @@
 """Which device and precision a run uses; training and prediction ask here, so they agree."""
 
 from contextlib import AbstractContextManager
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from medvisionllama.errors import ConfigError
+from medvisionllama.types import DeviceChoice, PrecisionChoice
 
-DeviceChoice = Literal["auto", "cpu", "cuda"]
-PrecisionChoice = Literal["auto", "fp32", "bf16"]
 N = TypeVar("N", bound=nn.Module)
 _THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

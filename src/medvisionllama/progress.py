@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+_SECONDS_BETWEEN_LINES = 20.0
+
 
 class Advance(Protocol):
     """Reports the state of one piece of work."""
@@ -47,9 +49,8 @@ class Lines:
         write: takes a line without its end.
     """
 
-    def __init__(self, write: Callable[[str], None], *, seconds_between: float = 20.0) -> None:
+    def __init__(self, write: Callable[[str], None]) -> None:
         self.say = write
-        self.seconds_between = seconds_between
 
     @contextmanager
     def track(self, title: str, total: float) -> Iterator[Advance]:
@@ -60,7 +61,7 @@ class Lines:
             nonlocal spoken, first
             # What a run had done before it went on took no time here.
             first = first or (time.monotonic(), done)
-            if time.monotonic() - spoken < self.seconds_between:
+            if time.monotonic() - spoken < _SECONDS_BETWEEN_LINES:
                 return
             spoken = time.monotonic()
             since, before = first

@@ -9,6 +9,8 @@ best.safetensors   trainable weights with the best validation Dice; the latest w
 last/              state to resume from
 pseudo_labels/     masks that unlabelled scans train with
 evaluation.csv     one row per test case and class
+evaluation.json    which weights it is of, and how their masks were cleaned
+predictions/       masks of the cases that were evaluated
 report.html        everything a person looks at
 members/2 ...      run folders of the further networks, if the run trains several
 
@@ -28,7 +30,7 @@ from typing import Any
 
 import torch
 
-from medvisionllama._files import append_json, files_sha256, write_text
+from medvisionllama._files import append_json, files_sha256, read_json_lines, write_text
 from medvisionllama.config import read_config
 from medvisionllama.errors import CheckpointError, command
 
@@ -149,15 +151,7 @@ class RunDir:
 
     def read_history(self) -> list[dict[str, Any]]:
         """Lines of history.jsonl; a line cut short by a kill is dropped."""
-        if not self.history.is_file():
-            return []
-        records = []
-        for line in self.history.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return records
+        return read_json_lines(self.history)
 
     def append_history(self, record: dict[str, Any]) -> None:
         append_json(self.history, record)

@@ -4,7 +4,8 @@ Arrays of a scan are `[channel, x, y, z]`; after reorientation x runs to the pat
 (RAS). Tokens are `[batch, token, width]`.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, TypedDict
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Integer
@@ -23,5 +24,27 @@ Tokens = Float[Tensor, "batch token width"]
 FoldName = int | Literal["all"]
 """The fold that validates; in `all` every patient trains, and none is left to validate or test."""
 
+RivalName = Literal["unetr", "swin_unetr", "dynunet", "segresnet", "unet++", "unet"]
+"""MONAI's networks."""
+Architecture = Literal["tokens", RivalName]
+BlockWeights = Literal["pretrained", "random", "moment_matched", "permuted", "identity"]
+BlockStorage = Literal["full", "int8"]
+Rotary = Literal[False, True, "3d"]
+PromptControl = Literal["text", "shuffled", "random"]
+MapperKind = Literal["linear", "lora", "linear+lora"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+PrecisionChoice = Literal["auto", "fp32", "bf16"]
+SizeCriterion = Literal["trainable", "total", "flops"]
+"""By what one network is made as large as another: parameters, or operations."""
+
 Triple = tuple[int, int, int]
 SpacingMm = tuple[float, float, float]
+
+
+class NetworkShapes(TypedDict):
+    """What a network must fit: the part of a plan that `networks.factory.build_network` asks for."""
+
+    num_channels: int
+    num_outputs: int
+    crop_size: Triple
+    strides: Sequence[Triple]

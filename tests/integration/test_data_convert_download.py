@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import medvisionllama
-from medvisionllama.data import http_file
 from medvisionllama.data.index import open_dataset
 from range_server import serving
 
@@ -19,7 +18,7 @@ NAME = "Task09_Spleen"
 def mirror(tmp_path, phantoms, monkeypatch):
     """A mirror of the decathlon with one task; the command line's own changes to the environment are taken back."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(http_file, "_WAITS_S", ())
+    monkeypatch.setattr("medvisionllama._http.WAITS_S", ())
     place = tmp_path / "served/msd/tar"
     place.mkdir(parents=True)
     with tarfile.open(place / f"{NAME}.tar", "w") as tar:

@@ -8,10 +8,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dicom_files import affine_of, classic, save
+from dicom_files import affine_of, classic, read_seg, save
 from medvisionllama import Predictor, api
 from medvisionllama.data.formats.dicom import open_series
-from medvisionllama.data.formats.dicom_labels import read_seg, segment_labels
+from medvisionllama.data.formats.dicom_labels import segment_labels
 from medvisionllama.data.readers import read_header
 from medvisionllama.errors import DataError
 from medvisionllama.evaluation.evaluate import read_table

@@ -10,8 +10,8 @@ import pytest
 
 from medvisionllama import api
 from medvisionllama.config import load_config
+from medvisionllama.data.planning import read_plan
 from medvisionllama.errors import CheckpointError, ConfigError
-from medvisionllama.inference.predictor import read_plan
 from medvisionllama.run_dir import RunDir
 
 from .conftest import TINY

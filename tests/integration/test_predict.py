@@ -396,7 +396,7 @@ def test_doubtful_scans_are_named(runs, scans, tmp_path):
     nib.save(nib.Nifti1Image(np.full(source.shape, 7, np.int16), wide), tmp_path / "odd.nii.gz")
     [record] = api.predict(runs[0], [tmp_path / "odd.nii.gz"], out=tmp_path / "m")
     text = " ".join(record["warnings"])
-    assert "far from those of training" in text
+    assert "far coarser than the network's grid" in text
     assert "the same everywhere" in text
 
 

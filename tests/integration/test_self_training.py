@@ -86,7 +86,7 @@ def test_other_frames_of_a_test_patient_are_refused(phantoms, tmp_path, cli):
         shutil.copy(scan, extra / f"{kept}_frame07.nii.gz")
         outcome = cli("train", phantoms, "--out", tmp_path / "run", "--unlabelled", extra, *options)
         assert outcome.code == 2
-        assert f"is of the patient '{kept}', who validates or tests this run" in outcome.err
+        assert f"is of the patient '{kept}', who validates, tests or is excluded from this run" in outcome.err
         (extra / f"{kept}_frame07.nii.gz").unlink()
     shutil.copy(scan, extra / f"{selection.train[0]}_frame07.nii.gz")
     outcome = cli("train", phantoms, "--out", tmp_path / "run", "--unlabelled", extra, *options)
@@ -102,10 +102,10 @@ def test_a_run_killed_while_it_makes_masks_is_resumed_exactly(phantoms, tmp_path
     api.train(phantoms, out=tmp_path / "whole", **options)
     give = SelfTraining.give_masks
 
-    def killed(self, network, number):
+    def killed(self, network, number, **limits):
         if number == 2:
             raise SystemExit
-        return give(self, network, number)
+        return give(self, network, number, **limits)
 
     with monkeypatch.context() as patch:
         patch.setattr(SelfTraining, "give_masks", killed)

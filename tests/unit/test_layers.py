@@ -1,11 +1,13 @@
 """Imports run downwards: DESIGN, section 4. A new module of the package gets its row here."""
 
 import ast
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import medvisionllama
+from medvisionllama import experiments
 
 SOURCE = Path(medvisionllama.__file__).parent
 LAYERS = (
@@ -37,9 +39,8 @@ LAYERS = (
     {"evaluation.evaluate_run"},
     {"evaluation.comparison"},
     {"reports"},
-    {"experiments", "export"},
+    {"experiments"},
     {"api"},
-    {"serving"},
     {"cli"},
     {"__main__"},
 )
@@ -80,6 +81,11 @@ def _place(name):
     pytest.fail(f"{name} has no layer; add it to LAYERS")
 
 
+def test_every_layer_is_a_module_or_package_that_exists():
+    names = {_name(path) for path in MODULES}
+    assert [name for row in LAYERS for name in sorted(row) if name not in names] == []
+
+
 @pytest.mark.parametrize("path", [path for path in MODULES if _name(path) != "evaluation"], ids=_name)
 def test_imports_run_downwards(path):
     row, group = _place(_name(path))
@@ -117,3 +123,9 @@ def test_the_checker_finds_imports_of_every_kind(tmp_path):
         "    from medvisionllama.data import folder\n"
     )
     assert _imports(path) == {"config", "checkpoint", "errors", "data.folder"}
+
+
+@pytest.mark.parametrize("package", [medvisionllama, experiments], ids=lambda package: package.__name__)
+def test_nothing_that_is_offered_is_called_like_a_module(package):
+    """Importing such a module would put it in the place of what is offered."""
+    assert [name for name in package.__all__ if find_spec(f"{package.__name__}.{name}")] == []

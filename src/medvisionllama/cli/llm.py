@@ -2,8 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +10,6 @@ from medvisionllama.cli._options import Json
 
 if TYPE_CHECKING:
     from medvisionllama.llm.catalog import CatalogEntry
-    from medvisionllama.progress import Advance
 
 app = typer.Typer(help="Language models whose block can be inserted.", no_args_is_help=True)
 Layers = Annotated[
@@ -101,6 +98,7 @@ def pull(
 
     Example: medvisionllama llm pull HuggingFaceTB/SmolLM2-360M --layers 30:32
     """
+    from medvisionllama.cli._progress import TransferProgress
     from medvisionllama.errors import BlockError
     from medvisionllama.llm.block import FrozenBlock
     from medvisionllama.llm.cache import layer_file, one_at_a_time
@@ -110,7 +108,7 @@ def pull(
 
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise BlockError(f"--sha256 {sha256[:80]!r} is no checksum; it has 64 digits from 0 to f")
-    opened = open_source(source, progress=_Transfers())
+    opened = open_source(source, progress=TransferProgress())
     if not isinstance(opened, FetchedSource):
         raise BlockError(f"{source} is on this machine already; use it as network.block.source={source}")
     family = family_of(opened.settings["model_type"])
@@ -152,40 +150,3 @@ def _state(entry: "CatalogEntry") -> str:
     if kept:
         return f"cached: {kept[0]}" if len(kept) == 1 else f"{len(kept)} cached"
     return "gated" if entry.gated else "can be pulled"
-
-
-class _Transfers:
-    """Shows downloads on standard error: bars on a terminal, a line at the end of each otherwise."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self._console = Console(stderr=True, highlight=False)
-
-    def say(self, line: str) -> None:
-        self._console.print(line, markup=False, soft_wrap=True)
-
-    @contextmanager
-    def track(self, title: str, total: float) -> Iterator["Advance"]:
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        if not self._console.is_terminal:
-            yield lambda done, note="": None
-            self.say(f"{title}: {total / 1e6:,.1f} MB fetched")
-            return
-        columns = (
-            "{task.description}",
-            BarColumn(24),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self._console) as bars:
-            task = bars.add_task(title, total=total)
-            yield lambda done, note="": bars.update(task, completed=done)

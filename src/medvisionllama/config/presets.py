@@ -4,8 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
 
-from medvisionllama.config.schema import Architecture
 from medvisionllama.errors import ConfigError
+from medvisionllama.types import RivalName
 
 Settings = dict[str, Any]
 
@@ -109,7 +109,7 @@ def rival(architecture: str) -> Settings:
     return {**small(), "network": {"architecture": architecture, "tokens": False, "insert": "none"}}
 
 
-RIVALS: tuple[str, ...] = tuple(name for name in get_args(Architecture) if name != "tokens")
+RIVALS: tuple[str, ...] = get_args(RivalName)
 """MONAI's networks, each a preset of its own name."""
 PRESETS: dict[str, Callable[[], Settings]] = {
     "small": small,

@@ -10,13 +10,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from medvisionllama.types import FoldName
+from medvisionllama.types import (
+    Architecture,
+    BlockStorage,
+    BlockWeights,
+    DeviceChoice,
+    FoldName,
+    MapperKind,
+    PrecisionChoice,
+    PromptControl,
+    Rotary,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Architecture = Literal["tokens", "unetr", "swin_unetr", "dynunet", "segresnet", "unet++", "unet"]
 Size = tuple[Positive, Positive, Positive]
 Step = Annotated[int, Field(ge=1, le=4)]
 Stride = tuple[Step, Step, Step]
@@ -162,6 +171,7 @@ class UnlabelledConfig(Section):
 
 class AugmentConfig(Section):
     enabled: bool = True
+    """False trains on crops as they are."""
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 20.0
     """Largest rotation about each axis; out-of-plane axes of anisotropic scans turn a quarter as far."""
     scale: tuple[PositiveFloat, PositiveFloat] = (0.8, 1.25)
@@ -169,13 +179,16 @@ class AugmentConfig(Section):
     translation: Share = 0.1
     """Largest shift as a share of the crop."""
     spatial_probability: Share = 0.8
+    """Probability that a crop is rotated, zoomed and shifted at all."""
     elastic: Share = 0.0
     """Largest standard deviation of an elastic displacement, as a share of the crop; above 0.05 scans may fold."""
     elastic_probability: Share = 0.5
+    """Probability of an elastic displacement, per crop."""
     bias_field: Annotated[float, Field(ge=0, le=2)] = 0.0
     """Largest standard deviation of the logarithm of a smooth gain, such as MR coils have, over about 70 mm; for
     channels that are normalised scan by scan."""
     bias_field_probability: Share = 0.5
+    """Probability of such a gain, per crop."""
     flip: Literal["auto", "none"] = "auto"
     """`auto` mirrors left and right unless the class names tell left from right."""
     intensity_probability: Share = 0.3
@@ -195,12 +208,12 @@ class BlockConfig(Section):
     Hub id `organisation/name`."""
     layers: Annotated[tuple[int, ...], Field(min_length=1)] = (-1,)
     """Which layers, counted from the front, or from the back if negative: -1, or 0,1, or 28:30 (28 and 29)."""
-    weights: Literal["pretrained", "random", "moment_matched", "permuted", "identity"] = "pretrained"
+    weights: BlockWeights = "pretrained"
     """Controls replace the language model's weights: random from its family's initialiser; random, each tensor with
     its own mean and deviation; each tensor's own values shuffled; or no layer at all."""
     frozen: bool = True
     """False trains the block with the rest: the control for freezing it."""
-    rotary: Literal[False, True, "3d"] = False
+    rotary: Rotary = False
     """Give the tokens rotary positions: along their sequence, as in the language model, or along x, y and z."""
     causal: bool = False
     """Mask attention as the language model does."""
@@ -208,7 +221,7 @@ class BlockConfig(Section):
     """Apply the language model's own last norm to the block's output."""
     prompt: str = ""
     """Words to set before the visual tokens inside the block, as the language model's own embeddings."""
-    prompt_control: Literal["text", "shuffled", "random"] = "text"
+    prompt_control: PromptControl = "text"
     """Replace the prompt by as many nonsense tokens, or by random vectors of its mean and deviation."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
     """Rank of the LoRA update inside the block; 0 leaves it out."""
@@ -217,7 +230,7 @@ class BlockConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which the block is kept; `bfloat16` takes half the memory, and loses nothing of a checkpoint
     in bfloat16, as most are."""
-    storage: Literal["full", "int8"] = "full"
+    storage: BlockStorage = "full"
     """`int8` keeps the frozen matrices as 8-bit integers."""
     gradient_checkpointing: bool = False
     """Compute the block's activations again in the backward pass instead of keeping them."""
@@ -268,10 +281,11 @@ class NetworkConfig(Section):
     insert: Literal["llm", "mlp", "none"] = "llm"
     """What sits between encoder and decoder."""
     block: BlockConfig = BlockConfig()
-    mapper: Literal["linear", "lora", "linear+lora"] = "linear"
+    mapper: MapperKind = "linear"
     """VD1 and VD2: trained in full; a frozen random matrix plus a low-rank update, as in the reference code; or a
     trained matrix plus a low-rank update."""
     mapper_rank: Positive = _MAPPER_RANK
+    """Rank of the mappers' update, where they have one."""
     gate: Literal["none", "zero"] = "none"
     """`zero` multiplies the insert by a trained vector that starts at zero, so training starts at the baseline."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
@@ -279,6 +293,8 @@ class NetworkConfig(Section):
     insert_mlp_ratio: Annotated[float, Field(gt=0)] | None = None
     """The same of the MLP that insert=mlp puts in, which fits its size to another arm's; by default mlp_ratio."""
     head: Literal["linear", "upsample", "skip"] = "skip"
+    """From tokens to voxels: one matrix for each token's patch; upsampling by convolutions; or that beside a
+    convolutional stem, whose features are joined at each stride (a U-Net around the tokens)."""
     stem_channels: tuple[Annotated[int, Field(ge=0)], Positive, Positive] = (8, 32, 64)
     """Channels of the skip head's stem at stride 1, 2 and 4; 0 leaves the work at full resolution out, and logits
     come from stride 2."""
@@ -293,14 +309,19 @@ class NetworkConfig(Section):
     patch_size: Positive = 8
     """Edge of a token's patch for the heads without a stem."""
     width: Positive = 192
+    """Numbers in a token."""
     depth: Positive = 6
     """Transformer blocks, encoder and decoder together."""
     insert_after: Annotated[int, Field(ge=0)] = 4
     """How many of them come before the insert: 0 puts it first, `depth` last."""
     num_heads: Positive = 4
+    """Attention heads of each transformer block; a divisor of width."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each MLP's output that training drops."""
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of attention weights that training drops."""
     positions: Literal["before_encoder", "after_insert"] = "before_encoder"
+    """Where learned positions are added to the tokens; the published code adds them after its block."""
 
     @property
     def has_tokens(self) -> bool:
@@ -373,12 +394,17 @@ class TrainConfig(Section):
     optimizer: Literal["adam", "adamw", "muon"] = "adamw"
     """`muon` makes the update of each kernel orthogonal and leaves the rest to AdamW: more from each step."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    """At its peak, after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.02
+    """Decoupled from the gradient, as in AdamW; `adam` adds it to the gradient."""
     gate_learning_rate_scale: Annotated[float, Field(gt=0)] = 1.0
     """Learning rate of the insert's gate as a multiple of the others'."""
     schedule: Literal["cosine", "polynomial", "plateau", "constant"] = "cosine"
+    """How the learning rate falls over a run; `plateau` halves it when validation stands still."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
+    """Steps in which it rises from zero."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients that are longer are shortened to it."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged weights that are validated and saved; 0 uses the raw weights."""
     auxiliary_weight: Annotated[float, Field(ge=0)] = 0.3
@@ -387,13 +413,15 @@ class TrainConfig(Section):
     """How often the validation cases are segmented, spread evenly over the run."""
     save_seconds: Annotated[float, Field(gt=0)] = 60.0
     """Longest time between two saves of the resume state."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: PrecisionChoice = "auto"
     """`auto` takes bf16 where the hardware multiplies it natively, else fp32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceChoice = "auto"
+    """`auto` takes a GPU if PyTorch sees one."""
     shard_block: bool = False
     """Divide the frozen block among the processes of a run (FSDP), for blocks of many layers; the rest is whole in
     each. Slower, and the same to rounding."""
     seed: Seed = 0
+    """Of initial weights, order of the cases and augmentation."""
 
     @model_validator(mode="after")
     def _ends(self) -> "TrainConfig":
@@ -412,7 +440,7 @@ class InferenceConfig(Section):
     turn: bool = False
     """Average it with those of the scan turned by 18 degrees, to the left and smaller, to the right and larger:
     about three times the time. In the plane of thick slices, else across the longest axis; not where voxels are no
-    squares there."""
+    squares there, nor of a network that saw no turned crops in training."""
     largest_foreground: bool = False
     """Keep the largest connected component of all classes together, before what follows removes more. Voxels count
     by how near they lie to where training labels do, here and for each class."""
@@ -437,6 +465,13 @@ class Config(Section):
     inference: InferenceConfig = InferenceConfig()
     out: Path | None = None
     """The run folder."""
+
+    @property
+    def turns_views(self) -> bool:
+        """Whether prediction looks at turned scans too: only of a network that has learned from turned crops."""
+        augment = self.augment
+        learned = augment.enabled and augment.spatial_probability > 0 and augment.rotation_degrees > 0
+        return self.inference.turn and learned
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":

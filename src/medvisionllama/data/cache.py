@@ -99,6 +99,11 @@ def write_pseudo_label(label: LabelArray, folder: Path) -> None:
     _save_arrays({"label": label, "centres": _centres(label)}, folder)
 
 
+def has_pseudo_label(folder: Path) -> bool:
+    """Whether a mask was kept there, all of it."""
+    return (folder / "centres.npy").is_file()  # written last
+
+
 def _load(folder: Path, name: str) -> np.ndarray:
     array: np.ndarray = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
     return array

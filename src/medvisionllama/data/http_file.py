@@ -21,7 +21,6 @@ from medvisionllama.progress import Progress
 if TYPE_CHECKING:
     from requests import Response
 
-_WAITS_S = _http.WAITS_S
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -69,7 +68,6 @@ class HttpFile:
                     f"{self._host} cannot be asked for {self._file} ({reason}); check the address"
                 ),
                 done=self._here,
-                waits_s=_WAITS_S,
             )
         return self.part
 

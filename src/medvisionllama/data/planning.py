@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Container
-from typing import Literal, TypedDict
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -23,21 +23,9 @@ from medvisionllama.data.grid_rules import (
 )
 from medvisionllama.data.index import Dataset
 from medvisionllama.data.places import Places
-from medvisionllama.errors import ConfigError
-from medvisionllama.types import SpacingMm, Triple
-
-__all__ = [
-    "NetworkSizes",
-    "Normalisation",
-    "Plan",
-    "Strides",
-    "is_ct",
-    "make_plan",
-    "plan_crop",
-    "plan_strides",
-    "total_stride",
-]
-
+from medvisionllama.errors import CheckpointError, ConfigError
+from medvisionllama.run_dir import RunDir
+from medvisionllama.types import NetworkShapes, SpacingMm, Triple
 
 # Computed tomography: of vessels, by a cone of rays, without and with contrast; and nnU-Net's name for its scaling.
 _CT = {"ct", "cta", "cbct", "ncct", "cect", "ctnormalization"}
@@ -45,15 +33,6 @@ _CT = {"ct", "cta", "cbct", "ncct", "cect", "ctnormalization"}
 _NO_SIDES = {"leftover", "leftovers", "cleft", "righteous"} | {
     f"{start}right" for start in ("al", "b", "birth", "copy", "down", "f", "forth", "out", "playw", "up", "w")
 }
-
-
-class NetworkSizes(TypedDict):
-    """Arguments of `networks.factory.build_network` that come from the data."""
-
-    num_channels: int
-    num_outputs: int
-    crop_size: Triple
-    strides: Strides
 
 
 class Normalisation(BaseModel):
@@ -160,7 +139,7 @@ class Plan(BaseModel):
         return {1: "foreground"} if self.merged else self.classes
 
     @property
-    def network_sizes(self) -> NetworkSizes:
+    def network_shapes(self) -> NetworkShapes:
         """What a network must fit."""
         return {
             "num_channels": len(self.channels),
@@ -319,3 +298,17 @@ def _has_twin(spelt: str, others: Container[str]) -> bool:
     letters = re.finditer(r"(?<![a-z])l|l(?![a-z])", spelt)
     twins = [f"{spelt[: found.start()]}r{spelt[found.end() :]}" for found in letters]
     return any(twin in others for twin in [*twins, spelt.replace("left", "right")] if twin != spelt)
+
+
+def read_plan(run_dir: RunDir) -> Plan:
+    """Read a run's plan.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    try:
+        return Plan.model_validate_json(run_dir.plan.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{run_dir.plan} is missing or damaged ({' '.join(str(error).split())[:80]}); restore the run folder"
+        ) from None

@@ -127,7 +127,8 @@ class BatchSampler:
         for axis, (size, crop) in enumerate(zip(shape, self.plan.crop_size, strict=True)):
             low, high = crop // 2, size - (crop - crop // 2)
             if high <= low:
-                centre.append(size // 2)
+                # As much padding in front as in the sliding window.
+                centre.append(low - (crop - size) // 2)
             elif wanted is None:
                 centre.append(int(rng.integers(low, high + 1)))
             else:

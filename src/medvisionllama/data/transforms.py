@@ -17,6 +17,7 @@ from medvisionllama.config import AugmentConfig
 from medvisionllama.types import ImageBatch, LabelBatch, SpacingMm, Triple
 
 _IN_PLANE_RATIO = 3.0
+"""Of spacings or of a crop's sides, above which it is turned little out of its planes."""
 _ELASTIC_SPANS = 3
 """Of an elastic displacement along each axis: a cubic spline over thirds of the crop."""
 _BIAS_SPAN_MM = 70.0
@@ -139,9 +140,19 @@ class Augmentation:
         return rng.standard_normal(points) * rng.uniform(0, config.bias_field)
 
     def _axis_freedom(self) -> np.ndarray:
-        """Share of the full angle allowed about each axis: turning thick slices into the plane makes stairs."""
-        planes = [np.delete(self.spacing_mm, axis) for axis in range(3)]
-        freedom = np.array([0.25 if plane.max() > _IN_PLANE_RATIO * plane.min() else 1.0 for plane in planes])
+        """Share of the full angle allowed about each axis.
+
+        Turning thick slices into the plane makes stairs, and a few thin ones turned far show little but padding.
+        """
+        extent_mm = np.asarray(self.crop_size) * self.spacing_mm
+        uneven = [
+            any(
+                np.delete(sizes, axis).max() > _IN_PLANE_RATIO * np.delete(sizes, axis).min()
+                for sizes in (self.spacing_mm, extent_mm)
+            )
+            for axis in range(3)
+        ]
+        freedom = np.where(uneven, 0.25, 1.0)
         flat = [any(other != axis for other in self.flat_axes) for axis in range(3)]
         return np.where(flat, 0.0, freedom)
 

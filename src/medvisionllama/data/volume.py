@@ -39,6 +39,11 @@ class Volume:
         """Edge lengths of a voxel along the array's axes."""
         return spacing_of(self.affine)
 
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of a voxel in millilitres."""
+        return voxel_ml(self.affine)
+
 
 def spacing_of(affine: AffineMatrix) -> SpacingMm:
     """Edge lengths of a voxel, in millimetres."""

@@ -55,7 +55,7 @@ def choose_cleaning(run_dir: RunDir, pairs: Sequence[Pair], plan: Plan, progress
     volumes = []
     for pair in pairs:
         _, truth = read_pair(pair, classes, merged=merged)
-        found = component_volumes_ml(truth.array, truth.spacing_mm)
+        found = component_volumes_ml(truth.array, truth.voxel_ml)
         volumes.append({value: sizes for value, sizes in found.items() if value in classes})
     candidates = make_candidates(volumes)
     scores = np.empty((len(candidates), len(pairs), len(classes)))

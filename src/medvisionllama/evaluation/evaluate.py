@@ -92,8 +92,10 @@ def measure_classes(
     masks = [(name, predicted.array == value, truth.array == value) for value, name in classes.items()]
     if len(classes) > 1:
         masks.append((FOREGROUND, predicted.array > 0, truth.array > 0))
+    spacing_mm, voxel_ml = truth.spacing_mm, truth.voxel_ml
     for name, a, b in masks:
-        yield {"class": name, **asdict(measure(a, b, truth.spacing_mm, tolerance_mm=tolerance_mm))}
+        measures = measure(a, b, spacing_mm, tolerance_mm=tolerance_mm, voxel_ml=voxel_ml)
+        yield {"class": name, **asdict(measures)}
 
 
 def evaluate_folders(

@@ -40,11 +40,20 @@ def dice(predicted: MaskArray, truth: MaskArray) -> float:
 
 
 def measure(
-    predicted: MaskArray, truth: MaskArray, spacing_mm: SpacingMm, *, tolerance_mm: float
+    predicted: MaskArray,
+    truth: MaskArray,
+    spacing_mm: SpacingMm,
+    *,
+    tolerance_mm: float,
+    voxel_ml: float | None = None,
 ) -> Measures:
-    """Compare two masks `[x, y, z]` on one grid."""
+    """Compare two masks `[x, y, z]` on one grid.
+
+    Args:
+        voxel_ml: volume of a voxel whose edges are not at right angles; by default the product of the edges.
+    """
     overlap, a, b = int((predicted & truth).sum()), int(predicted.sum()), int(truth.sum())
-    voxel_ml = math.prod(spacing_mm) / 1000
+    voxel_ml = math.prod(spacing_mm) / 1000 if voxel_ml is None else voxel_ml
     nsd, hd95 = _surface(predicted, truth, spacing_mm, tolerance_mm)
     return Measures(
         dice=dice(predicted, truth),

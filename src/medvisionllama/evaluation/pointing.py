@@ -8,6 +8,7 @@ mask. `auc` is the chance that the map is greater at a random voxel inside than 
 whatever the map's unit and offset. What guessing would score stands beside: `volume_share` and `near_share`.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -83,18 +84,18 @@ def _auc(sum_of_ranks: float, inside: int, outside: int) -> float:
 
 def within(mask: MaskArray, reach: Edges) -> MaskArray:
     """Voxels at most one reach from the mask, measured along each axis in that axis' own reach."""
-    from scipy.ndimage import distance_transform_edt
+    from scipy.ndimage import distance_transform_edt, find_objects
 
     near = np.zeros(mask.shape, dtype=bool)
-    if not mask.any():
+    boxes = find_objects(mask.view(np.uint8))
+    if not boxes:
         return near
     # Far from the mask nothing is near it, so distances are measured in a box around it.
-    box = []
-    for axis, edge in enumerate(reach):
-        filled = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
-        margin = int(np.ceil(edge))
-        box.append(slice(max(0, int(filled[0]) - margin), int(filled[-1]) + 1 + margin))
-    part = tuple(box)
+    margins = [math.ceil(edge) for edge in reach]
+    part = tuple(
+        slice(max(0, side.start - margin), side.stop + margin)
+        for side, margin in zip(boxes[0], margins, strict=True)
+    )
     distance = distance_transform_edt(~mask[part], sampling=[1 / edge for edge in reach])
     near[part] = distance <= 1 + 1e-9
     return near

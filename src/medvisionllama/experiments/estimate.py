@@ -165,18 +165,18 @@ class _Known:
 
     def sizes(self, config: Config, plan: Plan) -> Sizes:
         """Parameters and operations."""
-        key = canonical_hash([_shape_of(config), plan.network_sizes])
+        key = canonical_hash([_shape_of(config), plan.network_shapes])
         if key not in self._sizes:
-            self._sizes[key] = network_sizes(config.network, **plan.network_sizes)
+            self._sizes[key] = network_sizes(config.network, **plan.network_shapes)
         return self._sizes[key]
 
     def timing(self, config: Config, plan: Plan) -> Timing:
         """Seconds of a step."""
         train = config.train
         settings = [train.batch_size, train.accumulate, train.precision, train.optimizer]
-        key = canonical_hash([_shape_of(config), plan.network_sizes, settings])
+        key = canonical_hash([_shape_of(config), plan.network_shapes, settings])
         if key not in self._timings:
-            self._timings[key] = time_steps(config, plan.network_sizes)
+            self._timings[key] = time_steps(config, plan.network_shapes)
         return self._timings[key]
 
 
@@ -230,7 +230,7 @@ def _describe(row: Row, members: Sequence[PlannedRun], known: _Known, *, timed: 
     plan = known.scans(first, config).plan
     more = {}
     if first.match is not None:
-        match = match_run(first, data=data, shapes=plan.network_sizes)
+        match = match_run(first, data=data, shapes=plan.network_shapes)
         more = match.settings
         row.matched = f"{first.match.by} of {first.match.arm}: {match.ratio:.3f}"
         config = first.config(data=data, more=more)
@@ -256,7 +256,9 @@ def _seconds(config: Config, scans: Scans, timing: Timing, further: int) -> floa
     training = math.inf if steps is None else steps * timing.step + validation
     if train.max_minutes:
         training = min(training, 60 * train.max_minutes)
-    views = len(views_of(scans.plan, axis=2, flip=config.inference.flip, turn=config.inference.turn))
+    plan = scans.plan
+    # A crop stands for the scans, whose shapes are as many as they are.
+    views = len(views_of(plan, plan.crop_size, axis=2, flip=config.inference.flip, turn=config.turns_views))
     test = (1 + further) * scans.test_cases * scans.windows * views * timing.forward
     return START_SECONDS + training + test
 

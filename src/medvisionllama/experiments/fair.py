@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from medvisionllama.config import Config, load_config
-from medvisionllama.data.planning import NetworkSizes
+from medvisionllama.data.planning import read_plan
 from medvisionllama.experiments.matrix import PlannedRun, Settings
-from medvisionllama.inference.predictor import read_plan
 from medvisionllama.networks.factory import match_depth, match_mlp, network_sizes
 from medvisionllama.networks.matching import Match
 from medvisionllama.run_dir import RunDir
 from medvisionllama.training.prepare import plan_from_headers
+from medvisionllama.types import NetworkShapes
 
 
 def matched_settings(run: PlannedRun, *, data: Path) -> Settings:
@@ -21,10 +21,10 @@ def matched_settings(run: PlannedRun, *, data: Path) -> Settings:
     """
     if run.match is None:
         return {}
-    return match_run(run, data=data, shapes=plan_from_headers(run.config(data=data)).network_sizes).settings
+    return match_run(run, data=data, shapes=plan_from_headers(run.config(data=data)).network_shapes).settings
 
 
-def match_run(run: PlannedRun, *, data: Path, shapes: NetworkSizes) -> Match:
+def match_run(run: PlannedRun, *, data: Path, shapes: NetworkShapes) -> Match:
     """Find the size of a matched arm on the crops of its dataset.
 
     Raises:
@@ -39,5 +39,5 @@ def match_run(run: PlannedRun, *, data: Path, shapes: NetworkSizes) -> Match:
 
 def sizes_of_run(config: Config, run_dir: RunDir) -> dict[str, Any]:
     """What a finished run's network weighs, for its record."""
-    sizes = network_sizes(config.network, **read_plan(run_dir).network_sizes)
+    sizes = network_sizes(config.network, **read_plan(run_dir).network_shapes)
     return {"trainable": sizes.trainable, "frozen": sizes.frozen, "gflops": round(sizes.gflops, 4)}

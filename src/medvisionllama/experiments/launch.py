@@ -12,9 +12,9 @@ from typing import Protocol
 from medvisionllama._files import is_locked
 from medvisionllama.experiments.matrix import PlannedRun
 from medvisionllama.experiments.store import Experiment
-from medvisionllama.experiments.worker import DONE, FAILED, INTERRUPTED, TAKEN, UNKNOWN
+from medvisionllama.experiments.worker import DONE, FAILED, TAKEN, UNKNOWN
 from medvisionllama.progress import Advance, Progress
-from medvisionllama.training.interrupts import interruptible
+from medvisionllama.training.interrupts import INTERRUPTED, interruptible
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _LOOKS_BETWEEN_ASKING = 5

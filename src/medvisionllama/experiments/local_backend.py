@@ -10,7 +10,8 @@ import time
 from medvisionllama.devices import thread_limits
 from medvisionllama.experiments.launch import Ended
 from medvisionllama.experiments.store import Experiment
-from medvisionllama.experiments.worker import CORES, SECONDS_TO_SAVE, command
+from medvisionllama.experiments.worker import CORES, command
+from medvisionllama.training.interrupts import wait_or_kill
 
 
 class LocalBackend:
@@ -58,13 +59,7 @@ class LocalBackend:
     def stop(self) -> None:
         for _, process in self._workers.values():
             process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + SECONDS_TO_SAVE
-        for _, process in self._workers.values():
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        wait_or_kill(process for _, process in self._workers.values())
         self._workers.clear()
 
     def _collect(self) -> list[Ended]:

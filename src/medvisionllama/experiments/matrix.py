@@ -21,10 +21,10 @@ from medvisionllama.config.presets import preset_settings
 from medvisionllama.config.schema import Section, Seed
 from medvisionllama.data.splits import NUM_FOLDS
 from medvisionllama.errors import ConfigError
+from medvisionllama.types import SizeCriterion
 
 Settings = dict[str, Any]
 Variant = Literal["block_removed"]
-Criterion = Literal["trainable", "total", "flops"]
 
 _LIMITS = ("train.epochs", "train.max_steps", "train.max_minutes")
 _PLAIN: Settings = {"train.members": 1, "inference.turn": False}
@@ -71,7 +71,7 @@ class ModelSpec(Section):
 class MatchSpec(Section):
     arm: str
     """The arm whose size is wanted."""
-    by: Criterion
+    by: SizeCriterion
     """Trainable parameters, all parameters, or operations of a forward pass."""
     change: Literal["mlp", "depth"] = "mlp"
     """What is widened or deepened until it fits: an MLP as the insert, or the transformer without an insert."""

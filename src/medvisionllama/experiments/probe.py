@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from medvisionllama.config import Config
-from medvisionllama.data.planning import NetworkSizes
 from medvisionllama.devices import autocast, choose_device, fast_layout
 from medvisionllama.networks.factory import build_network
 from medvisionllama.training.losses import SupervisedSegmenter
 from medvisionllama.training.optim import make_optimizer
+from medvisionllama.types import NetworkShapes
 
 _SECONDS = 1.0
 _LONG_SECONDS = 3.0
@@ -28,7 +28,7 @@ class Timing:
     """Of one crop in evaluation."""
 
 
-def time_steps(config: Config, shapes: NetworkSizes) -> Timing:
+def time_steps(config: Config, shapes: NetworkShapes) -> Timing:
     """Train the network of a configuration on noise for about a second, and segment a crop of it.
 
     The block is filled with random values: its time does not depend on them, and nothing is fetched.

@@ -28,7 +28,7 @@ from medvisionllama.errors import ClusterError
 from medvisionllama.experiments.ray_node import code_version, work
 from medvisionllama.experiments.ray_nodes import Nodes
 from medvisionllama.experiments.store import RunFiles
-from medvisionllama.experiments.worker import INTERRUPTED
+from medvisionllama.training.interrupts import INTERRUPTED
 
 Tell = Callable[[dict[str, Any]], None]
 _SECONDS_BETWEEN_LOOKS = 0.2

@@ -17,7 +17,7 @@ from pathlib import Path
 import medvisionllama
 from medvisionllama._files import is_locked
 from medvisionllama.devices import thread_limits
-from medvisionllama.experiments.worker import SECONDS_TO_SAVE
+from medvisionllama.training.interrupts import wait_or_kill
 
 _SECONDS_TO_APPEAR = 10.0
 """A network disk may show a new file late."""
@@ -87,11 +87,7 @@ def _run(command: Sequence[str], log: Path, begin: str, environment: Mapping[str
         if process is None:
             raise
         process.terminate()
-        try:
-            process.wait(SECONDS_TO_SAVE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        wait_or_kill([process])
     return process.returncode
 
 

@@ -22,7 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from medvisionllama._files import append_json, is_locked, locked, user_cache, write_json, write_text
+from medvisionllama._files import (
+    append_json,
+    is_locked,
+    locked,
+    read_json_lines,
+    user_cache,
+    write_json,
+    write_text,
+)
 from medvisionllama.errors import CheckpointError, DataError, command
 from medvisionllama.experiments.matrix import Matrix, PlannedRun, expand, read_matrix, variant_name
 
@@ -57,16 +65,9 @@ class RunFiles:
     def read_failures(self) -> list[dict[str, Any]]:
         """Failures so far; a line cut short by a kill is dropped."""
         try:
-            lines = self.failures.read_text().splitlines()
+            return read_json_lines(self.failures)
         except OSError:
             return []
-        found = []
-        for line in lines:
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return found
 
     def add_failure(self, error: str, traceback: str, *, where: str) -> None:
         """Record why an attempt ended."""

@@ -16,32 +16,6 @@ from medvisionllama.experiments.store import Experiment, State
 from medvisionllama.progress import Progress, Silent
 
 
-def open_experiment(
-    matrix: Path | str, *, out: Path | str | None = None, data: Path | str | None = None
-) -> Experiment:
-    """Open an experiment by its matrix file or its folder.
-
-    Args:
-        out: the experiment's folder; by default experiments/NAME.
-        data: folder under which the matrix's datasets lie; by default MEDVISIONLLAMA_DATA, or as before.
-
-    Raises:
-        ConfigError: the matrix cannot be used.
-        CheckpointError: a folder that holds no experiment.
-    """
-    matrix = Path(matrix)
-    root = None if data is None else Path(data)
-    if matrix.is_dir():
-        if out is not None and Path(out).resolve() != matrix.resolve():
-            raise ConfigError(
-                f"{matrix} is an experiment's folder already; give its matrix file to use {out}"
-            )
-        kept = Experiment.open(matrix)
-        return kept if root is None else Experiment.create(matrix, matrix / "matrix.yaml", data_root=root)
-    folder = Experiment.look(matrix, out=out).path
-    return Experiment.create(folder, matrix, data_root=root)
-
-
 def plan(
     matrix: Path | str,
     *,
@@ -90,7 +64,9 @@ def run(
     """Train and evaluate every run that is not done yet.
 
     Args:
+        matrix: the matrix file, or the experiment's folder.
         out: the experiment's folder; by default experiments/NAME.
+        data: folder under which the matrix's datasets lie; by default MEDVISIONLLAMA_DATA, or as before.
         backend: processes of this machine, or the nodes of a Ray cluster.
         address: of the Ray cluster; by default RAY_ADDRESS, or one that runs on this machine.
         slots: runs at a time on this machine; by default one for each GPU, or for each core.
@@ -102,12 +78,19 @@ def run(
     Raises:
         MedVisionLlamaError: anything the user can fix, in one line.
     """
+    matrix = Path(matrix)
     root = None if data is None else Path(data)
-    experiment = Experiment.look(Path(matrix), out=out, data_root=root)
+    if matrix.is_dir() and out is not None and Path(out).resolve() != matrix.resolve():
+        raise ConfigError(f"{matrix} is an experiment's folder already; give its matrix file to use {out}")
+    _check_backend(backend, address=address, slots=slots, gpus_per_run=gpus_per_run)
+    experiment = Experiment.look(matrix, out=out, data_root=root)
     chosen = select_runs(expand(experiment.matrix), only)
     # A dataset that is not there would fail a hundred runs one by one.
     datasets = {one.task: experiment.data_of(one) for one in {one.task: one for one in chosen}.values()}
-    experiment = open_experiment(matrix, out=out, data=data)
+    if not matrix.is_dir():
+        experiment = Experiment.create(experiment.path, matrix, data_root=root)
+    elif root is not None:
+        experiment = Experiment.create(matrix, matrix / "matrix.yaml", data_root=root)
     workers = _make_backend(
         experiment,
         backend,
@@ -167,8 +150,7 @@ def status(matrix: Path | str, *, out: Path | str | None = None) -> Status:
     Args:
         matrix: the matrix file, or the experiment's folder.
     """
-    matrix = Path(matrix)
-    experiment = Experiment.open(matrix) if matrix.is_dir() else Experiment.look(matrix, out=out)
+    experiment = Experiment.look(Path(matrix), out=out)
     runs = expand(experiment.matrix)
     return Status(experiment, tuple(runs), experiment.states(runs))
 
@@ -197,7 +179,7 @@ def report(
         DataError: runs that must not be compared: other splits, or patients both in training and test.
         CheckpointError: damaged runs.
     """
-    from medvisionllama.experiments.report import report_experiment
+    from medvisionllama.experiments.reporting import report_experiment
 
     found = status(matrix, out=out)
     return report_experiment(
@@ -217,6 +199,17 @@ def select_runs(runs: Sequence[PlannedRun], patterns: Sequence[str]) -> list[Pla
     return [run for run in runs if not patterns or any(fnmatch(run.run_id, one) for one in patterns)]
 
 
+def _check_backend(
+    kind: Literal["local", "ray"], *, address: str | None, slots: int | None, gpus_per_run: float | None
+) -> None:
+    """Refuse options without effect, before anything is written."""
+    if kind == "ray" and slots is not None:
+        raise ConfigError("slots has no effect on a Ray cluster: its CPUs and GPUs decide; drop --slots")
+    if kind == "local" and (address is not None or gpus_per_run is not None):
+        option = "address" if address is not None else "gpus_per_run"
+        raise ConfigError(f"{option} has no effect on this machine's own processes; add --backend ray")
+
+
 def _make_backend(
     experiment: Experiment,
     kind: Literal["local", "ray"],
@@ -233,8 +226,6 @@ def _make_backend(
         from medvisionllama.experiments.ray_backend import RayBackend
         from medvisionllama.experiments.worker import command
 
-        if slots is not None:
-            raise ConfigError("slots has no effect on a Ray cluster: its CPUs and GPUs decide; drop --slots")
         return RayBackend(
             experiment.path,
             address=address,
@@ -243,8 +234,5 @@ def _make_backend(
             folders=datasets,
             worker=command(experiment.data_root),
         )
-    if address is not None or gpus_per_run is not None:
-        option = "address" if address is not None else "gpus_per_run"
-        raise ConfigError(f"{option} has no effect on this machine's own processes; add --backend ray")
     usual_slots, usual_threads, gpus = default_place()
     return LocalBackend(experiment, slots=slots or usual_slots, threads=threads or usual_threads, gpus=gpus)

@@ -18,13 +18,11 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from medvisionllama.training.interrupts import sigterm_as_ctrl_c
+from medvisionllama.training.interrupts import INTERRUPTED, sigterm_as_ctrl_c
 
 COMMAND = ("-P", "-m", "medvisionllama.experiments.worker")
 """Arguments of Python, before the folder and the run's id."""
-SECONDS_TO_SAVE = 120.0
-"""How long a worker that is asked to end may take."""
-DONE, FAILED, UNKNOWN, TAKEN, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, FAILED, UNKNOWN, TAKEN = 0, 1, 2, 3
 CORES = "MEDVISIONLLAMA_CORES"
 """Environment variable that names the cores a worker is to stay on, as 0,1."""
 

@@ -102,7 +102,7 @@ class Record:
 @contextmanager
 def recorded(network: TokenSegmenter) -> Iterator[Record]:
     """Hooks on the network that fill a record in each forward pass; they are gone when the context ends."""
-    record, stages, words = Record(), stages_of(network), num_words(network)
+    record, stages, words = Record(), stages_of(network), network.num_prompt_tokens
     with ExitStack() as hooks:
 
         def after(module: nn.Module, note: Callable[[Any], None]) -> None:
@@ -129,12 +129,6 @@ def last_layer(transformer: nn.Module) -> TransformerBlock | None:
     return layers[-1] if layers else None
 
 
-def num_words(network: TokenSegmenter) -> int:
-    """Tokens of a prompt that stand before the scan's inside the block."""
-    prompt = getattr(network.insert, "prompt", None)
-    return 0 if prompt is None else len(prompt)
-
-
 def native_maps(
     member: Member, scan: PreparedScan, *, on_share: Callable[[float], None] = lambda share: None
 ) -> dict[MapName, np.ndarray]:
@@ -146,7 +140,7 @@ def native_maps(
     Args:
         on_share: told after each slab which share of the scan is done.
     """
-    network, plan = _network_of(member), member.plan
+    network, plan = member.network, member.plan
     names: list[MapName] = []
 
     def stacked(windows: Tensor) -> Tensor:
@@ -191,11 +185,6 @@ def native_maps(
 
 def token_size(member: Member, scan: PreparedScan) -> tuple[float, float, float]:
     """Edges of a token in voxels of the scan's own grid in RAS."""
-    edges = np.array(_network_of(member).token_stride)
+    edges = np.array(member.network.token_stride)
     x, y, z = (edges * scan.ras_shape / scan.grid_of(member.plan).shape[1:]).tolist()
     return (x, y, z)
-
-
-def _network_of(member: Member) -> TokenSegmenter:
-    assert isinstance(member.network, TokenSegmenter), "the factory builds nothing else"
-    return member.network

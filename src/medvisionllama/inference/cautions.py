@@ -14,13 +14,12 @@ _SPACING_RATIO = 2.0
 def cautions(scan: PreparedScan, prediction: Prediction, plan: Plan) -> list[str]:
     """One line for each doubt about a prediction."""
     lines = []
-    if not plan.resize:
-        ratios = np.divide(scan.spacing_mm, plan.spacing_mm)
-        if ratios.max() > _SPACING_RATIO or ratios.min() < 1 / _SPACING_RATIO:
-            theirs, ours = (
-                " × ".join(f"{edge:.3g}" for edge in edges) for edges in (scan.spacing_mm, plan.spacing_mm)
-            )
-            lines.append(f"voxels of {theirs} mm are far from those of training, {ours} mm")
+    # Finer ones are averaged to the network's grid, as those of training were.
+    if not plan.resize and np.divide(scan.spacing_mm, plan.spacing_mm).max() > _SPACING_RATIO:
+        theirs, ours = (
+            " × ".join(f"{edge:.3g}" for edge in edges) for edges in (scan.spacing_mm, plan.spacing_mm)
+        )
+        lines.append(f"voxels of {theirs} mm are far coarser than the network's grid of {ours} mm")
     if fault := shear_fault(scan.affine):
         lines.append(fault)
     for name, (low, high), rule in zip(plan.channels, scan.ranges, plan.normalisation, strict=True):

@@ -27,16 +27,7 @@ _MAY_BE_EMPTY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "
                  "StudyDate", "StudyTime", "ReferringPhysicianName")  # fmt: skip
 
 
-def write_seg(
-    path: Path,
-    mask: LabelArray,
-    series: Series,
-    classes: dict[int, str],
-    *,
-    algorithm: str = PRODUCT,
-    algorithm_version: str = __version__,
-    series_number: int | None = None,
-) -> None:
+def write_seg(path: Path, mask: LabelArray, series: Series, classes: dict[int, str]) -> None:
     """Write `[x, y, z]` as a DICOM-SEG file of the study that the scan belongs to.
 
     Segments are numbered from 1 in the order of `classes`; classes without a voxel are left out. If all are empty,
@@ -44,10 +35,8 @@ def write_seg(
 
     Args:
         path: ends in .dcm.
-        mask: on the grid of the series, as `read_voxels` orders it.
+        mask: on the grid of the series, as `formats.dicom` orders it.
         classes: name of each value; 0 is background.
-        algorithm: what made the mask, at most 64 characters.
-        series_number: of the new series; by default the scan's number plus 1000.
 
     Raises:
         DataError: another grid than the scan's, values without a name, or a scan that cannot be referred to.
@@ -68,8 +57,7 @@ def write_seg(
     labels = short_labels(named)
     palette = {value: colour_of(index) for index, value in enumerate(named)}
     descriptions = [
-        _description(number, labels[value], palette[value], (algorithm, algorithm_version))
-        for number, value in enumerate(values, start=1)
+        _description(number, labels[value], palette[value]) for number, value in enumerate(values, start=1)
     ]
     sources, frames = _sources(series, _numbered(mask, values))
     try:
@@ -79,7 +67,7 @@ def write_seg(
                 frames,
                 descriptions,
                 omit_empty_frames=bool(found),
-                series_number=series_number or max(0, series.number or 0) + 1000,
+                series_number=max(0, series.number or 0) + 1000,
                 series_description=f"Segmentation of {series.description or series.modality}"[:64],
             )
             with atomic_path(path) as temporary:
@@ -162,7 +150,7 @@ def _sound(keyword: str, text: str) -> bool:
     return False
 
 
-def _description(number: int, label: str, colour: str, algorithm: tuple[str, str]) -> Any:
+def _description(number: int, label: str, colour: str) -> Any:
     seg = require("highdicom.seg", extra="dicom")
     highdicom = require("highdicom", extra="dicom")
     coded = require("highdicom.sr", extra="dicom").CodedConcept
@@ -175,7 +163,7 @@ def _description(number: int, label: str, colour: str, algorithm: tuple[str, str
         segmented_property_type=anatomy.kind,
         algorithm_type=seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name=algorithm[0][:64], family=codes.DCM.ArtificialIntelligence, version=algorithm[1][:64]
+            name=PRODUCT, family=codes.DCM.ArtificialIntelligence, version=__version__
         ),
         tracking_uid=highdicom.UID(),
         tracking_id=label,

@@ -5,12 +5,13 @@ and a folder may hold the masks of last week's run.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from medvisionllama._files import append_json, files_sha256
+from medvisionllama._files import append_json, files_sha256, read_json_lines
 from medvisionllama.config import InferenceConfig
 from medvisionllama.errors import DataError
 from medvisionllama.inference.cleaning import Cleaning
@@ -92,12 +93,10 @@ class Ledger:
     def read(self) -> dict[str, Made]:
         """The last line of each mask file, by its name; what is no line of ours is passed over."""
         found = {}
-        for line in self.path.read_bytes().splitlines() if self.path.is_file() else []:
-            try:
-                made = Made.model_validate_json(line)
-            except ValidationError:
-                continue
-            found[made.mask] = made
+        for line in read_json_lines(self.path):
+            with suppress(ValidationError):
+                made = Made.model_validate(line)
+                found[made.mask] = made
         return found
 
 

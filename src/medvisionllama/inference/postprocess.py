@@ -1,5 +1,6 @@
 """Cleaning of masks: islands too small, or too far from where labels lie, to be meant."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,6 +30,7 @@ def clean(mask: Volume, settings: InferenceConfig, places: Places | None = None)
         largest_foreground=settings.largest_foreground,
         largest_only=settings.largest_component,
         min_ml=settings.min_component_ml,
+        voxel_ml=ras.voxel_ml,
         places=places,
     )
     return Volume(from_ras(array, mask.affine), mask.affine)
@@ -41,6 +43,7 @@ def remove_islands(
     largest_foreground: bool = False,
     largest_only: bool = False,
     min_ml: float = 0.0,
+    voxel_ml: float | None = None,
     places: Places | None = None,
 ) -> LabelArray:
     """Return a mask `[x, y, z]` without the components of a class that are too small; they become background.
@@ -54,6 +57,7 @@ def remove_islands(
         largest_foreground: keep the largest component of all classes together; done first.
         largest_only: of each class, keep the largest component alone.
         min_ml: smallest volume of a component that stays, in millilitres.
+        voxel_ml: volume of a voxel whose edges are not at right angles; by default the product of the edges.
         places: where training labels lie; the mask's axes must be those of RAS then.
     """
     if largest_foreground and mask.any():
@@ -61,7 +65,7 @@ def remove_islands(
     if not largest_only and min_ml <= 0:
         return mask
     # A little less, so that rounding does not remove a component of just this volume.
-    smallest = min_ml * 1000 / float(np.prod(spacing_mm)) * (1 - 1e-6)
+    smallest = min_ml / (math.prod(spacing_mm) / 1000 if voxel_ml is None else voxel_ml) * (1 - 1e-6)
     result = mask.copy()
     for value, box in _boxes(mask):
         components, sizes = _components(mask[box] == value)
@@ -76,9 +80,8 @@ def remove_islands(
     return result
 
 
-def component_volumes_ml(mask: LabelArray, spacing_mm: SpacingMm) -> dict[int, list[float]]:
+def component_volumes_ml(mask: LabelArray, voxel_ml: float) -> dict[int, list[float]]:
     """Volumes of the components of each class that a mask `[x, y, z]` has, in millilitres, largest first."""
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
     volumes = {}
     for value, box in _boxes(mask):
         _, sizes = _components(mask[box] == value)

@@ -9,15 +9,15 @@ from typing import Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medvisionllama.checkpoint import copy_into, frozen, load_tensors
 from medvisionllama.config import ONE_VIEW, Config, InferenceConfig, read_config
 from medvisionllama.data.cache import image_moments, normalise, to_grid
-from medvisionllama.data.planning import Plan
+from medvisionllama.data.planning import Plan, read_plan
 from medvisionllama.data.readers import ScanSource, check_finite, read_image
 from medvisionllama.data.volume import Volume, from_ras, to_ras, voxel_ml
-from medvisionllama.devices import DeviceChoice, autocast, choose_device, fast_layout
+from medvisionllama.devices import autocast, choose_device, fast_layout
 from medvisionllama.errors import CheckpointError, DataError
 from medvisionllama.inference.cleaning import cleaning_of
 from medvisionllama.inference.postprocess import clean
@@ -26,8 +26,9 @@ from medvisionllama.inference.windows import probability_planes, slab_axis
 from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_network
 from medvisionllama.networks.inserts import LLMInsert
+from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.run_dir import RunDir
-from medvisionllama.types import AffineMatrix, ImageArray, SpacingMm, Triple
+from medvisionllama.types import AffineMatrix, DeviceChoice, ImageArray, SpacingMm, Triple
 
 
 def to_bytes(share: Tensor) -> np.ndarray:
@@ -59,7 +60,7 @@ class Prediction:
 class Member:
     """One trained network and what its run decided."""
 
-    network: nn.Module
+    network: TokenSegmenter
     plan: Plan
     config: Config
     device: torch.device
@@ -84,7 +85,7 @@ class Member:
         if inference is not None:
             config = config.model_copy(update={"inference": inference})
         plan = read_plan(run_dir)
-        network = build_network(config.network, **plan.network_sizes, seed=config.train.seed)
+        network = build_network(config.network, **plan.network_shapes, seed=config.train.seed)
         tensors, facts = load_tensors(run_dir.best)
         if facts.get("frozen_sha256") != tensors_sha256(frozen(network)):
             raise CheckpointError(
@@ -109,7 +110,7 @@ class Member:
             axis=axis,
             overlap=inference.overlap,
             flip=inference.flip,
-            turn=inference.turn,
+            turn=self.config.turns_views,
             device=self.device,
             normalise=self.normaliser(moments),
             context=self.precision,
@@ -170,7 +171,7 @@ class Predictor:
         return any(rule.kind == "image" for member in self.members for rule in member.plan.normalisation)
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> TokenSegmenter:
         """The first run's network."""
         return self.members[0].network
 
@@ -282,7 +283,7 @@ class Predictor:
             on_share: told after each slab which share of the scan is done.
             on_slab: told each slab's probabilities `[k, x, y, z]`, and its place in the scan in RAS.
         """
-        turn = any(member.config.inference.turn for member in self.members)
+        turn = any(member.config.turns_views for member in self.members)
         axis = slab_axis(scan.ras_shape, [member.plan for member in self.members], turn=turn)
         values = label_values(self.plan)
         mask = np.empty(scan.ras_shape, values.dtype)
@@ -334,17 +335,3 @@ def check_alike(paths: Sequence[Path | str]) -> Plan:
 def _grid_key(plan: Plan) -> tuple[float, ...]:
     """Networks whose keys are equal share a scan's grid."""
     return (0.0, *plan.crop_size) if plan.resize else plan.spacing_mm
-
-
-def read_plan(run_dir: RunDir) -> Plan:
-    """Read a run's plan.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    try:
-        return Plan.model_validate_json(run_dir.plan.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{run_dir.plan} is missing or damaged ({' '.join(str(error).split())[:80]}); restore the run folder"
-        ) from None

@@ -1,13 +1,17 @@
-"""Ways to look at a scan whose predictions are averaged: as it is, mirrored, turned and zoomed.
+"""Test-time augmentation: views of a scan whose predictions are averaged, as it is, mirrored, turned and zoomed.
 
 A turned view is resampled in the planes across one axis, segmented, and its logits are brought back. Planes stay
-planes, so a slab of a scan can be turned by itself, and scans with thick slices are not cut between them.
+planes, so a slab of a scan can be turned by itself, and scans with thick slices are not cut between them. What a
+turn moves out of the picture is not seen in that view, which does not count there.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,6 +20,8 @@ from medvisionllama.types import Triple
 
 _MOST_UNEVEN = 1.5
 """Ratio of spacings in a plane above which turning it would make stairs."""
+_MOST_OBLONG = 4
+"""Ratio of a plane's sides, in voxels, above which most of it would be turned out of the picture."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,26 @@ TURNED = (View(degrees=-18, zoom=0.83, weight=0.5), View(degrees=18, zoom=1.2, w
 """Nearly as far as augmentation turns and zooms in training. Resampling blurs what is thin, so they count half."""
 
 
-def views_of(plan: Plan, *, axis: int, flip: bool, turn: bool) -> list[View]:
-    """List the views of a scan that is read along `axis`: as it is, mirrored as in training, and turned."""
+def views_of(plan: Plan, shape: Sequence[int], *, axis: int, flip: bool, turn: bool) -> list[View]:
+    """List the views of a scan that is read along `axis`: as it is, mirrored as in training, and turned.
+
+    Args:
+        shape: of the scan on the network's grid.
+    """
     mirrored = [View(mirrored=(turned,)) for turned in plan.flip_axes if flip]
-    return [View(), *mirrored, *(TURNED if turn and can_turn(plan, axis) else ())]
+    return [View(), *mirrored, *(TURNED if turn and can_turn(plan, shape, axis) else ())]
 
 
-def can_turn(plan: Plan, axis: int) -> bool:
-    """Whether the planes across `axis` have voxels that are nearly squares; of squeezed scans nobody knows."""
-    edges = [spacing for other, spacing in enumerate(plan.spacing_mm) if other != axis]
-    return not plan.resize and max(edges) <= _MOST_UNEVEN * min(edges)
+def can_turn(plan: Plan, shape: Sequence[int], axis: int) -> bool:
+    """Whether the planes across `axis` have voxels that are nearly squares, and are no strips.
+
+    Of squeezed scans nobody knows what their voxels are.
+    """
+    edges, sides = (
+        [lengths[other] for other in range(3) if other != axis] for lengths in (plan.spacing_mm, shape)
+    )
+    even = max(edges) <= _MOST_UNEVEN * min(edges) and max(sides) <= _MOST_OBLONG * min(sides)
+    return not plan.resize and even
 
 
 def seen(slab: Tensor, view: View, axis: int, plan: Plan) -> Tensor:
@@ -57,11 +73,9 @@ def seen(slab: Tensor, view: View, axis: int, plan: Plan) -> Tensor:
     slab = slab.flip([other + 2 for other in view.mirrored])
     if not view.is_turned:
         return slab
-    sizes = [
-        size if other == axis else max(1, math.ceil(size * view.zoom))
-        for other, size in enumerate(slab.shape[2:])
-    ]
-    return _moved(slab, axis, (sizes[0], sizes[1], sizes[2]), plan, degrees=view.degrees, zoom=view.zoom)
+    x, y, z = slab.shape[2:]
+    shape = _shown_shape((x, y, z), view, axis)
+    return _moved(slab, axis, shape, plan, degrees=view.degrees, zoom=view.zoom)
 
 
 def brought_back(logits: Tensor, view: View, axis: int, plan: Plan, shape: Triple) -> Tensor:
@@ -71,7 +85,37 @@ def brought_back(logits: Tensor, view: View, axis: int, plan: Plan, shape: Tripl
     return logits.flip([other + 2 for other in view.mirrored])
 
 
-def _moved(volume: Tensor, axis: int, shape: Triple, plan: Plan, *, degrees: float, zoom: float) -> Tensor:
+def coverage(view: View, axis: int, plan: Plan, shape: Triple) -> Tensor:
+    """Return how much of each voxel a view shows, from 0 to 1; `[1, x, y, z]`, of size 1 along `axis`.
+
+    A view that is not turned shows all of everything: `[1, 1, 1, 1]`.
+    """
+    if not view.is_turned:
+        return torch.ones(1, 1, 1, 1)
+    x, y, z = (1 if other == axis else size for other, size in enumerate(shape))
+    shown = torch.ones(1, 1, *_shown_shape((x, y, z), view, axis))
+    turn = {"degrees": -view.degrees, "zoom": 1 / view.zoom}
+    back = _moved(shown, axis, (x, y, z), plan, **turn, padding="zeros")
+    return back[0].flip([other + 1 for other in view.mirrored])
+
+
+def _shown_shape(shape: Triple, view: View, axis: int) -> Triple:
+    x, y, z = (
+        size if other == axis else max(1, math.ceil(size * view.zoom)) for other, size in enumerate(shape)
+    )
+    return (x, y, z)
+
+
+def _moved(
+    volume: Tensor,
+    axis: int,
+    shape: Triple,
+    plan: Plan,
+    *,
+    degrees: float,
+    zoom: float,
+    padding: Literal["border", "zeros"] = "border",
+) -> Tensor:
     """Turn `[1, c, x, y, z]` about its middle and zoom it, plane by plane across `axis`, onto another shape."""
     first, second = (other for other in range(3) if other != axis)
     spacing = np.diag([plan.spacing_mm[first], plan.spacing_mm[second]])
@@ -88,5 +132,5 @@ def _moved(volume: Tensor, axis: int, shape: Triple, plan: Plan, *, degrees: flo
     planes = volume[0].movedim(axis + 1, 1)
     flat = planes.flatten(0, 1)[None]
     grid = F.affine_grid(theta[None], [1, 1, *wanted.tolist()], align_corners=False)
-    moved = F.grid_sample(flat, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    moved = F.grid_sample(flat, grid, mode="bilinear", padding_mode=padding, align_corners=False)
     return moved[0].unflatten(0, planes.shape[:2]).movedim(1, axis + 1)[None]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from medvisionllama.data.planning import Plan
-from medvisionllama.inference.views import View, brought_back, can_turn, seen, views_of
+from medvisionllama.inference.views import View, brought_back, can_turn, coverage, seen, views_of
 from medvisionllama.types import LogitBatch, Triple
 
 Network = Callable[[Tensor], LogitBatch]
@@ -48,7 +48,9 @@ def probability_planes(
         context: entered while the network works, and for nothing else: autocast, say, under which PyTorch turns and
             averages views in half precision too.
     """
-    views = views_of(plan, axis=axis, flip=flip, turn=turn)
+    x, y, z = image.shape[1:]
+    views = views_of(plan, (x, y, z), axis=axis, flip=flip, turn=turn)
+    weights = [view.weight * coverage(view, axis, plan, (x, y, z)) for view in views]
     for logits in blended_planes(
         network,
         image,
@@ -60,7 +62,7 @@ def probability_planes(
         normalise=normalise,
         context=context,
     ):
-        yield _squash(logits, plan, torch.tensor([view.weight for view in views]))
+        yield _squash(logits, plan, weights)
 
 
 def blended_planes(
@@ -106,15 +108,14 @@ def blended_planes(
 def slab_axis(shape: Sequence[int], plans: Sequence[Plan], *, turn: bool = False) -> int:
     """The longest axis that no plan mirrors: a slab along it is the smallest share of the scan.
 
-    Along a mirrored axis the windows of the mirrored image would lie elsewhere than the mirrored windows.
+    Along a mirrored axis the windows of the mirrored image would lie a little elsewhere than the mirrored windows.
 
     Args:
-        turn: prefer an axis across which most plans can turn a scan: of thick slices, that across them.
+        turn: first of all an axis across which most plans can turn a scan: of thick slices, that across them.
     """
     mirrored = {axis for plan in plans for axis in plan.flip_axes}
-    free = [axis for axis in range(3) if axis not in mirrored] or [0, 1, 2]
-    turning = [sum(can_turn(plan, axis) for plan in plans) if turn else 0 for axis in range(3)]
-    return max(free, key=lambda axis: (turning[axis], shape[axis], axis))
+    turning = [sum(can_turn(plan, shape, axis) for plan in plans) if turn else 0 for axis in range(3)]
+    return max(range(3), key=lambda axis: (turning[axis], axis not in mirrored, shape[axis], axis))
 
 
 def window_starts(size: int, window: int, overlap: float) -> list[int]:
@@ -198,9 +199,18 @@ def _row_weights(window: Triple, axis: int) -> Tensor:
     return reduce(torch.mul, torch.meshgrid(*profiles, indexing="ij")).clamp_min(_LEAST_WEIGHT)[None, None]
 
 
-def _squash(logits: LogitBatch, plan: Plan, weights: Tensor) -> Tensor:
-    """Logits `[view, k, x, y, z]` to probabilities `[k, x, y, z]`, averaged over views by their weights."""
+def _squash(logits: LogitBatch, plan: Plan, weights: Sequence[Tensor]) -> Tensor:
+    """Logits `[view, k, x, y, z]` to probabilities `[k, x, y, z]`, averaged over views by their weights.
+
+    Args:
+        weights: of each view, `[1, x, y, z]` or of size 1 along any of these.
+    """
     shares = logits.sigmoid() if plan.num_outputs == 1 else logits.softmax(dim=1)
-    # One view is itself, to the last bit.
-    mean = shares[0] if len(shares) == 1 else torch.tensordot(weights / weights.sum(), shares, dims=1)
+    if len(shares) == 1:
+        mean = shares[0]  # itself, to the last bit
+    else:
+        total = sum(weights, torch.zeros(1))
+        mean = sum(
+            (share * (weight / total) for share, weight in zip(shares, weights, strict=True)), total * 0
+        )
     return torch.cat([1 - mean, mean]) if plan.num_outputs == 1 else mean

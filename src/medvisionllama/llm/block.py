@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medvisionllama.autocast import autocast_dtype
 from medvisionllama.errors import BlockError
-from medvisionllama.llm.controls import NEEDS_CHECKPOINT, WEIGHTS, Weights, stream
+from medvisionllama.llm.controls import NEEDS_CHECKPOINT, WEIGHTS, stream
 from medvisionllama.llm.families import Family, family_of
 from medvisionllama.llm.filling import empty_layers, filled_layers, initialised_layers
 from medvisionllama.llm.int8 import store_as_int8
@@ -25,17 +25,15 @@ from medvisionllama.llm.lora import add_lora
 from medvisionllama.llm.rotary import (
     ROTARY,
     Angles,
-    Rotary,
     axial_angles,
     cosine_at_origin,
     no_angles,
     sequence_angles,
 )
 from medvisionllama.llm.sources import open_source, resolve_layers
-from medvisionllama.types import Tokens
+from medvisionllama.types import BlockStorage, BlockWeights, Rotary, Tokens
 
-Storage = Literal["full", "int8"]
-STORAGE: tuple[Storage, ...] = get_args(Storage)
+STORAGE: tuple[BlockStorage, ...] = get_args(BlockStorage)
 
 
 class FrozenBlock(nn.Module):
@@ -85,12 +83,12 @@ class FrozenBlock(nn.Module):
         rotary: Rotary = False,
         causal: bool = False,
         final_norm: bool = True,
-        weights: Weights = "pretrained",
+        weights: BlockWeights = "pretrained",
         seed: int = 0,
         lora_rank: int = 0,
         lora_targets: str | Sequence[str] = (),
         frozen: bool = True,
-        storage: Storage = "full",
+        storage: BlockStorage = "full",
         gradient_checkpointing: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -274,10 +272,10 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
 
 
 def _check_options(
-    weights: Weights,
+    weights: BlockWeights,
     rotary: Rotary,
     *,
-    storage: Storage,
+    storage: BlockStorage,
     frozen: bool,
     lora_rank: int,
     dtype: torch.dtype,

@@ -8,8 +8,8 @@ The manifest has the SHA-256 of each file; it is verified whenever the file is u
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from medvisionllama._files import atomic_path, file_sha256, user_cache, write_bytes, write_json
+from medvisionllama._files import (
+    atomic_path,
+    file_sha256,
+    locked_folder,
+    user_cache,
+    write_bytes,
+    write_json,
+)
 from medvisionllama.errors import BlockError
 from medvisionllama.llm.ranges import LocalFile, read_tensor
 from medvisionllama.llm.safetensors_file import safetensors_entries
@@ -150,25 +157,9 @@ def layer_file(position: int) -> str:
     return f"layer-{position:03d}.safetensors"
 
 
-@contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Let one process of this machine fetch at a time, so that the others find what it has kept.
-
-    The folder itself is locked, so no file is left behind; Windows, which cannot do that, does without.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    import os
-
-    folder = os.open(user_cache(), os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
+def one_at_a_time() -> AbstractContextManager[None]:
+    """Let one process of this machine fetch at a time, so that the others find what it has kept."""
+    return locked_folder(user_cache())
 
 
 def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -6,13 +6,14 @@ not depend on which others are loaded with it.
 """
 
 import hashlib
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-Weights = Literal["pretrained", "random", "moment_matched", "permuted", "identity"]
-WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+from medvisionllama.types import BlockWeights
+
+WEIGHTS: tuple[BlockWeights, ...] = get_args(BlockWeights)
 NEEDS_CHECKPOINT = ("pretrained", "moment_matched", "permuted")
 
 
@@ -21,7 +22,7 @@ def stream(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
 
 
-def controlled(tensor: Tensor, weights: Weights, *, seed: int, name: str) -> Tensor:
+def controlled(tensor: Tensor, weights: BlockWeights, *, seed: int, name: str) -> Tensor:
     """Return the tensor as the control wants it, in its own dtype."""
     generator = torch.Generator().manual_seed(stream(seed, name))
     if weights == "moment_matched":

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from medvisionllama.errors import BlockError
-from medvisionllama.llm.controls import Weights, controlled, stream
+from medvisionllama.llm.controls import controlled, stream
 from medvisionllama.llm.families import Family
 from medvisionllama.llm.sources import LayerTensors, Source
+from medvisionllama.types import BlockWeights
 
 Layers = tuple[nn.ModuleList, nn.Module | None]
 
@@ -27,7 +28,7 @@ def filled_layers(
     config: Any,
     positions: Sequence[int],
     *,
-    weights: Weights,
+    weights: BlockWeights,
     seed: int,
     dtype: torch.dtype,
     device: torch.device | str,

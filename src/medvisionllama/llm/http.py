@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from requests.auth import AuthBase
 
 T = TypeVar("T")
-_WAITS_S = _http.WAITS_S
 _FIRST = 1 << 16
 """Bytes of a file that are read before anything is known of it: most headers fit."""
 _GAP = 1 << 12
@@ -118,7 +117,6 @@ class Repository:
                 f"{self.host} cannot be asked for {file} of {self.repo} ({reason}); check HF_ENDPOINT and HF_TOKEN"
             ),
             done=done,
-            waits_s=_WAITS_S,
         )
 
     def _page(self) -> str:

@@ -7,7 +7,7 @@ controls ask what about the words matters.
 import hashlib
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from jaxtyping import Float
@@ -17,12 +17,12 @@ from medvisionllama.errors import BlockError
 from medvisionllama.llm.controls import moment_matched, stream
 from medvisionllama.llm.families import family_of
 from medvisionllama.llm.sources import Source, open_source
+from medvisionllama.types import PromptControl
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _ATTEMPTS = 50
-PromptControl = Literal["text", "shuffled", "random"]
 PromptRows = Float[Tensor, "token width"]
 
 

@@ -20,7 +20,7 @@ from medvisionllama.llm.names import in_pairs, is_meta, meta_settings, transform
 from medvisionllama.llm.pickle_file import pickle_entries
 from medvisionllama.llm.ranges import ByteSource, Entry, read_rows, read_tensor, row_ranges
 from medvisionllama.llm.safetensors_file import safetensors_entries
-from medvisionllama.llm.sources import LayerTensors
+from medvisionllama.llm.sources import LayerTensors, SmallFiles
 from medvisionllama.llm.vocabulary import tokenizer_from
 
 if TYPE_CHECKING:
@@ -30,21 +30,14 @@ if TYPE_CHECKING:
 _WEIGHTS_NAME = re.compile(r"[\w][\w.-]{0,200}\.(safetensors|bin)")
 
 
-class Place(Protocol):
+class Place(SmallFiles, Protocol):
     """Where a checkpoint's files lie."""
-
-    name: str
-    advice: str
-    """What to do if a file is missing."""
 
     def weight_files(self) -> Iterable[tuple[str, ...]]:
         """Under which names the weights may lie, best first: an index, or files that hold them together."""
 
     def open(self, file: str) -> ByteSource | None:
         """Open a file for reading in parts; None if it is not there."""
-
-    def content(self, file: str) -> bytes | None:
-        """Read a small file whole; None if it is not there."""
 
 
 @dataclass(frozen=True)
@@ -230,16 +223,6 @@ class CheckpointReader:
             )
             self._files[file] = source, entries
         return self._files[file]
-
-
-class SmallFiles(Protocol):
-    """The part of a place that settings and vocabularies come from."""
-
-    name: str
-    advice: str
-
-    def content(self, file: str) -> bytes | None:
-        """Read a small file whole; None if it is not there."""
 
 
 def read_settings(place: SmallFiles) -> dict[str, Any]:

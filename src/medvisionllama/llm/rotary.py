@@ -4,13 +4,14 @@ An angle pair is `(cosine, sine)`, each `[1, n, r]` with r the rotated width of 
 share one frequency: the layout of `transformers`.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Integer
 from torch import Tensor, nn
 
-Rotary = Literal[False, True, "3d"]
+from medvisionllama.types import Rotary
+
 ROTARY: tuple[Rotary, ...] = get_args(Rotary)
 Angles = tuple[Tensor, Tensor]
 SequencePositions = Integer[Tensor, " token"]

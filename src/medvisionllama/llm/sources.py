@@ -66,6 +66,17 @@ class Source(Protocol):
         """Size of the whole checkpoint, if known without fetching anything."""
 
 
+class SmallFiles(Protocol):
+    """The part of a place that settings and vocabularies come from."""
+
+    name: str
+    advice: str
+    """What to do if a file is missing."""
+
+    def content(self, file: str) -> bytes | None:
+        """Read a small file whole; None if it is not there."""
+
+
 def open_source(
     source: str | Path, *, offline: bool | None = None, progress: Progress | None = None
 ) -> Source:

@@ -3,21 +3,17 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from medvisionllama.errors import BlockError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-
-class _Files(Protocol):
-    name: str
-
-    def content(self, file: str) -> bytes | None: ...
+    from medvisionllama.llm.sources import SmallFiles
 
 
-def tokenizer_from(place: _Files) -> "Tokenizer":
+def tokenizer_from(place: "SmallFiles") -> "Tokenizer":
     """Build the tokenizer, without padding or truncation.
 
     tokenizer.json is enough; of older checkpoints, BERT's vocab.txt and GPT-2's vocab.json with merges.txt.
@@ -67,7 +63,7 @@ def refused_by_tokenizers(where: str) -> Iterator[None]:
         ) from None
 
 
-def _word_pieces(place: _Files, words: bytes) -> "Tokenizer":
+def _word_pieces(place: "SmallFiles", words: bytes) -> "Tokenizer":
     from tokenizers import Tokenizer
     from tokenizers.decoders import WordPiece as Decoder
     from tokenizers.models import WordPiece
@@ -94,7 +90,7 @@ def _word_pieces(place: _Files, words: bytes) -> "Tokenizer":
     return tokenizer
 
 
-def _byte_level(place: _Files, pairs: bytes, merges: bytes) -> "Tokenizer":
+def _byte_level(place: "SmallFiles", pairs: bytes, merges: bytes) -> "Tokenizer":
     from tokenizers import Tokenizer
     from tokenizers.decoders import ByteLevel as Decoder
     from tokenizers.models import BPE
@@ -109,13 +105,13 @@ def _byte_level(place: _Files, pairs: bytes, merges: bytes) -> "Tokenizer":
     return tokenizer
 
 
-def _is_moses(place: _Files) -> bool:
+def _is_moses(place: "SmallFiles") -> bool:
     """BioGPT's words are split by Moses' rules, which `tokenizers` does not have."""
     config = place.content("config.json") or b"{}"
     return b'"biogpt"' in config
 
 
-def _settings(place: _Files) -> dict[str, Any]:
+def _settings(place: "SmallFiles") -> dict[str, Any]:
     content = place.content("tokenizer_config.json")
     try:
         settings = json.loads(content or b"{}")

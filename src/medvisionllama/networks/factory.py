@@ -15,21 +15,12 @@ from medvisionllama.networks.context import has_context
 from medvisionllama.networks.embeds import PatchEmbed, StemEmbed
 from medvisionllama.networks.heads import LinearHead, SkipHead, UpsampleHead
 from medvisionllama.networks.inserts import LLMInsert, MLPInsert
-from medvisionllama.networks.matching import Criterion, Match, deeper, ratio_for, wider
+from medvisionllama.networks.matching import Match, deeper, ratio_for, wider
 from medvisionllama.networks.monai_nets import build_rival
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.networks.sizes import Sizes, sizes_of
 from medvisionllama.networks.vit import VisionTransformer, grid_after
-from medvisionllama.types import Triple
-
-
-class Shapes(TypedDict):
-    """What a network must fit, as `Plan.network_sizes` tells it."""
-
-    num_channels: int
-    num_outputs: int
-    crop_size: Triple
-    strides: Sequence[Triple]
+from medvisionllama.types import NetworkShapes, SizeCriterion, Triple
 
 
 class _Skips(TypedDict):
@@ -114,7 +105,7 @@ def _check_stem(crop_size: Triple, strides: Sequence[Triple]) -> None:
         )
 
 
-def build_meta_network(config: NetworkConfig, **shapes: Unpack[Shapes]) -> TokenSegmenter:
+def build_meta_network(config: NetworkConfig, **shapes: Unpack[NetworkShapes]) -> TokenSegmenter:
     """Build the network with shapes and no values: without its memory, and no weights are read or fetched.
 
     Rotary positions are left out: they have no parameter, and not all of transformers computes them there.
@@ -128,7 +119,7 @@ def build_meta_network(config: NetworkConfig, **shapes: Unpack[Shapes]) -> Token
         return build_network(config.model_copy(update={"block": block}), **shapes)
 
 
-def network_sizes(config: NetworkConfig, **shapes: Unpack[Shapes]) -> Sizes:
+def network_sizes(config: NetworkConfig, **shapes: Unpack[NetworkShapes]) -> Sizes:
     """Count a network's parameters and the operations of one crop; see `networks/sizes.py` for what counts.
 
     Raises:
@@ -138,7 +129,9 @@ def network_sizes(config: NetworkConfig, **shapes: Unpack[Shapes]) -> Sizes:
     return sizes_of(network, num_channels=shapes["num_channels"], crop_size=shapes["crop_size"])
 
 
-def match_mlp(config: NetworkConfig, target: Sizes, *, by: Criterion, **shapes: Unpack[Shapes]) -> Match:
+def match_mlp(
+    config: NetworkConfig, target: Sizes, *, by: SizeCriterion, **shapes: Unpack[NetworkShapes]
+) -> Match:
     """Find the MLP that, in the insert's place, makes the network as large as `target`; a gate stays.
 
     Raises:
@@ -154,7 +147,9 @@ def match_mlp(config: NetworkConfig, target: Sizes, *, by: Criterion, **shapes: 
     return wider(target, sizes_at, by=by, width=config.width)
 
 
-def match_depth(config: NetworkConfig, target: Sizes, *, by: Criterion, **shapes: Unpack[Shapes]) -> Match:
+def match_depth(
+    config: NetworkConfig, target: Sizes, *, by: SizeCriterion, **shapes: Unpack[NetworkShapes]
+) -> Match:
     """Find the depth that, without an insert, brings the network nearest to `target`; one more block at least.
 
     Raises:

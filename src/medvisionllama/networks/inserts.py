@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from medvisionllama.llm import FrozenBlock
 from medvisionllama.llm.rotary import grid_positions
 from medvisionllama.networks.layers import MLP
-from medvisionllama.networks.mappers import MapperKind, make_mapper
-from medvisionllama.types import Tokens, Triple
+from medvisionllama.networks.mappers import make_mapper
+from medvisionllama.types import MapperKind, Tokens, Triple
 
 
 class LLMInsert(nn.Module):

@@ -5,15 +5,12 @@ what the reference code does. `linear+lora`: both trained, as the paper's text r
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medvisionllama.types import Tokens
-
-MapperKind = Literal["linear", "lora", "linear+lora"]
+from medvisionllama.types import MapperKind, Tokens
 
 
 class LowRankLinear(nn.Module):

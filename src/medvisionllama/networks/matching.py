@@ -7,13 +7,13 @@ so two networks tell all others, however large, and nothing is searched.
 import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from medvisionllama.errors import ConfigError
 from medvisionllama.networks.layers import hidden_width
 from medvisionllama.networks.sizes import Sizes
+from medvisionllama.types import SizeCriterion
 
-Criterion = Literal["trainable", "total", "flops"]
 _WORDS = {"trainable": "trainable parameters", "total": "parameters", "flops": "FLOPs"}
 
 
@@ -28,7 +28,7 @@ class Match:
     """The control's number divided by the target's; 1 is a perfect match."""
 
 
-def wider(target: Sizes, sizes_at: Callable[[int], Sizes], *, by: Criterion, width: int) -> Match:
+def wider(target: Sizes, sizes_at: Callable[[int], Sizes], *, by: SizeCriterion, width: int) -> Match:
     """Find the MLP insert.
 
     Args:
@@ -46,7 +46,7 @@ def wider(target: Sizes, sizes_at: Callable[[int], Sizes], *, by: Criterion, wid
     return _match(settings, target, first, second, steps, by)
 
 
-def deeper(target: Sizes, sizes_at: Callable[[int], Sizes], *, by: Criterion, depth: int) -> Match:
+def deeper(target: Sizes, sizes_at: Callable[[int], Sizes], *, by: SizeCriterion, depth: int) -> Match:
     """Find the depth; at least one block is added, or the control would be the network without an insert.
 
     Args:
@@ -64,7 +64,7 @@ def deeper(target: Sizes, sizes_at: Callable[[int], Sizes], *, by: Criterion, de
     return _match(settings, target, first, second, steps, by)
 
 
-def measure(sizes: Sizes, by: Criterion) -> int:
+def measure(sizes: Sizes, by: SizeCriterion) -> int:
     """Return the number that is matched."""
     return sizes.flops_forward if by == "flops" else int(getattr(sizes, by))
 
@@ -83,20 +83,20 @@ def ratio_for(width: int, hidden: int) -> float:
     raise AssertionError("sixteen digits name any width")
 
 
-def _nearest(target: Sizes, first: Sizes, second: Sizes, by: Criterion) -> int:
+def _nearest(target: Sizes, first: Sizes, second: Sizes, by: SizeCriterion) -> int:
     step = measure(second, by) - measure(first, by)
     return math.floor((measure(target, by) - measure(first, by)) / step + 0.5)
 
 
 def _match(
-    settings: dict[str, Any], target: Sizes, first: Sizes, second: Sizes, steps: int, by: Criterion
+    settings: dict[str, Any], target: Sizes, first: Sizes, second: Sizes, steps: int, by: SizeCriterion
 ) -> Match:
     pairs = zip(astuple(first), astuple(second), strict=True)
     reached = Sizes(*(start + steps * (after - start) for start, after in pairs))
     return Match(settings, reached, measure(reached, by) / measure(target, by))
 
 
-def _impossible(what: str, smallest: str, target: Sizes, first: Sizes, by: Criterion) -> ConfigError:
+def _impossible(what: str, smallest: str, target: Sizes, first: Sizes, by: SizeCriterion) -> ConfigError:
     return ConfigError(
         f"no {what} matches the target's {measure(target, by):,} {_WORDS[by]}: {smallest} the network has {measure(first, by):,}; match by another criterion, or a larger target"
     )

@@ -6,10 +6,9 @@ from medvisionllama.llm import FrozenBlock
 from medvisionllama.networks.embeds import PatchEmbed
 from medvisionllama.networks.heads import LinearHead
 from medvisionllama.networks.inserts import LLMInsert
-from medvisionllama.networks.mappers import MapperKind
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.networks.vit import VisionTransformer, grid_after
-from medvisionllama.types import Triple
+from medvisionllama.types import MapperKind, Triple
 
 
 class MedVisionLlama(TokenSegmenter):

@@ -6,7 +6,6 @@ A rival is a head that is given the scan itself: no tokens, no insert. Sizes are
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,7 @@ from medvisionllama.errors import ConfigError
 from medvisionllama.networks.embeds import Features, kernel_for
 from medvisionllama.networks.layers import make_convolutions_safe
 from medvisionllama.networks.segmenter import TokenSegmenter
-from medvisionllama.types import ImageBatch, LogitBatch, Triple
-
-RivalName = Literal["unetr", "swin_unetr", "dynunet", "segresnet", "unet++", "unet"]
+from medvisionllama.types import ImageBatch, LogitBatch, RivalName, Triple
 
 PUBLISHED_CHANNELS: dict[RivalName, int] = {
     "unetr": 16,

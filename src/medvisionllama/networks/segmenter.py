@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from medvisionllama.llm import FrozenBlock
+from medvisionllama.networks.inserts import LLMInsert
 from medvisionllama.networks.layers import to_grid, to_tokens
 from medvisionllama.types import ImageBatch, LogitBatch, Triple
 
@@ -40,6 +42,23 @@ class TokenSegmenter(nn.Module):
         """Voxels from token to token along x, y, z."""
         stride: Triple = self.embed.stride  # type: ignore[assignment]
         return stride
+
+    @property
+    def block(self) -> FrozenBlock | None:
+        """The language model's block; None of a network that has none."""
+        return self.insert.block if isinstance(self.insert, LLMInsert) else None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of a prompt that stand before the scan's inside the block."""
+        prompt = self.insert.prompt if isinstance(self.insert, LLMInsert) else None
+        return 0 if prompt is None else len(prompt)
+
+    @property
+    def gate_rms(self) -> float | None:
+        """Root mean square of the gate by which the insert's output is multiplied; None where nothing is gated."""
+        gate: torch.Tensor | None = getattr(self.insert, "gate", None)
+        return None if gate is None else float(gate.detach().float().square().mean().sqrt())
 
     def forward(self, image: ImageBatch) -> LogitBatch:
         """Return logits `[b, k, x, y, z]` of the image's shape."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
 from medvisionllama import __version__
@@ -20,6 +19,7 @@ from medvisionllama.evaluation.explain.targets import PREDICTION
 from medvisionllama.evaluation.pointing import peak
 from medvisionllama.inference.activations import MapName
 from medvisionllama.reports import plots
+from medvisionllama.reports.pages import render
 
 TITLES = {
     "encoder": "Encoder",
@@ -125,8 +125,8 @@ def _write(
     path: Path, heading: Heading, *, table: pd.DataFrame, summary: pd.DataFrame | None, **content: Any
 ) -> None:
     source = table if summary is None else summary
-    environment = Environment(loader=PackageLoader("medvisionllama.reports"), autoescape=True)
-    page = environment.get_template("explain.html.j2").render(
+    page = render(
+        "explain.html.j2",
         heading=heading,
         version=__version__,
         main=main_class(table),

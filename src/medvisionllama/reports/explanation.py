@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from medvisionllama.config import read_config
+from medvisionllama.data.planning import read_plan
 from medvisionllama.data.readers import SUFFIXES
 from medvisionllama.errors import DataError
 from medvisionllama.evaluation.evaluate import Split, write_table
@@ -22,7 +23,6 @@ from medvisionllama.evaluation.explain.job import (
 from medvisionllama.evaluation.explain.summary import summarise_scores
 from medvisionllama.evaluation.explain.targets import ScanToExplain, scans_to_explain
 from medvisionllama.evaluation.members import patients_by_part
-from medvisionllama.inference.predictor import read_plan
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.reports.activations import Heading, warnings_on, write_case_page, write_summary_page
 from medvisionllama.run_dir import RunDir

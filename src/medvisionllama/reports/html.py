@@ -13,12 +13,12 @@ from medvisionllama.colours import colour_of
 from medvisionllama.config import Config, load_config, read_config
 from medvisionllama.data.index import Case, open_configured
 from medvisionllama.data.labels import whole_label
+from medvisionllama.data.planning import read_plan
 from medvisionllama.data.readers import read_image, read_label
 from medvisionllama.data.volume import to_ras
 from medvisionllama.errors import CheckpointError, ConfigError, DataError, command
 from medvisionllama.evaluation.evaluate import mean_class_dice, mean_dice, read_table, summarise
 from medvisionllama.inference.cleaning import Cleaning, cleaning_of
-from medvisionllama.inference.predictor import read_plan
 from medvisionllama.reports import plots
 from medvisionllama.reports.pages import render
 from medvisionllama.run_dir import RunDir

@@ -61,8 +61,6 @@ class Study:
     compute: Mapping[str, str] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
     """Where the page of a run is, from the study's own page, by run_id."""
-    headline: str | None = None
-    """The arm the study is about; by default the first that is compared with the reference."""
 
     @property
     def arm_names(self) -> list[str]:
@@ -71,10 +69,8 @@ class Study:
 
     @property
     def headline_arm(self) -> str | None:
-        """The arm whose comparisons are told first, if any is compared."""
+        """The arm whose comparisons are told first: the first that is compared with the reference, if any is."""
         compared = set(self.comparisons["arm"])
-        if self.headline in compared:
-            return self.headline
         return next((arm for arm in self.arm_names if arm in compared), None)
 
     @property

@@ -9,7 +9,7 @@ import matplotlib.image
 import numpy as np
 from scipy import ndimage
 
-from medvisionllama.colours import colour_of
+from medvisionllama.colours import rgb_of
 from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.volume import Volume
 
@@ -67,7 +67,7 @@ def draw_slice(
         for index, value in enumerate(values):
             inside = marks == value
             edge = inside & ~ndimage.binary_erosion(inside)
-            pixels[edge] = _rgb(colour_of(index))
+            pixels[edge] = rgb_of(index)
     return pixels
 
 
@@ -82,10 +82,6 @@ def _pixel_grid(shape: tuple[int, ...], spacing_mm: Sequence[float]) -> tuple[np
             (shape[1], max(1, round(wide * scale))),
         )
     )
-
-
-def _rgb(colour: str) -> tuple[int, int, int]:
-    return (int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16))
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:

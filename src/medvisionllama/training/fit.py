@@ -16,11 +16,11 @@ from medvisionllama._files import lock_if_free, write_json, write_text
 from medvisionllama.checkpoint import frozen, trainable
 from medvisionllama.config import Config, write_config
 from medvisionllama.data.cache import describe
+from medvisionllama.data.planning import read_plan
 from medvisionllama.data.sampling import BatchSampler, check_share
 from medvisionllama.data.splits import write_splits
 from medvisionllama.devices import choose_device, device_words, fast_layout, use_bf16
 from medvisionllama.errors import CheckpointError, ConfigError
-from medvisionllama.inference.predictor import read_plan
 from medvisionllama.llm import CATALOG
 from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_network, check_insert
@@ -119,7 +119,7 @@ def _fit(
     if not run_dir.state.is_file():
         check_time_left(config, processes.first(time.monotonic() - started), progress)
     torch.manual_seed(config.train.seed)
-    network = fast_layout(build_network(config.network, **data.plan.network_sizes, seed=config.train.seed))
+    network = fast_layout(build_network(config.network, **data.plan.network_shapes, seed=config.train.seed))
     facts = network_facts(network)
     loop = TrainingLoop(
         SupervisedSegmenter(
@@ -279,7 +279,7 @@ def make_sampler(config: Config, data: PreparedData, accelerator: Accelerator) -
 def network_facts(network: TokenSegmenter) -> dict[str, Any]:
     """What identifies the network: sizes, and the block's name and hash."""
     held = frozen(network)
-    block = getattr(network.insert, "block", None)
+    block = network.block
     return {
         "format": 1,
         "trainable_parameters": sum(parameter.numel() for parameter in trainable(network).values()),

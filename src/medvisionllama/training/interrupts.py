@@ -1,11 +1,20 @@
-"""Ctrl-C and SIGTERM as a flag that the loop reads between steps, and as an exception elsewhere."""
+"""Ctrl-C and SIGTERM as a flag that the loop reads between steps, and as an exception elsewhere.
+
+Also what processes that train for another one share: how they end when they are asked to.
+"""
 
 import os
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+
+INTERRUPTED = 130
+"""Exit code of a process that was asked to end and has saved everything."""
+SECONDS_TO_SAVE = 120.0
+"""How long a process that is asked to end may take."""
 
 
 def sigterm_as_ctrl_c() -> None:
@@ -15,6 +24,17 @@ def sigterm_as_ctrl_c() -> None:
     """
     if threading.current_thread() is threading.main_thread() and "WORLD_SIZE" not in os.environ:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def wait_or_kill(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Wait for processes that were asked to end, and kill those that take longer than saving does."""
+    deadline = time.monotonic() + SECONDS_TO_SAVE
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 @contextmanager

@@ -52,6 +52,10 @@ the latest weights are kept. If it would take longer than so many seconds, it ma
 `would_take_seconds` alone."""
 _MOST_VALIDATION = 0.25
 """Share of a run's minutes that all of its validations may take; if they would, the last one alone is made."""
+_MOST_RESERVED = 0.5
+"""Share of what is left of the minutes that is kept free for that last one, however long it takes."""
+_MOST_MASKS = 0.25
+"""Share of the minutes that all rounds of masks for scans without labels may take."""
 
 
 @dataclass
@@ -141,11 +145,13 @@ class TrainingLoop:
             interruptible(echo_seconds=echo) as interrupted,
             progress.track("training", 1.0) as advance,
         ):
+            if not self.state.step:
+                self._begin()
             while not self.is_over:
                 # Before a step: a run that ended while it made masks was saved without them, and begins here.
                 if self._masks_due():
                     advance(self.progress, "segmenting the scans without labels")
-                    self._relabel()
+                    self._relabel(progress, interrupted)
                 loss = self._step()
                 self.state.loss_sum += loss
                 self._tick()
@@ -159,6 +165,11 @@ class TrainingLoop:
                     self.save()
                     return False
         return True
+
+    def _begin(self) -> None:
+        """Pass the marks that preparing the scans has used up: an untrained network has nothing to show."""
+        self._tick()
+        self.state.validated_seconds = self.state.pseudo_seconds = self.state.elapsed_seconds
 
     def save(self) -> None:
         """Write the resume state as one file."""
@@ -272,6 +283,12 @@ class TrainingLoop:
         return None if minutes is None else _MOST_VALIDATION * 60 * minutes / self.config.num_validations
 
     @property
+    def _mask_patience_seconds(self) -> float | None:
+        """How long each round of masks for scans without labels may take; None without a limit by minutes."""
+        minutes, rounds = self.config.max_minutes, self.self_training.config.unlabelled.rounds
+        return None if minutes is None else _MOST_MASKS * 60 * minutes / rounds
+
+    @property
     def _validates_late(self) -> bool:
         """True of a run that only its end leaves time to validate."""
         return self._patience_seconds is not None and self.state.would_take_seconds > self._patience_seconds
@@ -290,11 +307,7 @@ class TrainingLoop:
         with self._averaged_weights():
             record = self.validate(self.network, self._patience_seconds if self.progress < 1.0 else None)
             if (seconds := record.get("would_take_seconds")) is not None:
-                self.state.would_take_seconds = seconds
-                self.state.validation_seconds = max(self.state.validation_seconds, seconds)
-                progress.say(
-                    f"segmenting the validation cases takes about {seconds / 60:.2g} of the {self.config.max_minutes:g} minutes, so it is done once, at the end; --max-minutes gives more to both"
-                )
+                self._give_up_validation(seconds, progress)
                 return
             # Without validation cases there never is a best one, and each save takes the place of the last.
             dice, best = record["dice"], self.state.best
@@ -319,6 +332,20 @@ class TrainingLoop:
                 }
             )
 
+    def _give_up_validation(self, seconds: float, progress: Progress) -> None:
+        """Leave validation to the end of the run, and keep time free for it."""
+        assert self.config.max_minutes is not None, "without a limit none takes too long"
+        self._tick()
+        self.state.would_take_seconds = seconds
+        # Training has the larger part of what is left, or a run would end that has learned nothing.
+        most = _MOST_RESERVED * max(0.0, 60 * self.config.max_minutes - self.state.elapsed_seconds)
+        kept = min(seconds, most)
+        self.state.validation_seconds = max(self.state.validation_seconds, kept)
+        late = "" if kept == seconds else f", {(seconds - kept) / 60:.2g} minutes longer than that"
+        progress.say(
+            f"segmenting the validation cases takes about {seconds / 60:.2g} of the {self.config.max_minutes:g} minutes, so it is done once, at the end{late}; --max-minutes gives more to both"
+        )
+
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
         """The network as it is validated and saved."""
@@ -328,11 +355,21 @@ class TrainingLoop:
         if self.average:
             self.average.swap()
 
-    def _relabel(self) -> None:
+    def _relabel(self, progress: Progress, interrupted: Callable[[], bool]) -> None:
         before, number = self.state.pseudo_round, self.state.pseudo_round + 1
-        self.state.pseudo_step, self.state.pseudo_seconds = self.state.step, self.state.elapsed_seconds
+        patience, started = self._mask_patience_seconds, time.monotonic()
         with self._averaged_weights():
-            self.sampler.pseudo_labelled = self.self_training.give_masks(self.network, number)
+            found = self.self_training.give_masks(
+                self.network, number, patience_seconds=patience, interrupted=interrupted
+            )
+        if self.processes.any(interrupted()):
+            return  # the run that goes on makes the round anew
+        if patience is not None and time.monotonic() - started > patience:
+            progress.say(
+                f"{len(found)} of {len(self.self_training.chosen(number))} scans without labels got masks this time; masks may take {_MOST_MASKS:.0%} of the {self.config.max_minutes:g} minutes, and --max-minutes gives more to both"
+            )
+        self.state.pseudo_step, self.state.pseudo_seconds = self.state.step, self.state.elapsed_seconds
+        self.sampler.pseudo_labelled = found
         # Those made ahead know nothing of the new masks.
         self.batches.forget()
         self.state.pseudo_round = number

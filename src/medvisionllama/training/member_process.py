@@ -16,8 +16,7 @@ from io import FileIO
 from medvisionllama.config import Config
 from medvisionllama.errors import MedVisionLlamaError
 from medvisionllama.training.fit import fit_since
-from medvisionllama.training.interrupts import sigterm_as_ctrl_c
-from medvisionllama.training.members import INTERRUPTED
+from medvisionllama.training.interrupts import INTERRUPTED, sigterm_as_ctrl_c
 
 
 def main() -> int:

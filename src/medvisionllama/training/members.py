@@ -27,12 +27,10 @@ from medvisionllama.devices import thread_limits
 from medvisionllama.errors import ConfigError, OtherProcessError
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.interrupts import interruptible
+from medvisionllama.training.interrupts import INTERRUPTED, interruptible, wait_or_kill
 
-INTERRUPTED = 130
 # -P: a random.py in the folder one stands in is not Python's.
 _COMMAND = ("-P", "-m", "medvisionllama.training.member_process")
-_SECONDS_TO_SAVE = 120.0
 
 
 @dataclass(frozen=True)
@@ -110,13 +108,7 @@ class OtherMembers:
         self._stopping.set()
         for member in self.members:
             member.end()
-        deadline = time.monotonic() + _SECONDS_TO_SAVE
-        for member in self.members:
-            try:
-                member.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                member.process.kill()
-                member.process.wait()
+        wait_or_kill(member.process for member in self.members)
 
     def _tell_if_it_fails(self, member: OtherMember) -> None:
         member.process.wait()

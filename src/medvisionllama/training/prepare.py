@@ -1,7 +1,7 @@
 """From a dataset's folder to what training needs: division, plan, and preprocessed cases."""
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -159,8 +159,8 @@ def unlabelled_cases(
 
     Raises:
         ConfigError: it leaves out none.
-        DataError: no scans in the folder, scans that the dataset has with labels, or scans of patients who validate
-            or test, by their names or by the PatientIDs of DICOM.
+        DataError: no scans in the folder, scans that the dataset has with labels, or scans of patients who
+            validate, test or are excluded, by their names or by the PatientIDs of DICOM.
     """
     scans = config.unlabelled.scans
     if scans == "none":
@@ -174,9 +174,12 @@ def unlabelled_cases(
             )
         return [replace(case, label=None) for case in dataset.cases if case.case_id in rest]
     found = collect_scans([scans], channels=dataset.channels)
-    known = {case.case_id for case in dataset.cases}
+    known = {case.case_id for case in (*dataset.cases, *dataset.excluded)}
     kept = {dataset.patients[name] for name in (*selection.validation, *selection.test)}
-    persons = _persons_of(kept, facts)
+    # Whoever is excluded may be kept for a test of one's own, or be a double of somebody who validates.
+    kept |= {case.patient_id for case in dataset.excluded}
+    owned = [(case.patient_id, case.persons) for case in facts]
+    persons = _persons_of(kept, owned + [(case.patient_id, persons_of(case)) for case in dataset.excluded])
     cases = [_case_of(scan, config.data.patient_pattern) for scan in found]
     for case, scan in zip(cases, found, strict=True):
         if scan.case_id in known:
@@ -186,22 +189,26 @@ def unlabelled_cases(
         # Another frame of a test patient shows the same anatomy, with a label or without.
         if case.patient_id in kept:
             raise DataError(
-                f"{scan.images[0]} is of the patient {case.patient_id!r}, who validates or tests this run; take that patient's scans out of {scans}"
+                f"{scan.images[0]} is of the patient {case.patient_id!r}, who validates, tests or is excluded from this run; take that patient's scans out of {scans}"
             )
         if persons & persons_of(case):
             raise DataError(
-                f"{scan.images[0]} has the PatientID of a patient who validates or tests this run; take that patient's scans out of {scans}"
+                f"{scan.images[0]} has the PatientID of a patient who validates, tests or is excluded from this run; take that patient's scans out of {scans}"
             )
     return cases
 
 
-def _persons_of(patients: Collection[str], facts: Sequence[CaseFacts]) -> set[str]:
-    """PatientIDs, hashed, of some patients; one that several have, as the anonymous may, tells nothing."""
+def _persons_of(patients: Collection[str], owned: Iterable[tuple[str, Collection[str]]]) -> set[str]:
+    """PatientIDs, hashed, of some patients; one that several have, as the anonymous may, tells nothing.
+
+    Args:
+        owned: of each case, its patient and the PatientIDs in its files.
+    """
     owners: dict[str, set[str]] = defaultdict(set)
-    for case in facts:
-        for person in case.persons:
-            owners[person].add(case.patient_id)
-    return {person for person, found in owners.items() if len(found) == 1 and found <= set(patients)}
+    for patient, found in owned:
+        for person in found:
+            owners[person].add(patient)
+    return {person for person, whose in owners.items() if len(whose) == 1 and whose <= set(patients)}
 
 
 def _case_of(scan: Scan, pattern: str | None) -> Case:

@@ -6,19 +6,26 @@ apart is removed: a network that few scans have taught finds bright tissue elsew
 """
 
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from accelerate import Accelerator
 
 from medvisionllama.config import Config
-from medvisionllama.data.cache import CachedCase, PseudoLabelledCase, write_pseudo_label
+from medvisionllama.data.cache import (
+    CachedCase,
+    PseudoLabelledCase,
+    has_pseudo_label,
+    write_pseudo_label,
+)
 from medvisionllama.data.places import Places
 from medvisionllama.data.planning import Plan
 from medvisionllama.inference.postprocess import component_volumes_ml, remove_islands
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.run_dir import RunDir
+from medvisionllama.training.processes import Processes
 from medvisionllama.training.validation import case_mask
 from medvisionllama.types import LabelArray, SpacingMm
 
@@ -60,34 +67,55 @@ class SelfTraining:
         drawn = rng.permutation(len(self.unlabelled))[: settings.per_round]
         return [self.unlabelled[index] for index in sorted(drawn)]
 
-    def give_masks(self, network: TokenSegmenter, number: int) -> list[PseudoLabelledCase]:
-        """Segment the unlabelled cases of a round and keep their masks.
+    def give_masks(
+        self,
+        network: TokenSegmenter,
+        number: int,
+        *,
+        patience_seconds: float | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> list[PseudoLabelledCase]:
+        """Segment the unlabelled cases of a round, as many as there is time for, and keep their masks.
 
         The processes of a run share the cases, unless all of them are needed around a sharded block.
+
+        Args:
+            patience_seconds: after these no further case is begun.
+            interrupted: asked after each case; no further one is begun then either.
         """
-        mine = slice(None)
-        if not self.config.train.shard_block:
-            mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        processes, started = Processes(self.accelerator), time.monotonic()
+        together = processes.num > 1 and self.config.train.shard_block
+
+        def ends() -> bool:
+            ending = interrupted()
+            if patience_seconds is not None:
+                ending |= time.monotonic() - started > patience_seconds
+            return processes.any(ending) if together else ending
+
+        cases = self.chosen(number)
+        mine = cases if together else cases[processes.index :: processes.num]
+        # In another order each round: where time is short, others get their turn.
+        rng = np.random.default_rng([self.config.train.seed, 4_000_037, number])
         network.eval()
-        for case in self.chosen(number)[mine]:
-            folder = self.run_dir.pseudo_labels(number, case.case_id)
-            write_pseudo_label(self._mask(network, case), folder)
+        for index in rng.permutation(len(mine)):
+            case = mine[index]
+            write_pseudo_label(self._mask(network, case), self.run_dir.pseudo_labels(number, case.case_id))
+            if ends():
+                break
         self.accelerator.wait_for_everyone()
         return self.masks_of(number)
 
     def masks_of(self, number: int) -> list[PseudoLabelledCase]:
-        """The cases of a round with their masks; before the first there are none."""
+        """The cases of a round that have their masks on this machine; before the first there are none."""
         if not number:
             return []
+        folders = {case.case_id: self.run_dir.pseudo_labels(number, case.case_id) for case in self.unlabelled}
         return [
             PseudoLabelledCase(
-                case.case_id,
-                case.patient_id,
-                case.folder,
-                case.facts,
-                masks=self.run_dir.pseudo_labels(number, case.case_id),
+                case.case_id, case.patient_id, case.folder, case.facts, masks=folders[case.case_id]
             )
             for case in self.chosen(number)
+            if has_pseudo_label(folders[case.case_id])
         ]
 
     def forget(self, number: int) -> None:
@@ -100,7 +128,8 @@ class SelfTraining:
             network, case, plan, overlap=settings.overlap, flip=settings.flip, accelerator=self.accelerator
         )
         if plan.merged:
-            mask = np.where(mask > 0, next(iter(plan.classes)), 0).astype(mask.dtype)
+            value = next(iter(plan.classes))
+            mask = np.where(mask > 0, value, 0).astype(np.min_scalar_type(value))
         places = None if plan.resize else plan.places
         return keep_pieces(mask, self.pieces, plan.spacing_mm, places)
 
@@ -125,7 +154,7 @@ def find_pieces(cases: Sequence[CachedCase], *, merged: bool = False) -> Pieces:
     for case in cases:
         label = np.asarray(case.label)
         for found, mask in ((together, (label > 0).astype(np.uint8)), (apart, label)):
-            for value, volumes in component_volumes_ml(mask, _UNIT).items():
+            for value, volumes in component_volumes_ml(mask, 1.0).items():
                 found[value] = found.get(value, True) and volumes[0] >= _ONE_PIECE * sum(volumes)
     whole = frozenset(value for value, is_whole in apart.items() if is_whole and not merged)
     return Pieces(foreground=together.get(1, False), classes=whole)

@@ -9,7 +9,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from medvisionllama.checkpoint import frozen
-from medvisionllama.llm import FrozenBlock
 from medvisionllama.training.losses import SupervisedSegmenter
 from medvisionllama.training.processes import Processes
 
@@ -20,8 +19,8 @@ def shard_frozen_block(model: SupervisedSegmenter, processes: Processes) -> None
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    block = getattr(model.network.insert, "block", None)
-    assert isinstance(block, FrozenBlock), "train.shard_block needs one, as the configuration has checked"
+    block = model.network.block
+    assert block is not None, "train.shard_block needs one, as the configuration has checked"
     device: torch.device = processes.accelerator.device
     mesh = init_device_mesh(device.type, (processes.num,))
     for layer in block.layers:

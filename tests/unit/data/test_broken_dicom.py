@@ -9,8 +9,8 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless, generate_uid
 
-from dicom_files import PATIENT, classic, enhanced, rotation, save
-from medvisionllama.data.formats.dicom import read_header, read_voxels
+from dicom_files import PATIENT, classic, enhanced, read_voxels, rotation, save
+from medvisionllama.data.formats.dicom import read_header
 from medvisionllama.data.formats.dicom_series import find_series
 from medvisionllama.data.readers import read_header as read_any_header
 from medvisionllama.errors import DataError

@@ -311,10 +311,36 @@ def test_a_scan_without_a_label_is_no_test_patients_under_another_name(persons, 
     facts = fingerprint(found).facts
     owner = {"ID-1": "alpha", "ID-2": "bravo", "ID-3": "charlie"}.get(number)
     if owner in {*selection.validation, *selection.test}:
-        with pytest.raises(DataError, match=r"zulu\) has the PatientID of a patient who validates or tests"):
+        with pytest.raises(
+            DataError, match=r"zulu\) has the PatientID of a patient who validates, tests or is excluded"
+        ):
             unlabelled_cases(config, found, selection, facts)
     else:
         assert [case.case_id for case in unlabelled_cases(config, found, selection, facts)] == ["zulu"]
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "why"),
+    [
+        ("alpha1", "ID-9", "named like a case"),
+        ("zulu", "ID-1", "PatientID of a patient who validates, tests or is excluded"),
+        ("alpha1_frame02", "ID-9", "patient 'alpha1', who validates, tests or is excluded"),
+    ],
+)
+def test_a_scan_of_an_excluded_patient_does_not_train_without_its_label(
+    persons, tmp_path_factory, name, number, why
+):
+    root = persons(alpha1="ID-1", bravo="ID-2", charlie="ID-3", delta="ID-4")
+    extra = tmp_path_factory.mktemp("extra")
+    datasets = classic(np.zeros((6, 8, 5), np.int16))
+    for dataset in datasets:
+        dataset.PatientID = number
+    save(datasets, extra / name)
+    settings = {"data.path": root, "data.exclude": ["alpha1"], "unlabelled.scans": extra, "data.fold": "all"}
+    config = load_config("small", settings)
+    found, _, selection = divide(config, drawn=None)
+    with pytest.raises(DataError, match=why):
+        unlabelled_cases(config, found, selection, fingerprint(found).facts)
 
 
 @pytest.mark.parametrize("number", ["", "ANONYMOUS"])

@@ -44,7 +44,7 @@ def served(tmp_path, archive, monkeypatch):
     """A server that has the archive at its mirror's address; the table knows its MD5 sum."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(http_file, "_WAITS_S", (0.0,))
+    monkeypatch.setattr("medvisionllama._http.WAITS_S", (0.0,))
     place = tmp_path / "served/msd/tar" / FILE
     place.parent.mkdir(parents=True)
     place.write_bytes(archive.read_bytes())
@@ -151,9 +151,10 @@ def test_a_connection_that_breaks_once_is_mended_at_once(served, tmp_path):
 
 @pytest.mark.parametrize("statuses", [[503], [429, 500]])
 def test_a_busy_server_is_asked_again(served, tmp_path, statuses, monkeypatch):
-    monkeypatch.setattr(http_file, "_WAITS_S", (0.0, 0.0))
-    served.statuses["*"] = statuses
+    monkeypatch.setattr("medvisionllama._http.WAITS_S", (0.0, 0.0))
+    served.statuses["*"] = [*statuses]
     download("4", tmp_path / "out")
+    assert [asked.status for asked in served.asked] == [*statuses, 200]
 
 
 def _cut(served, out):

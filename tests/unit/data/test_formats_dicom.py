@@ -21,8 +21,18 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from dicom_files import AXIAL, ORIGIN, SPACING, affine_of, classic, enhanced, rotation, save
-from medvisionllama.data.formats.dicom import read_header, read_voxels
+from dicom_files import (
+    AXIAL,
+    ORIGIN,
+    SPACING,
+    affine_of,
+    classic,
+    enhanced,
+    read_voxels,
+    rotation,
+    save,
+)
+from medvisionllama.data.formats.dicom import read_header
 from medvisionllama.data.formats.dicom_header import quiet
 from medvisionllama.data.formats.dicom_series import find_series
 from medvisionllama.data.readers import read_image, stem_of

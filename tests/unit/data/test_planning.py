@@ -4,16 +4,9 @@ import pytest
 
 from medvisionllama.config import DataConfig
 from medvisionllama.data.fingerprint import Fingerprint, fingerprint
+from medvisionllama.data.grid_rules import plan_crop, plan_strides, total_stride
 from medvisionllama.data.index import Dataset, open_dataset
-from medvisionllama.data.planning import (
-    Normalisation,
-    Plan,
-    is_ct,
-    make_plan,
-    plan_crop,
-    plan_strides,
-    total_stride,
-)
+from medvisionllama.data.planning import Normalisation, Plan, is_ct, make_plan
 from medvisionllama.errors import ConfigError
 
 ISOTROPIC = Fingerprint({"a": (35, 50, 36), "b": (37, 48, 35)}, dict.fromkeys("ab", (1.0, 1.0, 1.0)), 1)

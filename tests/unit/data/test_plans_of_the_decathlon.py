@@ -11,8 +11,9 @@ import pytest
 
 from medvisionllama.config import DataConfig
 from medvisionllama.data.fingerprint import Fingerprint, fingerprint
+from medvisionllama.data.grid_rules import total_stride
 from medvisionllama.data.index import Dataset, open_dataset
-from medvisionllama.data.planning import Plan, make_plan, total_stride
+from medvisionllama.data.planning import Plan, make_plan
 
 
 @dataclass(frozen=True)

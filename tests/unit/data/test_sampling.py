@@ -164,6 +164,17 @@ def test_a_small_scan_is_padded_with_zero_and_background(sampler):
     assert images[:, :, 10:20, 10:20, 10:14].ne(0).all()
 
 
+@pytest.mark.parametrize("crop", [(32, 32, 24), (33, 29, 21)])
+def test_a_small_scan_lies_where_the_sliding_window_puts_it(sampler, crop):
+    made = sampler(crop=crop, batch_size=1)
+    for case in made.cases:
+        made.cases = [case]
+        images, _ = made.batch(0)
+        for axis, (length, size) in enumerate(zip(crop, case.image.shape[1:], strict=True), start=2):
+            filled = images.ne(0).movedim(axis, 0).flatten(1).any(dim=1).nonzero().flatten()
+            assert (int(filled[0]), len(filled)) == ((length - size) // 2, size)
+
+
 @pytest.mark.parametrize("crop", [(16, 16, 8), (12, 10, 4), (20, 12, 6), (8, 14, 2)])
 def test_augmentation_that_changes_nothing_gives_the_plain_crop(sampler, crop):
     plain, still = sampler(crop=crop).batch(4), sampler(crop=crop, augment=STILL).batch(4)

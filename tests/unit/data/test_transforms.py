@@ -176,6 +176,14 @@ def test_two_coarse_axes_turn_freely_only_into_each_other():
     assert (angles[1:] <= 5 + 1e-6).all()
 
 
+def test_a_few_thin_slices_turn_freely_only_in_their_plane():
+    config = AugmentConfig(rotation_degrees=20, scale=(1.0, 1.0), spatial_probability=1.0)
+    made, rng = Augmentation(config, (1.0, 1.0, 1.0), (40, 40, 8), flip_axes=()), np.random.default_rng(0)
+    angles = np.max([angles_of(made.draw(rng), (1.0, 1.0, 1.0)) for _ in range(200)], axis=0)
+    assert angles[2] > 15
+    assert (angles[:2] <= 5 + 1e-6).all()
+
+
 def test_rotations_are_rigid_in_millimetres():
     spacing = np.array([1.0, 2.0, 2.5])
     made = augmentation(tuple(spacing), rotation_degrees=90.0, scale=(1.0, 1.0), spatial_probability=1.0)

@@ -8,9 +8,13 @@ import pandas as pd
 import pytest
 
 from medvisionllama import api
+from medvisionllama.config import InferenceConfig
+from medvisionllama.data.volume import Volume
 from medvisionllama.errors import ConfigError, DataError
-from medvisionllama.evaluation.evaluate import evaluate_files, mean_dice, summarise
+from medvisionllama.evaluation.evaluate import evaluate_files, mean_dice, measure_classes, summarise
 from medvisionllama.evaluation.masks import Pair
+from medvisionllama.inference.cleaning import Cleaning
+from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.writers import write_mask
 
 
@@ -165,3 +169,15 @@ def test_a_value_that_no_class_has_is_refused_unless_the_dataset_declares_none(t
         evaluate_files([pair], {1: "liver"}, tolerance_mm=1.0)
     [score] = evaluate_files([replace(pair, declared=False)], {1: "liver"}, tolerance_mm=1.0)["dice"]
     assert score == pytest.approx(2 * 48 / (64 + 48))
+
+
+def test_volumes_of_a_sheared_grid_are_true():
+    affine = np.eye(4)
+    affine[1, 2] = np.tan(np.radians(20))
+    mask = Volume(np.ones((2, 3, 4), np.uint8), affine)
+    [row] = measure_classes(mask, mask, {1: "organ"}, tolerance_mm=1.0)
+    # Planes that are shifted along each other hold no more than before.
+    assert row["volume_ml"] == row["predicted_ml"] == pytest.approx(24 / 1000)
+    # So a component of 0.024 ml is smaller than 0.025 ml, though the product of the edges is larger.
+    assert clean(mask, Cleaning(min_component_ml=0.0235).on(InferenceConfig())).array.all()
+    assert not clean(mask, Cleaning(min_component_ml=0.025).on(InferenceConfig())).array.any()

@@ -158,7 +158,7 @@ def member_of(llama, **changes):
     settings |= {"network.block.source": str(llama)} | changes
     config = load_config("small", settings)
     torch.manual_seed(0)
-    network = build_network(config.network, **plan_of().network_sizes, seed=0)
+    network = build_network(config.network, **plan_of().network_shapes, seed=0)
     for parameter in network.parameters():
         if parameter.requires_grad and not parameter.any():
             nn.init.normal_(

@@ -79,7 +79,7 @@ def test_components_of_a_label_are_measured_in_millilitres():
     mask[5, 5, 5:7] = 1
     mask[6, 6, 7] = 1  # joined to the two before by a corner
     mask[0, 7, 7] = 3
-    assert component_volumes_ml(mask, (1.0, 2.0, 5.0)) == {
+    assert component_volumes_ml(mask, voxel_ml=0.01) == {
         1: pytest.approx([0.08, 0.03]),
         3: pytest.approx([0.01]),
     }

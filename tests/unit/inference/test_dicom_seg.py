@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom import dcmread
 
-from dicom_files import PATIENT, classic, ds, enhanced, rotation, save
+from dicom_files import PATIENT, classic, ds, enhanced, on_grid, read_seg, read_voxels, rotation, save
 from medvisionllama.colours import OKABE_ITO
-from medvisionllama.data.formats.dicom import read_header, read_voxels
+from medvisionllama.data.formats.dicom import read_header
 from medvisionllama.data.formats.dicom_grid import grid_of
-from medvisionllama.data.formats.dicom_labels import read_seg, segment_labels
+from medvisionllama.data.formats.dicom_labels import read_classes, segment_labels
 from medvisionllama.data.formats.dicom_series import find_series
 from medvisionllama.data.readers import read_label
 from medvisionllama.errors import DataError
@@ -63,17 +63,6 @@ def by_highdicom(path):
     volume = segread(path).get_volume(combine_segments=True)
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ volume.affine
     return volume.array, affine
-
-
-def on_grid(array, affine, header):
-    """Put every voxel of a mask at its place in the patient, on the scan's grid."""
-    index = np.argwhere(array)
-    world = affine @ np.c_[index, np.ones(len(index))].T
-    place = (np.linalg.inv(header.affine) @ world)[:3].T
-    np.testing.assert_allclose(place, np.rint(place), atol=1e-3)
-    whole = np.zeros(header.shape, array.dtype)
-    whole[tuple(np.rint(place).astype(int).T)] = array[tuple(index.T)]
-    return whole
 
 
 def segment_numbers(mask, values):
@@ -161,7 +150,7 @@ def test_frames_of_a_multiframe_scan_are_referred_to(tmp_path):
 def test_names_codes_and_colours_come_back(tmp_path):
     series = series_of(tmp_path / "scan")
     mask = random_mask(read_header(series).shape, values=(0, 2, 5, 7))
-    write_seg(tmp_path / "mask.dcm", mask, series, CLASSES, algorithm="small, fold 0", algorithm_version="3")
+    write_seg(tmp_path / "mask.dcm", mask, series, CLASSES)
     _, _, attributes = by_dcmqi(tmp_path / "mask.dcm")
     assert [one["SegmentLabel"] for one in attributes] == ["left kidney", "oedema", "Zyste Ü 肝"]
     assert segment_labels(tmp_path / "mask.dcm") == {1: "left kidney", 2: "oedema", 3: "Zyste Ü 肝"}
@@ -172,7 +161,7 @@ def test_names_codes_and_colours_come_back(tmp_path):
     assert oedema["SegmentedPropertyCategoryCodeSequence"]["CodeValue"] == "49755003"
     assert oedema["SegmentedPropertyTypeCodeSequence"]["CodeValue"] == "79654002"
     assert unknown["SegmentedPropertyTypeCodeSequence"]["CodeMeaning"] == "Zyste Ü 肝"
-    assert {one["SegmentAlgorithmName"] for one in attributes} == {"small, fold 0"}
+    assert {one["SegmentAlgorithmName"] for one in attributes} == {"medvisionllama"}
     # The colour of a class is the one it has in pictures, whichever classes were found.
     for one, colour in zip(attributes, OKABE_ITO[1:4], strict=True):
         shown = np.array(one["recommendedDisplayRGBValue"])
@@ -304,18 +293,11 @@ def test_a_truncated_mask_is_refused(tmp_path, share):
     assert "\n" not in str(caught.value)
 
 
-def test_a_mask_of_another_scan_is_refused(tmp_path):
+def test_a_segment_that_is_no_class_is_refused(tmp_path):
     series = series_of(tmp_path / "scan")
-    header = read_header(series)
-    write_seg(tmp_path / "mask.dcm", random_mask(header.shape), series, CLASSES)
-    turned = read_header(series_of(tmp_path / "other", orientation=OBLIQUE))
-    with pytest.raises(DataError, match="lies on another grid than its scan"):
-        read_seg(tmp_path / "mask.dcm", turned)
-    short = read_header(series_of(tmp_path / "short", origin=(-10, 20, 35)))
-    with pytest.raises(DataError, match="reaches beyond its scan"):
-        read_seg(tmp_path / "mask.dcm", short)
+    write_seg(tmp_path / "mask.dcm", random_mask(read_header(series).shape), series, CLASSES)
     with pytest.raises(DataError, match=r"segment Liver is none of spleen; rename it"):
-        read_seg(tmp_path / "mask.dcm", header, {1: "spleen"})
+        read_classes(tmp_path / "mask.dcm", {1: "spleen"})
 
 
 def test_a_mask_beside_its_scan_is_no_series_of_images(tmp_path):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from medvisionllama.data.planning import Plan
-from medvisionllama.inference.views import TURNED, View, brought_back, can_turn, seen, views_of
+from medvisionllama.inference.views import TURNED, View, brought_back, can_turn, coverage, seen, views_of
+
+SHAPE = (8, 8, 8)
 
 
 def plan(spacing_mm=(1.0, 1.0, 1.0), **changes):
@@ -88,14 +90,38 @@ def test_planes_are_turned_alone():
     ],
 )
 def test_planes_turn_where_voxels_are_nearly_squares(spacing, axis, expected):
-    assert can_turn(plan(spacing), axis) is expected
-    assert len(views_of(plan(spacing), axis=axis, flip=True, turn=True)) == (4 if expected else 2)
+    assert can_turn(plan(spacing), SHAPE, axis) is expected
+    assert len(views_of(plan(spacing), SHAPE, axis=axis, flip=True, turn=True)) == (4 if expected else 2)
+
+
+@pytest.mark.parametrize(("axis", "expected"), [(0, False), (1, False), (2, True)])
+def test_strips_are_not_turned(axis, expected):
+    assert can_turn(plan(), (256, 200, 1), axis) is expected
 
 
 def test_squeezed_scans_are_not_turned():
-    assert not can_turn(plan(resize=True), 2)
+    assert not can_turn(plan(resize=True), SHAPE, 2)
 
 
 def test_views_are_what_is_asked_for():
-    assert views_of(plan(), axis=1, flip=False, turn=False) == [View()]
-    assert views_of(plan(), axis=1, flip=True, turn=False) == [View(), View(mirrored=(0,))]
+    assert views_of(plan(), SHAPE, axis=1, flip=False, turn=False) == [View()]
+    assert views_of(plan(), SHAPE, axis=1, flip=True, turn=False) == [View(), View(mirrored=(0,))]
+
+
+@pytest.mark.parametrize("view", TURNED)
+@pytest.mark.parametrize(("axis", "shape"), [(2, (40, 24, 3)), (0, (5, 20, 44))])
+def test_what_is_turned_out_of_the_picture_is_not_covered(view, axis, shape):
+    share = coverage(view, axis, plan(), shape)
+    assert list(share.shape) == [1, *(1 if other == axis else size for other, size in enumerate(shape))]
+    x, y, z = torch.meshgrid(*(torch.arange(size, dtype=torch.float32) for size in shape), indexing="ij")
+    slope = (0.3 * x - 0.7 * y + 0.5 * z)[None, None]
+    back = brought_back(seen(slope, view, axis, plan()), view, axis, plan(), shape)
+    error = (back - slope)[0].abs()
+    # Where a voxel is covered it holds what was there; the corners of a plane are not, and hold something else.
+    assert error.where(share == 1, torch.zeros(1)).max() < 0.5
+    assert 0.6 < share.mean() < 1
+    assert error.where(share == 0, torch.zeros(1)).max() > 1
+
+
+def test_what_is_not_turned_is_covered_by_itself():
+    assert coverage(View(mirrored=(0,)), 1, plan(), SHAPE).tolist() == [[[[1.0]]]]

@@ -10,7 +10,7 @@ from torch import nn
 
 from medvisionllama.data.planning import Plan
 from medvisionllama.inference.slabs import native_mask
-from medvisionllama.inference.views import views_of
+from medvisionllama.inference.views import coverage, views_of
 from medvisionllama.inference.windows import (
     _blend_row,
     _row_weights,
@@ -130,11 +130,20 @@ def test_turned_views_of_what_is_the_same_everywhere_change_nothing(turn):
 def test_turned_views_are_two_more_looks_that_count_half():
     plan, image = _plan(flip_axes=()), _image((13, 12, 6))
     once = _together(image, plan, turn=False)
-    views = [_softmax_of(view, image, plan) for view in views_of(plan, axis=2, flip=False, turn=True)]
+    shape = (13, 12, 6)
+    ways = views_of(plan, shape, axis=2, flip=False, turn=True)
+    views = [_softmax_of(view, image, plan) for view in ways]
     assert len(views) == 3
     torch.testing.assert_close(views[0], once)
     assert all(not torch.allclose(view, once, atol=1e-2) for view in views[1:])
-    torch.testing.assert_close(_together(image, plan, turn=True), views[0] / 2 + views[1] / 4 + views[2] / 4)
+    together, mean = _together(image, plan, turn=True), views[0] / 2 + views[1] / 4 + views[2] / 4
+    shares = [coverage(way, 2, plan, shape) for way in ways[1:]]
+    whole = ((shares[0] == 1) & (shares[1] == 1)).expand(3, *shape)
+    torch.testing.assert_close(together[whole], mean[whole])
+    # A corner that neither shows is what the scan as it is says.
+    neither = ((shares[0] == 0) & (shares[1] == 0)).expand(3, *shape)
+    assert neither.any()
+    torch.testing.assert_close(together[neither], once[neither])
 
 
 def test_half_precision_is_the_networks_alone():
@@ -288,6 +297,15 @@ def test_thick_slices_are_read_along_their_axis_where_views_are_turned():
     plan = _plan(spacing_mm=(1.0, 1.0, 5.0))
     assert slab_axis((900, 512, 10), [plan], turn=True) == 2
     assert slab_axis((900, 512, 10), [plan], turn=False) == 1
+
+
+def test_the_plane_of_a_single_slice_is_turned_whatever_its_header_says():
+    assert slab_axis((256, 200, 1), [_plan(spacing_mm=(1.0, 1.0, 1.0))], turn=True) == 2
+
+
+def test_sagittal_slices_are_turned_though_their_axis_is_mirrored():
+    plan = _plan(spacing_mm=(3.3, 0.9, 0.9), flip_axes=(0,))
+    assert slab_axis((20, 256, 256), [plan], turn=True) == 0
 
 
 def test_gradients_stay_on_between_the_pieces():

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from medvisionllama.llm import http
 from range_server import RangeServer, serving
 from tiny_hub import save_repositories
 
@@ -25,7 +24,7 @@ def hub(tmp_path: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> I
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    monkeypatch.setattr(http, "_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr("medvisionllama._http.WAITS_S", (0.0, 0.0))
     monkeypatch.setenv("MEDVISIONLLAMA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "huggingface"))
     with serving(tmp_path / "served") as server:

@@ -88,6 +88,32 @@ def test_a_validation_that_would_eat_the_run_is_made_at_its_end_alone(loop):
     assert len(lines.said) == 1
 
 
+def test_a_validation_longer_than_the_run_leaves_time_to_train(loop):
+    lines = Lines()
+    loop.validate = lambda network, seconds: {"would_take_seconds": 200.0}
+    loop.now = 20.0
+    loop._tick()
+    loop._validate(lines)
+    # Half of the 40 seconds that were left.
+    assert loop.state.validation_seconds == 20.0
+    assert loop.progress == pytest.approx(0.5)
+    assert "once, at the end, 3 minutes longer than that" in lines.said[0]
+
+
+def test_preparing_scans_uses_up_marks_that_an_untrained_network_would_have(loop):
+    loop.self_training = SimpleNamespace(due=lambda progress: int(4 * progress))
+    loop.now = 31.0
+    loop._begin()
+    loop.now = 31.1
+    loop._tick()
+    assert not loop._validation_due()
+    assert not loop._masks_due()
+    loop.now = 45.1
+    loop._tick()
+    assert loop._validation_due()
+    assert loop._masks_due()
+
+
 def test_a_run_that_goes_on_longer_gets_new_masks(loop):
     loop.self_training = SimpleNamespace(due=lambda progress: min(3, int(4 * progress)))
     loop.state.pseudo_round, loop.state.pseudo_seconds = 3, 45.0

@@ -156,6 +156,29 @@ def test_two_looks_are_averaged_in_full_precision(parts, tmp_path, monkeypatch):
     assert set(np.unique(first.label)) == {2}
 
 
+def test_a_merged_mask_holds_label_values_that_need_two_bytes(parts, tmp_path):
+    plan, known, bare = parts
+    merged = plan.model_copy(update={"merged": True, "classes": {700: "left", 701: "right"}})
+    training = made((merged, known, bare), tmp_path)
+
+    class Everywhere(torch.nn.Module):
+        def forward(self, image):
+            return torch.ones(len(image), 1, *image.shape[2:])
+
+    (first, *_) = training.give_masks(Everywhere(), 1)
+    assert set(np.unique(first.label)) == {700}
+
+
+@pytest.mark.parametrize("limit", [{"patience_seconds": 0.0}, {"interrupted": lambda: True}])
+def test_a_round_ends_when_its_time_is_over(parts, tmp_path, limit):
+    training = made(parts, tmp_path)
+    found = [training.give_masks(Constant(), number, **limit) for number in range(1, 9)]
+    assert [len(cases) for cases in found] == [1] * 8
+    # The rest gets its turn in other rounds.
+    assert {cases[0].case_id for cases in found} == {case.case_id for case in parts[2]}
+    assert len(made(parts, tmp_path).masks_of(1)) == 1
+
+
 def test_many_scans_take_turns(parts, tmp_path):
     training = made(parts, tmp_path, **{"unlabelled.per_round": 1})
     rounds = [training.chosen(number) for number in range(20)]

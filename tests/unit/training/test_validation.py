@@ -20,7 +20,7 @@ from medvisionllama.training.validation import validate_cases
 class Everywhere(torch.nn.Module):
     """Takes all voxels for one class."""
 
-    insert = None
+    gate_rms = None
 
     def __init__(self, number, num_outputs):
         super().__init__()

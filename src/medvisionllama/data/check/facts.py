@@ -10,7 +10,7 @@ from medvisionllama.data.check.findings import path_of
 from medvisionllama.data.check.storage import Storage
 from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.formats.header import Header
-from medvisionllama.data.volume import ras_grid, spacing_of
+from medvisionllama.data.volume import ras_grid, spacing_of, voxel_ml
 from medvisionllama.types import AffineMatrix, SpacingMm, Triple
 
 
@@ -148,8 +148,8 @@ class CaseFacts:
         """Volume of each class."""
         if self.mask is None or self.label is None:
             return {}
-        x, y, z = spacing_of(self.label.header.affine)
-        return {value: count * x * y * z / 1000 for value, count in self.mask.voxels.items()}
+        each_ml = voxel_ml(self.label.header.affine)
+        return {value: count * each_ml for value, count in self.mask.voxels.items()}
 
     def to_json(self) -> dict[str, Any]:
         result: dict[str, Any] = {

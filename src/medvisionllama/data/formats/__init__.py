@@ -1,6 +1,6 @@
-"""One module for each kind of file a scan comes in: `read_header(source)` and `read(source, content)`.
+"""Kinds of files a scan comes in: `nifti`, `itk` and `dicom`, each with `read_header(source)` and `read(source)`.
 
-Modules here only translate; whether values make sense is asked in `data/readers.py`.
+The other modules are parts of these. All only translate; whether values make sense is asked in `data/readers.py`.
 """
 
 from pathlib import Path

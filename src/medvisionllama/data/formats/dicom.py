@@ -37,11 +37,6 @@ def read_header(source: Path | Series) -> Header:
     return grid_of(_one_series(source))
 
 
-def read_voxels(source: Path | Series) -> np.ndarray:
-    """The voxels of `read` alone."""
-    return read(source)[0]
-
-
 def read(source: Path | Series, _content: bytes | None = None) -> tuple[np.ndarray, Header]:
     """Voxels `[channel, x, y, z]` and header: x along rows, y along columns, z along the normal.
 

@@ -13,7 +13,7 @@ from medvisionllama.data.formats.header import Header, make_header
 from medvisionllama.data.formats.itk import LPS_TO_RAS
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import DataError
-from medvisionllama.types import AffineMatrix, LabelArray
+from medvisionllama.types import AffineMatrix
 
 
 def read_header(path: Path) -> Header:
@@ -29,32 +29,6 @@ def read(path: Path) -> tuple[np.ndarray, Header]:
     """
     array, affine = _labels(path)
     return array[None], make_header(path, array.shape, affine)
-
-
-def read_seg(path: Path, like: Header, classes: Mapping[int, str] | None = None) -> LabelArray:
-    """Read a mask on the grid of its scan, `[x, y, z]`; voxels outside what is stored are 0.
-
-    Args:
-        like: the scan's header.
-        classes: names of the numbers wanted; segments get them by their label. Without it, segment numbers.
-
-    Raises:
-        DataError: as `read`, or the mask lies on another grid, or a segment has no such name.
-    """
-    array, affine = _labels(path)
-    turn = np.linalg.inv(like.affine) @ affine
-    start = np.rint(turn[:3, 3]).astype(int)
-    # Signed permutations would be other orders of the same voxels, but SEG stores a scan's own slices.
-    if not np.allclose(turn[:3, :3], np.eye(3), atol=1e-3) or np.abs(turn[:3, 3] - start).max() > 0.1:
-        raise DataError(f"{path} lies on another grid than its scan; give the scan it was drawn on")
-    if (start < 0).any() or (start + array.shape > like.shape).any():
-        raise DataError(f"{path} reaches beyond its scan; give the scan it was drawn on")
-    if classes is not None:
-        array = _renamed(path, array, segment_labels(path), classes)
-    whole = np.zeros(like.shape, array.dtype)
-    x, y, z = start
-    whole[x : x + array.shape[0], y : y + array.shape[1], z : z + array.shape[2]] = array
-    return whole
 
 
 def read_classes(path: Path, classes: Mapping[int, str]) -> Volume:

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from medvisionllama.inference.activations import last_layer, num_words
+from medvisionllama.inference.activations import last_layer
 from medvisionllama.inference.predictor import Member
 from medvisionllama.networks.inserts import LLMInsert, MLPInsert
-from medvisionllama.networks.segmenter import TokenSegmenter
 
 _NEGLIGIBLE_GATE = 1e-3
 
@@ -13,7 +12,6 @@ _NEGLIGIBLE_GATE = 1e-3
 def notes_on(member: Member) -> list[str]:
     """Sentences on a network with tokens; none for one that has every stage and nothing unusual."""
     network = member.network
-    assert isinstance(network, TokenSegmenter), "the factory builds nothing else"
     notes = []
     if (num := member.config.train.members) > 1:
         notes.append(
@@ -29,16 +27,14 @@ def notes_on(member: Member) -> list[str]:
         )
     insert = network.insert
     if isinstance(insert, LLMInsert):
-        notes += _notes_on_block(insert, num_words(network))
+        notes += _notes_on_block(insert, network.num_prompt_tokens)
     elif isinstance(insert, MLPInsert):
         notes.append(
             "No maps after VD1, block and VD2: the insert is an MLP, whose own output is the stage mlp."
         )
     else:
         notes.append("No maps after VD1, block and VD2: the network has no insert (network.insert=none).")
-    gate = getattr(insert, "gate", None)
-    if gate is not None:
-        size = float(gate.detach().float().square().mean().sqrt())
+    if (size := network.gate_rms) is not None:
         closed = " It is as good as closed: what the insert does hardly reaches the mask." * (
             size < _NEGLIGIBLE_GATE
         )
