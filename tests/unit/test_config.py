@@ -342,3 +342,17 @@ def test_a_window_survives_the_file(tmp_path):
     config = load_config("small", ["data.normalisation=-160:40"])
     write_config(config, tmp_path / "config.yaml")
     assert read_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "turns"),
+    [
+        ({}, True),
+        ({"augment.enabled": False}, False),
+        ({"augment.rotation_degrees": 0}, False),
+        ({"augment.spatial_probability": 0}, False),
+        ({"inference.turn": False}, False),
+    ],
+)
+def test_only_a_network_that_has_seen_turned_crops_is_asked_about_turned_scans(settings, turns):
+    assert load_config("small", settings).turns_views is turns
