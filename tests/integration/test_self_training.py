@@ -1,6 +1,9 @@
 """Scans without labels train with the masks that the network gives them."""
 
+import os
 import shutil
+import signal
+from contextlib import suppress
 
 import nibabel as nib
 import numpy as np
@@ -95,22 +98,30 @@ def test_other_frames_of_a_test_patient_are_refused(phantoms, tmp_path, cli):
     assert manifest["unlabelled"] == {f"{selection.train[0]}_frame07": selection.train[0]}
 
 
-def test_a_run_killed_while_it_makes_masks_is_resumed_exactly(phantoms, tmp_path, monkeypatch):
+def killed() -> None:
+    raise SystemExit
+
+
+def asked_to_end() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("end", [killed, asked_to_end])
+def test_a_run_that_ends_while_it_makes_masks_is_resumed_exactly(phantoms, tmp_path, monkeypatch, end):
     # Each step is followed by a validation and its save, so that one comes right before the masks.
     changes = {"train.max_steps": 12, "train.num_validations": 12}
     options = {"cases": 2, "overrides": {**SETTINGS, **changes}, "test": False}
     api.train(phantoms, out=tmp_path / "whole", **options)
     give = SelfTraining.give_masks
 
-    def killed(self, network, number, **limits):
+    def ended(self, network, number, **limits):
         if number == 2:
-            raise SystemExit
+            end()
         return give(self, network, number, **limits)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(SelfTraining, "give_masks", killed)
-        with pytest.raises(SystemExit):
-            api.train(phantoms, out=tmp_path / "killed", **options)
+    with monkeypatch.context() as patch, suppress(SystemExit):
+        patch.setattr(SelfTraining, "give_masks", ended)
+        assert not api.train(phantoms, out=tmp_path / "killed", **options).finished
     api.train(phantoms, out=tmp_path / "killed", resume=True, **options)
     whole, resumed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
     assert [record["dice"] for record in whole.read_history()] == [

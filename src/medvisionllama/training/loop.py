@@ -152,6 +152,9 @@ class TrainingLoop:
                 if self._masks_due():
                     advance(self.progress, "segmenting the scans without labels")
                     self._relabel(progress, interrupted)
+                    if self.processes.any(interrupted()):
+                        self.save()
+                        return False
                 loss = self._step()
                 self.state.loss_sum += loss
                 self._tick()
@@ -363,7 +366,7 @@ class TrainingLoop:
                 self.network, number, patience_seconds=patience, interrupted=interrupted
             )
         if self.processes.any(interrupted()):
-            return  # the run that goes on makes the round anew
+            return  # before a step without them: the run that goes on makes the round anew
         if patience is not None and time.monotonic() - started > patience:
             progress.say(
                 f"{len(found)} of {len(self.self_training.chosen(number))} scans without labels got masks this time; masks may take {_MOST_MASKS:.0%} of the {self.config.max_minutes:g} minutes, and --max-minutes gives more to both"
