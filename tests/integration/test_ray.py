@@ -231,7 +231,8 @@ def test_a_node_without_this_version_is_refused_or_left_out_if_it_joins_later(
 ):
     other = tmp_path / "other"
     shutil.copytree(Path(sys.modules["medvisionllama"].__file__).parent, other / "medvisionllama")
-    (other / "medvisionllama" / "types.py").write_text('"""Changed."""\n')
+    with (other / "medvisionllama" / "types.py").open("a") as file:
+        file.write("# changed\n")
     backend = open_backend()
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", str(other))

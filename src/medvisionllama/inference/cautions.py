@@ -14,7 +14,7 @@ _SPACING_RATIO = 2.0
 def cautions(scan: PreparedScan, prediction: Prediction, plan: Plan) -> list[str]:
     """One line for each doubt about a prediction."""
     lines = []
-    # Finer ones are averaged to the network's grid, as those of training were.
+    # Finer ones are brought to the network's grid, as those of training were.
     if not plan.resize and np.divide(scan.spacing_mm, plan.spacing_mm).max() > _SPACING_RATIO:
         theirs, ours = (
             " × ".join(f"{edge:.3g}" for edge in edges) for edges in (scan.spacing_mm, plan.spacing_mm)
