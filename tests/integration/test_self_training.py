@@ -106,28 +106,29 @@ def asked_to_end() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("end", [killed, asked_to_end])
-def test_a_run_that_ends_while_it_makes_masks_is_resumed_exactly(phantoms, tmp_path, monkeypatch, end):
+def test_a_run_that_ends_while_it_makes_masks_is_resumed_exactly(phantoms, tmp_path, monkeypatch):
     # Each step is followed by a validation and its save, so that one comes right before the masks.
     changes = {"train.max_steps": 12, "train.num_validations": 12}
     options = {"cases": 2, "overrides": {**SETTINGS, **changes}, "test": False}
-    api.train(phantoms, out=tmp_path / "whole", **options)
+    whole = RunDir(tmp_path / "whole")
+    api.train(phantoms, out=whole.path, **options)
     give = SelfTraining.give_masks
+    for end in (killed, asked_to_end):
 
-    def ended(self, network, number, **limits):
-        if number == 2:
-            end()
-        return give(self, network, number, **limits)
+        def ended(self, network, number, end=end, **limits):
+            if number == 2:
+                end()
+            return give(self, network, number, **limits)
 
-    with monkeypatch.context() as patch, suppress(SystemExit):
-        patch.setattr(SelfTraining, "give_masks", ended)
-        assert not api.train(phantoms, out=tmp_path / "killed", **options).finished
-    api.train(phantoms, out=tmp_path / "killed", resume=True, **options)
-    whole, resumed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
-    assert [record["dice"] for record in whole.read_history()] == [
-        record["dice"] for record in resumed.read_history()
-    ]
-    assert not weights_differ(whole, resumed)
+        resumed = RunDir(tmp_path / end.__name__)
+        with monkeypatch.context() as patch, suppress(SystemExit):
+            patch.setattr(SelfTraining, "give_masks", ended)
+            assert not api.train(phantoms, out=resumed.path, **options).finished
+        api.train(phantoms, out=resumed.path, resume=True, **options)
+        assert [record["dice"] for record in whole.read_history()] == [
+            record["dice"] for record in resumed.read_history()
+        ]
+        assert not weights_differ(whole, resumed)
 
 
 def test_classes_that_nobody_declared_are_found_in_the_labels_alone(phantoms, tmp_path):
