@@ -18,6 +18,7 @@ from torch import Tensor
 from medvisionllama.data.planning import Plan
 from medvisionllama.types import Triple
 
+Padding = Literal["border", "zeros"]
 _MOST_UNEVEN = 1.5
 """Ratio of spacings in a plane above which turning it would make stairs."""
 _MOST_OBLONG = 4
@@ -78,10 +79,17 @@ def seen(slab: Tensor, view: View, axis: int, plan: Plan) -> Tensor:
     return _moved(slab, axis, shape, plan, degrees=view.degrees, zoom=view.zoom)
 
 
-def brought_back(logits: Tensor, view: View, axis: int, plan: Plan, shape: Triple) -> Tensor:
-    """Return what was computed from a view `[1, k, x, y, z]`, on the slab's own voxels."""
+def brought_back(
+    logits: Tensor, view: View, axis: int, plan: Plan, shape: Triple, *, padding: Padding = "border"
+) -> Tensor:
+    """Return what was computed from a view `[1, k, x, y, z]`, on the slab's own voxels.
+
+    Args:
+        padding: what lies where the view shows nothing: what is next to it, or zeros.
+    """
     if view.is_turned:
-        logits = _moved(logits, axis, shape, plan, degrees=-view.degrees, zoom=1 / view.zoom)
+        turn = {"degrees": -view.degrees, "zoom": 1 / view.zoom}
+        logits = _moved(logits, axis, shape, plan, **turn, padding=padding)
     return logits.flip([other + 2 for other in view.mirrored])
 
 
@@ -94,9 +102,7 @@ def coverage(view: View, axis: int, plan: Plan, shape: Triple) -> Tensor:
         return torch.ones(1, 1, 1, 1)
     x, y, z = (1 if other == axis else size for other, size in enumerate(shape))
     shown = torch.ones(1, 1, *_shown_shape((x, y, z), view, axis))
-    turn = {"degrees": -view.degrees, "zoom": 1 / view.zoom}
-    back = _moved(shown, axis, (x, y, z), plan, **turn, padding="zeros")
-    return back[0].flip([other + 1 for other in view.mirrored])
+    return brought_back(shown, view, axis, plan, (x, y, z), padding="zeros")[0]
 
 
 def _shown_shape(shape: Triple, view: View, axis: int) -> Triple:
@@ -114,7 +120,7 @@ def _moved(
     *,
     degrees: float,
     zoom: float,
-    padding: Literal["border", "zeros"] = "border",
+    padding: Padding = "border",
 ) -> Tensor:
     """Turn `[1, c, x, y, z]` about its middle and zoom it, plane by plane across `axis`, onto another shape."""
     first, second = (other for other in range(3) if other != axis)

@@ -50,7 +50,9 @@ def probability_planes(
     """
     x, y, z = image.shape[1:]
     views = views_of(plan, (x, y, z), axis=axis, flip=flip, turn=turn)
-    weights = [view.weight * coverage(view, axis, plan, (x, y, z)) for view in views]
+    counts = [view.weight * coverage(view, axis, plan, (x, y, z)) for view in views]
+    total = sum(counts, torch.zeros(1))
+    weights = [count / total for count in counts]
     for logits in blended_planes(
         network,
         image,
@@ -203,14 +205,12 @@ def _squash(logits: LogitBatch, plan: Plan, weights: Sequence[Tensor]) -> Tensor
     """Logits `[view, k, x, y, z]` to probabilities `[k, x, y, z]`, averaged over views by their weights.
 
     Args:
-        weights: of each view, `[1, x, y, z]` or of size 1 along any of these.
+        weights: of each view, `[1, x, y, z]` or of size 1 along any of these; their sum is 1 everywhere.
     """
     shares = logits.sigmoid() if plan.num_outputs == 1 else logits.softmax(dim=1)
     if len(shares) == 1:
         mean = shares[0]  # itself, to the last bit
     else:
-        total = sum(weights, torch.zeros(1))
-        mean = sum(
-            (share * (weight / total) for share, weight in zip(shares, weights, strict=True)), total * 0
-        )
+        weighted = (share * weight for share, weight in zip(shares, weights, strict=True))
+        mean = sum(weighted, torch.zeros(1))
     return torch.cat([1 - mean, mean]) if plan.num_outputs == 1 else mean

@@ -151,8 +151,7 @@ class TrainingLoop:
                 # Before a step: a run that ended while it made masks was saved without them, and begins here.
                 if self._masks_due():
                     advance(self.progress, "segmenting the scans without labels")
-                    self._relabel(progress, interrupted)
-                    if self.processes.any(interrupted()):
+                    if not self._relabel(progress, interrupted):
                         self.save()
                         return False
                 loss = self._step()
@@ -282,14 +281,12 @@ class TrainingLoop:
     @property
     def _patience_seconds(self) -> float | None:
         """How long each of a run's validations may take; None without a limit by minutes."""
-        minutes = self.config.max_minutes
-        return None if minutes is None else _MOST_VALIDATION * 60 * minutes / self.config.num_validations
+        return self._seconds_each(_MOST_VALIDATION, self.config.num_validations)
 
-    @property
-    def _mask_patience_seconds(self) -> float | None:
-        """How long each round of masks for scans without labels may take; None without a limit by minutes."""
-        minutes, rounds = self.config.max_minutes, self.self_training.config.unlabelled.rounds
-        return None if minutes is None else _MOST_MASKS * 60 * minutes / rounds
+    def _seconds_each(self, share: float, number: int) -> float | None:
+        """An even part of a share of the run's minutes; None without a limit by minutes."""
+        minutes = self.config.max_minutes
+        return None if minutes is None else share * 60 * minutes / number
 
     @property
     def _validates_late(self) -> bool:
@@ -358,15 +355,17 @@ class TrainingLoop:
         if self.average:
             self.average.swap()
 
-    def _relabel(self, progress: Progress, interrupted: Callable[[], bool]) -> None:
+    def _relabel(self, progress: Progress, interrupted: Callable[[], bool]) -> bool:
+        """Give a round of masks; False if interrupted, and then the run that goes on makes the round anew."""
         before, number = self.state.pseudo_round, self.state.pseudo_round + 1
-        patience, started = self._mask_patience_seconds, time.monotonic()
+        patience = self._seconds_each(_MOST_MASKS, self.self_training.config.unlabelled.rounds)
+        started = time.monotonic()
         with self._averaged_weights():
             found = self.self_training.give_masks(
                 self.network, number, patience_seconds=patience, interrupted=interrupted
             )
         if self.processes.any(interrupted()):
-            return  # before a step without them: the run that goes on makes the round anew
+            return False
         if patience is not None and time.monotonic() - started > patience:
             progress.say(
                 f"{len(found)} of {len(self.self_training.chosen(number))} scans without labels got masks this time; masks may take {_MOST_MASKS:.0%} of the {self.config.max_minutes:g} minutes, and --max-minutes gives more to both"
@@ -380,6 +379,7 @@ class TrainingLoop:
         self.save()
         if before and self.processes.is_main:
             self.self_training.forget(before)
+        return True
 
     def _note(self, loss: float) -> str:
         best = self.state.best

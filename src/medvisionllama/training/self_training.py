@@ -109,14 +109,17 @@ class SelfTraining:
         """The cases of a round that have their masks on this machine; before the first there are none."""
         if not number:
             return []
-        folders = {case.case_id: self.run_dir.pseudo_labels(number, case.case_id) for case in self.unlabelled}
-        return [
+        cases = [
             PseudoLabelledCase(
-                case.case_id, case.patient_id, case.folder, case.facts, masks=folders[case.case_id]
+                case.case_id,
+                case.patient_id,
+                case.folder,
+                case.facts,
+                masks=self.run_dir.pseudo_labels(number, case.case_id),
             )
             for case in self.chosen(number)
-            if has_pseudo_label(folders[case.case_id])
         ]
+        return [case for case in cases if has_pseudo_label(case.masks)]
 
     def forget(self, number: int) -> None:
         """Remove a round's masks, which newer ones have replaced."""

@@ -76,7 +76,7 @@ def validate_cases(
         patience_seconds: give up after the first two cases if all of them would take longer; then the record holds
             `would_take_seconds` alone.
     """
-    opened = {} if network.gate_rms is None else {"gate_rms": network.gate_rms}
+    opened = {} if (opening := network.gate_rms) is None else {"gate_rms": opening}
     if not cases:
         return {"dice": None, "dice_per_class": {}, **opened}
     processes = Processes(accelerator)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -16,3 +17,15 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Import a script of benchmarks/ as a module."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(BENCHMARKS)])
     return importlib.import_module
+
+
+@pytest.fixture
+def slim() -> dict[str, Any]:
+    """Settings of a network that trains in a moment."""
+    return {
+        "network.stem_channels": [4, 6, 8],
+        "network.context_channels": None,
+        "network.tokens": False,
+        "train.device": "cpu",
+        "train.num_validations": 1,
+    }

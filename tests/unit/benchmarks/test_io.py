@@ -12,14 +12,6 @@ from medvisionllama.data.phantom import write_phantoms
 from medvisionllama.inference import batch
 from medvisionllama.inference.predictor import Member, Predictor
 
-SLIM = {
-    "network.stem_channels": [4, 6, 8],
-    "network.context_channels": None,
-    "network.tokens": False,
-    "train.device": "cpu",
-    "train.num_validations": 1,
-}
-
 
 @pytest.fixture
 def phantoms(tmp_path):
@@ -42,8 +34,8 @@ def test_the_script_that_times_our_preprocessing_runs(module, phantoms, tmp_path
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_each_part_of_a_prediction_takes_time(module, phantoms, tmp_path, monkeypatch):
-    run = api.train(phantoms, out=tmp_path / "run", epochs=1, overrides=SLIM, test=False).path
+def test_each_part_of_a_prediction_takes_time(module, phantoms, slim, tmp_path, monkeypatch):
+    run = api.train(phantoms, out=tmp_path / "run", epochs=1, overrides=slim, test=False).path
     benchmark = module("io_predict")
     # Functions that the benchmark replaces are put back after the test.
     for owner, name in ((Predictor, "prepare"), (Member, "planes"), (batch, "write_mask")):

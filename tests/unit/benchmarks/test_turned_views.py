@@ -7,20 +7,12 @@ from medvisionllama import api
 from medvisionllama.data.phantom import write_phantoms
 from medvisionllama.run_dir import RunDir
 
-SLIM = {
-    "network.stem_channels": [4, 6, 8],
-    "network.context_channels": None,
-    "network.tokens": False,
-    "train.device": "cpu",
-    "train.num_validations": 1,
-}
-
 
 @pytest.mark.usefixtures("one_thread")
-def test_every_way_of_every_scan_that_did_not_train(module, tmp_path):
+def test_every_way_of_every_scan_that_did_not_train(module, slim, tmp_path):
     data = write_phantoms(tmp_path / "phantoms", num_cases=8, shape=(20, 24, 16))
     run = tmp_path / "run"
-    api.train(data, out=run, cases=3, epochs=1, overrides=SLIM, test=False)
+    api.train(data, out=run, cases=3, epochs=1, overrides=slim, test=False)
     table = module("views").compare(run, every=2)
     trained = RunDir(run).read_manifest()["cases"]["train"]
     assert len(trained) == 3
