@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from medvisionllama import api
-from medvisionllama.config import load_config
 from medvisionllama.data.planning import read_plan
 from medvisionllama.errors import CheckpointError, ConfigError
+from medvisionllama.inference.cleaning import Cleaning
 from medvisionllama.run_dir import RunDir
 
 from .conftest import TINY
@@ -111,7 +111,7 @@ def test_a_scan_without_a_label_is_scored_against_the_prediction_and_says_so(run
 
 def test_the_prediction_it_is_scored_against_is_cleaned_as_predict_does(run, scan, tmp_path, monkeypatch):
     used = []
-    choice = load_config("small").inference.model_copy(update={"largest_component": True})
+    choice = Cleaning(largest_component=True)
     monkeypatch.setattr("medvisionllama.evaluation.explain.job.cleaning_of", lambda *_: (choice, "chosen"))
     monkeypatch.setattr(
         "medvisionllama.evaluation.explain.job.clean",

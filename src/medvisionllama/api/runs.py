@@ -136,7 +136,7 @@ def predict(
             headers tell.
     """
     from medvisionllama.inference.batch import Outputs, predict_scans
-    from medvisionllama.inference.cleaning import Cleaning, cleaning_of
+    from medvisionllama.inference.cleaning import cleaning_of
     from medvisionllama.inference.inputs import collect_scans
     from medvisionllama.inference.ledger import MadeBy, Views
     from medvisionllama.inference.predictor import Predictor, check_alike
@@ -157,7 +157,7 @@ def predict(
     made_by = MadeBy(
         weights_sha256=tuple(one.weights_sha256() for one in run_dirs),
         views=tuple(Views.of(one.inference) for one in configs),
-        cleaning=Cleaning.of(cleaning),
+        cleaning=cleaning,
     )
     outputs = Outputs(
         Path(out),
@@ -178,7 +178,6 @@ def predict(
         predictor,
         left,
         outputs,
-        cleaning=cleaning,
         overwrite=overwrite,
         keep_going=keep_going,
         progress=progress,

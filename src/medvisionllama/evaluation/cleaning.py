@@ -12,7 +12,7 @@ from medvisionllama.errors import ConfigError
 from medvisionllama.evaluation.evaluate import Split, read_pair
 from medvisionllama.evaluation.masks import Pair
 from medvisionllama.evaluation.metrics import dice
-from medvisionllama.inference.cleaning import Choice, Cleaning, make_candidates, make_choice, removes
+from medvisionllama.inference.cleaning import Choice, Cleaning, make_candidates, make_choice
 from medvisionllama.inference.postprocess import clean, component_volumes_ml
 from medvisionllama.inference.writers import write_mask
 from medvisionllama.progress import Progress
@@ -39,7 +39,7 @@ def check_choosable(
         raise ConfigError(
             "--choose-cleaning is the choice of the whole network; leave out --block-removed, which uses it too"
         )
-    if removes(settings):
+    if Cleaning.of(settings).removes:
         raise ConfigError(
             f"{run_dir.config} says largest_foreground={settings.largest_foreground}, largest_component={settings.largest_component}, min_component_ml={settings.min_component_ml:g}, which decides before any choice; set them to false and 0 there to choose"
         )
@@ -63,7 +63,7 @@ def choose_cleaning(run_dir: RunDir, pairs: Sequence[Pair], plan: Plan, progress
         for number, pair in enumerate(pairs):
             predicted, truth = read_pair(pair, classes, merged=merged)
             for row, candidate in enumerate(candidates):
-                cleaned = clean(predicted, candidate.on(InferenceConfig()), plan.places).array
+                cleaned = clean(predicted, candidate, plan.places).array
                 scores[row, number] = [dice(cleaned == value, truth.array == value) for value in classes]
             advance(number + 1)
     return make_choice(candidates, scores, list(classes.values()), weights_sha256=run_dir.weights_sha256())
@@ -71,9 +71,8 @@ def choose_cleaning(run_dir: RunDir, pairs: Sequence[Pair], plan: Plan, progress
 
 def clean_files(pairs: Sequence[Pair], cleaning: Cleaning, places: Places | None = None) -> None:
     """Clean masks where they lie; the files stay as they are if nothing is to be removed."""
-    settings = cleaning.on(InferenceConfig())
-    if not removes(settings):
+    if not cleaning.removes:
         return
     for pair in pairs:
-        mask = clean(read_label(pair.prediction), settings, places)
+        mask = clean(read_label(pair.prediction), cleaning, places)
         write_mask(pair.prediction, mask.array, mask.affine, like=pair.prediction)

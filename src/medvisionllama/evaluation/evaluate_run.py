@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from medvisionllama._files import write_json
-from medvisionllama.config import Config, InferenceConfig, read_config
+from medvisionllama.config import Config, read_config
 from medvisionllama.data.index import Case, Dataset, open_configured
 from medvisionllama.data.splits import read_splits, select
 from medvisionllama.errors import CheckpointError, command
@@ -62,7 +62,7 @@ def evaluate_run(
         check_choosable(
             run_dir, config.inference, split=split, num_runs=len(members), block_removed=block_removed
         )
-        cleaning = config.inference
+        cleaning = Cleaning()
     else:
         cleaning, reason = cleaning_of(run_dir, config.inference, num_runs=len(members))
         if reason:
@@ -108,9 +108,7 @@ def evaluate_run(
     file = table_file(run_dir, split, also=also, block_removed=block_removed)
     write_table(table, file)
     if file == run_dir.evaluation:
-        write_json(
-            run_dir.scored, {"weights_sha256": weights, "cleaning": Cleaning.of(cleaning).model_dump()}
-        )
+        write_json(run_dir.scored, {"weights_sha256": weights, "cleaning": cleaning.model_dump()})
     return table
 
 
@@ -118,7 +116,7 @@ def segment_cases(
     predictor: Predictor,
     cases: Sequence[Case],
     folder: Path,
-    cleaning: InferenceConfig,
+    cleaning: Cleaning,
     *,
     declared: bool,
     tally: CalibrationTally | None = None,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medvisionllama._files import files_sha256, write_text
-from medvisionllama.config import InferenceConfig
 from medvisionllama.data.formats.dicom_labels import referenced_series
 from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.readers import SUFFIXES, ScanSource, read_header
@@ -158,7 +157,6 @@ def predict_scans(
     scans: Sequence[Scan],
     outputs: Outputs,
     *,
-    cleaning: InferenceConfig,
     overwrite: bool,
     keep_going: bool,
     progress: Progress,
@@ -167,7 +165,6 @@ def predict_scans(
     """Segment scans and write what was asked for.
 
     Args:
-        cleaning: its settings on components hold for all masks.
         overwrite: whether a table of other classes may go; masks and maps are written in any case.
         keep_going: a scan that cannot be read becomes a record with `error`, and the others go on.
         on_record: told each record as soon as its files are whole.
@@ -186,7 +183,7 @@ def predict_scans(
                 advance(before + 0.98 * share, name)
 
             try:
-                record = _segment(predictor, scan, future, outputs, cleaning, on_share)
+                record = _segment(predictor, scan, future, outputs, on_share)
             except (MedVisionLlamaError, MemoryError, RuntimeError) as error:
                 ours = isinstance(error, MedVisionLlamaError)
                 if not keep_going or not (ours or is_out_of_memory(error)):
@@ -205,7 +202,6 @@ def _segment(
     scan: Scan,
     coming: Future[PreparedScan],
     outputs: Outputs,
-    cleaning: InferenceConfig,
     on_share: Callable[[float], None],
 ) -> dict[str, Any]:
     """Segment one scan and write its files; nothing of it is held when the next one is read."""
@@ -216,7 +212,7 @@ def _segment(
         uncertainty=outputs.uncertainty,
         on_share=on_share,
     )
-    return _finish(predictor, scan, prepared, prediction, outputs, cleaning)
+    return _finish(predictor, scan, prepared, prediction, outputs)
 
 
 def _finish(
@@ -225,10 +221,9 @@ def _finish(
     prepared: PreparedScan,
     prediction: Prediction,
     outputs: Outputs,
-    cleaning: InferenceConfig,
 ) -> dict[str, Any]:
     """Clean, write and describe one prediction."""
-    mask = clean(prediction.mask, cleaning, predictor.plan.places)
+    mask = clean(prediction.mask, outputs.made_by.cleaning, predictor.plan.places)
     prediction = replace(prediction, mask=mask)
     names = predictor.plan.mask_classes
     files = outputs.files(scan)

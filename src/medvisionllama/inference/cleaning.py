@@ -31,9 +31,14 @@ class Cleaning(BaseModel):
     min_component_ml: float = 0.0
 
     @classmethod
-    def of(cls, settings: InferenceConfig) -> "Cleaning":
-        """What settings remove."""
+    def of(cls, settings: "InferenceConfig | Cleaning") -> "Cleaning":
+        """What a run's settings, or a choice, remove."""
         return Cleaning(**{name: getattr(settings, name) for name in Cleaning.model_fields})
+
+    @property
+    def removes(self) -> bool:
+        """Whether any component may go."""
+        return self.largest_foreground or self.largest_component or self.min_component_ml > 0
 
     @property
     def words(self) -> str:
@@ -50,16 +55,6 @@ class Cleaning(BaseModel):
         if self.min_component_ml:
             parts.append(f"components smaller than {self.min_component_ml:g} ml are removed")
         return ", and ".join(parts) or "no component is removed"
-
-    def on(self, settings: InferenceConfig) -> InferenceConfig:
-        """Settings that clean this way."""
-        return settings.model_copy(
-            update={
-                "largest_foreground": self.largest_foreground,
-                "largest_component": self.largest_component,
-                "min_component_ml": self.min_component_ml,
-            }
-        )
 
 
 class Candidate(Cleaning):
@@ -172,8 +167,8 @@ def cleaning_of(
     largest: bool | None = None,
     min_ml: float | None = None,
     num_runs: int = 1,
-) -> tuple[InferenceConfig, str]:
-    """Settings that clean a run's masks, and a line that says where they come from if nobody asked for them.
+) -> tuple[Cleaning, str]:
+    """How a run's masks are cleaned, and a line that says where that comes from if nobody asked for it.
 
     Args:
         settings: the run's own.
@@ -190,31 +185,24 @@ def cleaning_of(
         "min_component_ml": 0.0 if largest is False and min_ml is None else min_ml,
     }
     given = {key: value for key, value in asked.items() if value is not None}
+    own = Cleaning.of(settings)
     if given:
-        return settings.model_copy(update=given), ""
-    if removes(settings):
-        return (
-            settings,
-            f"{Cleaning.of(settings).words}, as the run's own settings say ({run_dir.config}: inference)",
-        )
+        return own.model_copy(update=given), ""
+    if own.removes:
+        return own, f"{own.words}, as the run's own settings say ({run_dir.config}: inference)"
     choice = read_choice(run_dir)
     if choice is None:
-        return settings, ""
+        return own, ""
     if choice.weights_sha256 != run_dir.weights_sha256():
         return (
-            settings,
+            own,
             f"{run_dir.postprocessing} was chosen with other weights and is not used; choose again with: {_command(run_dir)}",
         )
     first = "; the first run's choice holds for all" if num_runs > 1 else ""
     return (
-        choice.on(settings),
+        Cleaning.of(choice),
         f"{choice.words}, as chosen on {choice.num_cases} validation cases ({run_dir.postprocessing}{first})",
     )
-
-
-def removes(settings: InferenceConfig) -> bool:
-    """Whether a run's settings clean masks by themselves."""
-    return settings.largest_foreground or settings.largest_component or settings.min_component_ml > 0
 
 
 def _command(run_dir: RunDir) -> str:

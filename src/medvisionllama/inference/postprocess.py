@@ -6,30 +6,29 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
-from medvisionllama.config import InferenceConfig
 from medvisionllama.data.places import Place, Places
 from medvisionllama.data.volume import Volume, from_ras, to_ras
-from medvisionllama.inference.cleaning import removes
+from medvisionllama.inference.cleaning import Cleaning
 from medvisionllama.types import LabelArray, MaskArray, SpacingMm
 
 _TOUCHING = np.ones((3, 3, 3), dtype=bool)
 
 
-def clean(mask: Volume, settings: InferenceConfig, places: Places | None = None) -> Volume:
-    """Remove the components that a run's settings do not want.
+def clean(mask: Volume, cleaning: Cleaning, places: Places | None = None) -> Volume:
+    """Return a mask in any orientation without the components that `cleaning` removes.
 
     Args:
         places: of the run's labels, as for `remove_islands`.
     """
-    if not removes(settings):
+    if not cleaning.removes:
         return mask
     ras = to_ras(mask)
     array = remove_islands(
         ras.array,
         ras.spacing_mm,
-        largest_foreground=settings.largest_foreground,
-        largest_only=settings.largest_component,
-        min_ml=settings.min_component_ml,
+        largest_foreground=cleaning.largest_foreground,
+        largest_only=cleaning.largest_component,
+        min_ml=cleaning.min_component_ml,
         voxel_ml=ras.voxel_ml,
         places=places,
     )

@@ -19,10 +19,10 @@ from medvisionllama.data.readers import ScanSource, check_finite, read_image
 from medvisionllama.data.volume import Volume, from_ras, to_ras, voxel_ml
 from medvisionllama.devices import autocast, choose_device, fast_layout
 from medvisionllama.errors import CheckpointError, DataError
-from medvisionllama.inference.cleaning import cleaning_of
+from medvisionllama.inference.cleaning import Cleaning, cleaning_of
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.slabs import entropy, label_values, likeliest, native_slabs, slab_thickness
-from medvisionllama.inference.windows import probability_planes, slab_axis
+from medvisionllama.inference.windows import SlidingWindow, slab_axis
 from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_network
 from medvisionllama.networks.inserts import LLMInsert
@@ -103,18 +103,16 @@ class Member:
     def planes(self, grid: np.ndarray, moments: Sequence[tuple[float, float]], axis: int) -> Iterator[Tensor]:
         """Probabilities of a scan on this network's grid, in pieces along `axis`."""
         inference = self.config.inference
-        return probability_planes(
+        window = SlidingWindow(
             self.network,
-            torch.from_numpy(grid),
             self.plan,
-            axis=axis,
-            overlap=inference.overlap,
-            flip=inference.flip,
-            turn=self.config.turns_views,
+            axis,
+            inference.overlap,
             device=self.device,
             normalise=self.normaliser(moments),
             context=self.precision,
         )
+        return window.probabilities(torch.from_numpy(grid), flip=inference.flip, turn=self.config.turns_views)
 
     def normaliser(self, moments: Sequence[tuple[float, float]]) -> Callable[[Tensor], Tensor]:
         """Return the function that scales a piece of a scan with these moments as training scaled it."""
@@ -176,14 +174,14 @@ class Predictor:
         return self.members[0].network
 
     @cached_property
-    def cleaning(self) -> InferenceConfig:
+    def cleaning(self) -> Cleaning:
         """What `predict` removes: what the first run's settings say, else what was chosen on its validation cases.
 
         Raises:
             CheckpointError: postprocessing.json is damaged.
         """
         own = self.members[0].config.inference
-        return own if self.run_dir is None else cleaning_of(self.run_dir, own)[0]
+        return Cleaning.of(own) if self.run_dir is None else cleaning_of(self.run_dir, own)[0]
 
     @classmethod
     def from_run(

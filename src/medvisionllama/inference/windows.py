@@ -8,6 +8,7 @@ of logits however long the scan is.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import reduce
 from itertools import product
 
@@ -24,87 +25,93 @@ _SIGMA = 0.125  # of the Gaussian weights, as a share of the window: MONAI's and
 _LEAST_WEIGHT = 1e-3
 
 
-def probability_planes(
-    network: Network,
-    image: Tensor,
-    plan: Plan,
-    *,
-    axis: int,
-    overlap: float,
-    flip: bool,
-    turn: bool = False,
-    device: torch.device | str = "cpu",
-    normalise: Callable[[Tensor], Tensor] = lambda slab: slab,
-    context: Context = nullcontext,
-) -> Iterator[Tensor]:
-    """Yield class probabilities `[k, x, y, z]`, background first: pieces that follow each other along `axis`.
+@dataclass(frozen=True)
+class SlidingWindow:
+    """A network that looks at a scan through windows of its crop's size, slab by slab along one axis."""
 
-    Args:
-        image: `[c, x, y, z]` on the network's grid.
-        overlap: share of a window that its neighbour covers too.
-        flip: average with the prediction of the mirrored image, along the axes that training mirrors.
-        turn: average with those of the image turned and zoomed across `axis`, where its voxels allow it.
-        normalise: applied to each slab of the image before the network sees it.
-        context: entered while the network works, and for nothing else: autocast, say, under which PyTorch turns and
-            averages views in half precision too.
-    """
-    x, y, z = image.shape[1:]
-    views = views_of(plan, (x, y, z), axis=axis, flip=flip, turn=turn)
-    counts = [view.weight * coverage(view, axis, plan, (x, y, z)) for view in views]
-    total = sum(counts, torch.zeros(1))
-    weights = [count / total for count in counts]
-    for logits in blended_planes(
-        network,
-        image,
-        plan,
-        axis=axis,
-        overlap=overlap,
-        views=views,
-        device=device,
-        normalise=normalise,
-        context=context,
-    ):
-        yield _squash(logits, plan, weights)
+    network: Network
+    plan: Plan
+    axis: int
+    """Along which slabs follow each other; see `slab_axis`."""
+    overlap: float
+    """Share of a window that its neighbour covers too."""
+    device: torch.device | str = "cpu"
+    normalise: Callable[[Tensor], Tensor] = lambda slab: slab
+    """Applied to each slab of a scan before the network sees it."""
+    context: Context = nullcontext
+    """Entered while the network works, and for nothing else: autocast, say, under which PyTorch turns and averages
+    views in half precision too."""
 
+    def probabilities(self, image: Tensor, *, flip: bool, turn: bool = False) -> Iterator[Tensor]:
+        """Yield class probabilities `[k, x, y, z]`, background first: pieces that follow each other along the axis.
 
-def blended_planes(
-    network: Network,
-    image: Tensor,
-    plan: Plan,
-    *,
-    axis: int,
-    overlap: float,
-    views: Sequence[View] = (View(),),
-    device: torch.device | str = "cpu",
-    normalise: Callable[[Tensor], Tensor] = lambda slab: slab,
-    context: Context = nullcontext,
-) -> Iterator[Tensor]:
-    """Yield what the network returns, windows blended: `[view, k, x, y, z]` pieces along `axis`.
+        Args:
+            image: `[c, x, y, z]` on the network's grid.
+            flip: average with the prediction of the mirrored image, along the axes that training mirrors.
+            turn: average with those of the image turned and zoomed across the axis, where its voxels allow it.
+        """
+        x, y, z = image.shape[1:]
+        views = views_of(self.plan, (x, y, z), axis=self.axis, flip=flip, turn=turn)
+        counts = [view.weight * coverage(view, self.axis, self.plan, (x, y, z)) for view in views]
+        total = sum(counts, torch.zeros(1))
+        weights = [count / total for count in counts]
+        for logits in self.blended(image, views):
+            yield _squash(logits, self.plan, weights)
 
-    Args:
-        views: ways to look at the image, whose logits come back onto its own voxels.
-    """
-    window, size = plan.crop_size[axis], image.shape[axis + 1]
-    starts = window_starts(size, window, overlap)
-    profile = _profile(window).view([-1 if dim == axis + 2 else 1 for dim in range(5)])
-    total = weight = torch.empty(0)
-    for number, start in enumerate(starts):
-        slab = normalise(image.narrow(axis + 1, start, min(window, size)))
-        with torch.no_grad():
-            logits = torch.cat(
-                [_through(view, network, slab, plan, axis, overlap, device, context) for view in views]
-            )
-        if len(starts) == 1:
-            yield logits
-            return
-        if number == 0:
-            total, weight = logits * profile, profile.clone()
-        else:
-            kept = window - (start - starts[number - 1])
-            total = _shifted(total, kept, axis + 2) + logits * profile
-            weight = _shifted(weight, kept, axis + 2) + profile
-        finished = starts[number + 1] - start if number + 1 < len(starts) else window
-        yield total.narrow(axis + 2, 0, finished) / weight.narrow(axis + 2, 0, finished)
+    def blended(self, image: Tensor, views: Sequence[View] = (View(),)) -> Iterator[Tensor]:
+        """Yield what the network returns, windows blended: `[view, k, x, y, z]` pieces along the axis.
+
+        Args:
+            views: ways to look at the image, whose logits come back onto its own voxels.
+        """
+        axis = self.axis
+        window, size = self.plan.crop_size[axis], image.shape[axis + 1]
+        starts = window_starts(size, window, self.overlap)
+        profile = _profile(window).view([-1 if dim == axis + 2 else 1 for dim in range(5)])
+        total = weight = torch.empty(0)
+        for number, start in enumerate(starts):
+            slab = self.normalise(image.narrow(axis + 1, start, min(window, size)))
+            with torch.no_grad():
+                logits = torch.cat([self._seen_as(view, slab) for view in views])
+            if len(starts) == 1:
+                yield logits
+                return
+            if number == 0:
+                total, weight = logits * profile, profile.clone()
+            else:
+                kept = window - (start - starts[number - 1])
+                total = _shifted(total, kept, axis + 2) + logits * profile
+                weight = _shifted(weight, kept, axis + 2) + profile
+            finished = starts[number + 1] - start if number + 1 < len(starts) else window
+            yield total.narrow(axis + 2, 0, finished) / weight.narrow(axis + 2, 0, finished)
+
+    def _seen_as(self, view: View, slab: Tensor) -> LogitBatch:
+        """Logits `[1, k, x, y, z]` of a slab `[c, x, y, z]` that the network sees as a view shows it."""
+        x, y, z = slab.shape[1:]
+        shown = seen(slab[None], view, self.axis, self.plan)
+        with self.context():
+            logits = self._blend_row(shown)
+        return brought_back(logits, view, self.axis, self.plan, (x, y, z))
+
+    def _blend_row(self, slab: Tensor) -> LogitBatch:
+        """Logits `[1, k, x, y, z]` of a slab `[1, c, x, y, z]` one window thick, equal to MONAI's to the bit."""
+        window = self.plan.crop_size
+        padded, inside = _padded(slab, window)
+        weights = _row_weights(window, self.axis)
+        sides = zip(padded.shape[2:], window, strict=True)
+        starts = (window_starts(size, length, self.overlap) for size, length in sides)
+        total = weight = torch.empty(0)
+        for corner in product(*starts):
+            here = _box(corner, window)
+            # Windows visit the device one by one; the scan itself, which may be large, stays in main memory.
+            # The averaged thing must be linear in what is averaged, so blend logits and squash once.
+            logits = self.network(padded[here].to(self.device)).float().cpu()
+            if not total.numel():
+                total = torch.zeros(1, logits.shape[1], *padded.shape[2:])
+                weight = torch.zeros(1, 1, *padded.shape[2:])
+            total[here] += logits * weights
+            weight[here] += weights
+        return (total / weight)[inside]
 
 
 def slab_axis(shape: Sequence[int], plans: Sequence[Plan], *, turn: bool = False) -> int:
@@ -138,46 +145,6 @@ def _shifted(held: Tensor, kept: int, dim: int) -> Tensor:
     length = held.shape[dim]
     empty = torch.zeros_like(held.narrow(dim, 0, length - kept))
     return torch.cat([held.narrow(dim, length - kept, kept), empty], dim=dim)
-
-
-def _through(
-    view: View,
-    network: Network,
-    slab: Tensor,
-    plan: Plan,
-    axis: int,
-    overlap: float,
-    device: torch.device | str,
-    context: Context,
-) -> LogitBatch:
-    """Logits `[1, k, x, y, z]` of a slab `[c, x, y, z]` that the network sees as a view shows it."""
-    x, y, z = slab.shape[1:]
-    shown = seen(slab[None], view, axis, plan)
-    with context():
-        logits = _blend_row(network, shown, plan, axis, overlap, device)
-    return brought_back(logits, view, axis, plan, (x, y, z))
-
-
-def _blend_row(
-    network: Network, slab: Tensor, plan: Plan, axis: int, overlap: float, device: torch.device | str
-) -> LogitBatch:
-    """Logits `[1, k, x, y, z]` of a slab `[1, c, x, y, z]` one window thick, equal to MONAI's to the bit."""
-    window = plan.crop_size
-    padded, inside = _padded(slab, window)
-    weights = _row_weights(window, axis)
-    starts = (window_starts(*lengths, overlap) for lengths in zip(padded.shape[2:], window, strict=True))
-    total = weight = torch.empty(0)
-    for corner in product(*starts):
-        here = _box(corner, window)
-        # Windows visit the device one by one; the scan itself, which may be large, stays in main memory.
-        # The averaged thing must be linear in what is averaged, so blend logits and squash once.
-        logits = network(padded[here].to(device)).float().cpu()
-        if not total.numel():
-            total = torch.zeros(1, logits.shape[1], *padded.shape[2:])
-            weight = torch.zeros(1, 1, *padded.shape[2:])
-        total[here] += logits * weights
-        weight[here] += weights
-    return (total / weight)[inside]
 
 
 def _padded(slab: Tensor, window: Triple) -> tuple[Tensor, tuple[slice, ...]]:

@@ -18,7 +18,7 @@ from medvisionllama.data.readers import read_image, read_label
 from medvisionllama.data.volume import to_ras
 from medvisionllama.errors import CheckpointError, ConfigError, DataError, command
 from medvisionllama.evaluation.evaluate import mean_class_dice, mean_dice, read_table, summarise
-from medvisionllama.inference.cleaning import Cleaning, cleaning_of
+from medvisionllama.inference.cleaning import cleaning_of
 from medvisionllama.reports import plots
 from medvisionllama.reports.pages import render
 from medvisionllama.run_dir import RunDir
@@ -78,7 +78,7 @@ def out_of_date(run_dir: RunDir, config: Config) -> str:
         return "fewer networks"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    now = Cleaning.of(cleaning_of(run_dir, config.inference)[0]).model_dump()
+    now = cleaning_of(run_dir, config.inference)[0].model_dump()
     return "" if scored.get("cleaning") == now else "another removal of components"
 
 

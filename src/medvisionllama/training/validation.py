@@ -13,7 +13,7 @@ from medvisionllama.data.cache import CachedCase, normalise
 from medvisionllama.data.planning import Plan
 from medvisionllama.evaluation.metrics import dice
 from medvisionllama.inference.slabs import native_mask
-from medvisionllama.inference.windows import probability_planes, slab_axis
+from medvisionllama.inference.windows import SlidingWindow, slab_axis
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.training.processes import Processes
 from medvisionllama.types import LabelArray, Triple
@@ -40,18 +40,10 @@ def case_mask(
     image = torch.from_numpy(normalise(case.image, plan.normalisation, case.facts["moments"]))
     x, y, z = image.shape[1:]
     axis = slab_axis((x, y, z), [plan])
-    planes = probability_planes(
-        network,
-        image,
-        plan,
-        axis=axis,
-        overlap=overlap,
-        flip=flip,
-        turn=False,
-        device=accelerator.device,
-        context=accelerator.autocast,
+    window = SlidingWindow(
+        network, plan, axis, overlap, device=accelerator.device, context=accelerator.autocast
     )
-    return native_mask(planes, (x, y, z), shape or (x, y, z), plan, axis=axis)
+    return native_mask(window.probabilities(image, flip=flip), (x, y, z), shape or (x, y, z), plan, axis=axis)
 
 
 def validate_cases(

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 
 from medvisionllama import api
-from medvisionllama.config import InferenceConfig
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.evaluation.evaluate import evaluate_files, mean_dice, measure_classes, summarise
@@ -179,5 +178,5 @@ def test_volumes_of_a_sheared_grid_are_true():
     # Planes that are shifted along each other hold no more than before.
     assert row["volume_ml"] == row["predicted_ml"] == pytest.approx(24 / 1000)
     # So a component of 0.024 ml is smaller than 0.025 ml, though the product of the edges is larger.
-    assert clean(mask, Cleaning(min_component_ml=0.0235).on(InferenceConfig())).array.all()
-    assert not clean(mask, Cleaning(min_component_ml=0.025).on(InferenceConfig())).array.any()
+    assert clean(mask, Cleaning(min_component_ml=0.0235)).array.all()
+    assert not clean(mask, Cleaning(min_component_ml=0.025)).array.any()

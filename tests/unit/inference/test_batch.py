@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from medvisionllama.config import InferenceConfig
 from medvisionllama.inference import batch
 from medvisionllama.inference.cleaning import Cleaning
 from medvisionllama.inference.inputs import Scan
@@ -33,7 +32,6 @@ def predict(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             predictor,
             [Scan(f"c{number}", (Path(f"{number}.nii"),), voxels) for number in range(4)],
             batch.Outputs(Path("nowhere"), MadeBy(weights_sha256=("0",), views=(), cleaning=Cleaning())),
-            cleaning=InferenceConfig(),
             overwrite=False,
             keep_going=False,
             progress=Silent(),

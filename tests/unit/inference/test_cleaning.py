@@ -114,8 +114,8 @@ def test_the_file_says_what_was_chosen_and_what_every_candidate_scored(run_dir, 
 
 
 def test_a_choice_is_used_and_said(run_dir, choice):
-    settings, line = cleaning_of(run_dir, InferenceConfig())
-    assert settings == InferenceConfig(min_component_ml=0.25)
+    cleaning, line = cleaning_of(run_dir, InferenceConfig())
+    assert cleaning == Cleaning(min_component_ml=0.25)
     assert "components smaller than 0.25 ml are removed" in line
     assert "2 validation cases" in line
     assert str(run_dir.postprocessing) in line
@@ -137,7 +137,7 @@ def test_a_choice_is_used_and_said(run_dir, choice):
 )
 def test_the_user_and_the_run_s_settings_come_before_the_choice(run_dir, choice, settings, asked, expected):
     found, line = cleaning_of(run_dir, InferenceConfig(**settings), **asked)
-    assert found == InferenceConfig(**expected)
+    assert found == Cleaning(**expected)
     # What the user asks for needs no line; what a setting of long ago does, does.
     assert ("the run's own settings" in line) == (not asked)
 
@@ -150,13 +150,13 @@ def test_the_run_s_own_settings_are_said_whole(run_dir):
 
 
 def test_without_a_choice_nothing_changes(run_dir):
-    assert cleaning_of(run_dir, InferenceConfig()) == (InferenceConfig(), "")
+    assert cleaning_of(run_dir, InferenceConfig()) == (Cleaning(), "")
 
 
 def test_a_choice_made_with_other_weights_is_not_used(run_dir, choice):
     run_dir.best.write_bytes(b"trained further")
-    settings, line = cleaning_of(run_dir, InferenceConfig())
-    assert settings == InferenceConfig()
+    cleaning, line = cleaning_of(run_dir, InferenceConfig())
+    assert cleaning == Cleaning()
     assert "other weights" in line
 
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from medvisionllama.config import InferenceConfig
 from medvisionllama.data.places import Place, Places
 from medvisionllama.data.volume import Volume
+from medvisionllama.inference.cleaning import Cleaning
 from medvisionllama.inference.postprocess import _weighed, clean, remove_islands
 
 SPACING = (1.0, 2.0, 5.0)  # a voxel of 0.01 ml
@@ -120,14 +120,14 @@ def test_places_hold_whichever_way_a_scan_s_axes_run(two_hearts):
     two_hearts[13, 3:6, 3:6] = 1
     right = Place(mean_mm=(13.0, 0.0, 0.0), std_mm=(3.0, 3.0, 3.0))
     places = Places(foreground=right, classes={})
-    settings = InferenceConfig(largest_foreground=True)
+    cleaning = Cleaning(largest_foreground=True)
     ras = Volume(two_hearts, np.diag([1.0, 2.0, 3.0, 1.0]))
-    expected = clean(ras, settings, places).array
+    expected = clean(ras, cleaning, places).array
     assert expected[28:].any()
     assert not expected[:27].any()
     # Stored as z, y, x, with x to the left.
     affine = np.zeros((4, 4))
     affine[0, 2], affine[1, 1], affine[2, 0], affine[3, 3] = -1, 2, 3, 1
-    other = clean(Volume(two_hearts[::-1].transpose(2, 1, 0), affine), settings, places)
+    other = clean(Volume(two_hearts[::-1].transpose(2, 1, 0), affine), cleaning, places)
     np.testing.assert_array_equal(other.array.transpose(2, 1, 0)[::-1], expected)
     np.testing.assert_array_equal(other.affine, affine)

@@ -11,13 +11,7 @@ from torch import nn
 from medvisionllama.data.planning import Plan
 from medvisionllama.inference.slabs import native_mask
 from medvisionllama.inference.views import coverage, views_of
-from medvisionllama.inference.windows import (
-    _blend_row,
-    _row_weights,
-    blended_planes,
-    probability_planes,
-    slab_axis,
-)
+from medvisionllama.inference.windows import SlidingWindow, _row_weights, slab_axis
 
 CROP = (8, 8, 4)
 
@@ -58,12 +52,11 @@ class _OneSided(nn.Module):
         return torch.cat([windows[:, :1], windows[:, 1:] + ramp, windows[:, :1] * ramp], dim=1)
 
 
-def predict_probabilities(network, image, plan, *, turn=False, **options):
+def predict_probabilities(network, image, plan, *, overlap, flip, turn=False, **options):
     """Class probabilities `[k, x, y, z]`, all at once."""
     axis = slab_axis(tuple(image.shape[1:]), [plan], turn=turn)
-    return torch.cat(
-        list(probability_planes(network, image, plan, axis=axis, turn=turn, **options)), axis + 1
-    )
+    window = SlidingWindow(network, plan, axis, overlap, **options)
+    return torch.cat(list(window.probabilities(image, flip=flip, turn=turn)), axis + 1)
 
 
 def mask_of(probabilities, shape, plan, axis=0):
@@ -163,12 +156,12 @@ def test_half_precision_is_the_networks_alone():
 
 
 def _together(image, plan, *, turn):
-    pieces = probability_planes(_OneSided(), image, plan, axis=2, overlap=0.5, flip=False, turn=turn)
+    pieces = SlidingWindow(_OneSided(), plan, 2, 0.5).probabilities(image, flip=False, turn=turn)
     return torch.cat(list(pieces), dim=3)
 
 
 def _softmax_of(view, image, plan):
-    pieces = blended_planes(_OneSided(), image, plan, axis=2, overlap=0.5, views=[view])
+    pieces = SlidingWindow(_OneSided(), plan, 2, 0.5).blended(image, [view])
     return torch.cat(list(pieces), dim=4)[0].softmax(dim=0)
 
 
@@ -245,7 +238,7 @@ def _all_at_once(network, image, overlap, axis):
 @pytest.mark.parametrize("shape", [(21, 19, 11), (8, 20, 4), (9, 9, 13)])
 def test_blending_slab_by_slab_is_blending_all_windows_at_once(axis, overlap, shape):
     image, plan = _image(shape), _plan(flip_axes=())
-    pieces = list(probability_planes(_OneSided(), image, plan, axis=axis, overlap=overlap, flip=False))
+    pieces = list(SlidingWindow(_OneSided(), plan, axis, overlap).probabilities(image, flip=False))
     torch.testing.assert_close(
         torch.cat(pieces, axis + 1), _all_at_once(_OneSided(), image, overlap, axis), atol=1e-5, rtol=1e-5
     )
@@ -260,7 +253,7 @@ def test_windows_side_by_side_are_blended_as_monai_does_to_the_bit(axis, overlap
     expected = sliding_window_inference(
         slab, CROP, 1, _OneSided(), overlap=overlap, roi_weight_map=_row_weights(CROP, axis)
     )
-    assert torch.equal(_blend_row(_OneSided(), slab, _plan(), axis, overlap, "cpu"), expected)
+    assert torch.equal(SlidingWindow(_OneSided(), _plan(), axis, overlap)._blend_row(slab), expected)
 
 
 def test_only_one_slab_of_the_scan_is_normalised_at_a_time():
@@ -270,17 +263,8 @@ def test_only_one_slab_of_the_scan_is_normalised_at_a_time():
         seen.append(tuple(slab.shape))
         return slab - 100
 
-    shifted = list(
-        probability_planes(
-            _Voxelwise(3),
-            _image((9, 9, 20)) + 100,
-            _plan(),
-            axis=2,
-            overlap=0.5,
-            flip=True,
-            normalise=normalise,
-        )
-    )
+    window = SlidingWindow(_Voxelwise(3), _plan(), 2, 0.5, normalise=normalise)
+    shifted = list(window.probabilities(_image((9, 9, 20)) + 100, flip=True))
     expected = predict_probabilities(_Voxelwise(3), _image((9, 9, 20)), _plan(), overlap=0.5, flip=True)
     assert set(seen) == {(2, 9, 9, CROP[2])}
     torch.testing.assert_close(torch.cat(shifted, 3), expected, atol=1e-4, rtol=1e-4)
@@ -309,6 +293,6 @@ def test_sagittal_slices_are_turned_though_their_axis_is_mirrored():
 
 
 def test_gradients_stay_on_between_the_pieces():
-    planes = probability_planes(_Voxelwise(3), _image((9, 9, 20)), _plan(), axis=2, overlap=0.5, flip=False)
+    planes = SlidingWindow(_Voxelwise(3), _plan(), 2, 0.5).probabilities(_image((9, 9, 20)), flip=False)
     next(planes)
     assert torch.is_grad_enabled()

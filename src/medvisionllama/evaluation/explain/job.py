@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medvisionllama.config import InferenceConfig
 from medvisionllama.data.labels import FOREGROUND
 from medvisionllama.data.readers import read_image
 from medvisionllama.data.volume import Volume, from_ras, to_ras
@@ -18,7 +17,7 @@ from medvisionllama.evaluation.explain.notes import notes_on
 from medvisionllama.evaluation.explain.targets import ScanToExplain, read_truth
 from medvisionllama.evaluation.pointing import Target, make_target, peak, score
 from medvisionllama.inference.activations import MapName, native_maps, token_size
-from medvisionllama.inference.cleaning import cleaning_of
+from medvisionllama.inference.cleaning import Cleaning, cleaning_of
 from medvisionllama.inference.controls import with_random_block
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.predictor import Member, Predictor, check_alike
@@ -36,8 +35,8 @@ class Networks:
 
     members: dict[str, Member]
     notes: tuple[str, ...]
-    cleaning: InferenceConfig
-    """Its settings on components hold for the run's own masks, as in `predict`."""
+    cleaning: Cleaning
+    """Of the run's own masks, as in `predict`."""
 
     @property
     def trained(self) -> Member:
