@@ -27,8 +27,8 @@ from medvisionllama.inference.windows import window_starts
 from medvisionllama.networks.factory import network_sizes
 from medvisionllama.networks.sizes import Sizes
 from medvisionllama.progress import Progress
-from medvisionllama.training.loop import total_steps
 from medvisionllama.training.prepare import divide, plan_of
+from medvisionllama.training.timetable import total_steps
 
 _DIVIDING = {"path", "modality", "patient_pattern", "exclude", "splits", "split_seed"}
 """Settings that decide which scans there are and who trains on them."""

@@ -299,7 +299,7 @@ def sessions_of(run_dir: RunDir, loop: TrainingLoop, *, precision: str) -> dict[
         return {**now, "resumed": []}
     before = run_dir.read_manifest()
     began = {key: before.get(key, value) for key, value in now.items()}
-    return {**began, "resumed": [*before.get("resumed", []), *([] if loop.is_over else [now])]}
+    return {**began, "resumed": [*before.get("resumed", []), *([] if loop.timetable.is_over else [now])]}
 
 
 def write_run_files(

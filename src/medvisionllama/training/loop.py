@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from medvisionllama.training.optim import (
 from medvisionllama.training.processes import Processes
 from medvisionllama.training.self_training import SelfTraining
 from medvisionllama.training.sharding import shard_frozen_block
+from medvisionllama.training.timetable import MOST_MASKS, LoopState, Timetable, total_steps
 
 _ECHO_SECONDS = 2.0
 """Within it a launcher passes on to its processes a Ctrl-C that the terminal has sent them already."""
@@ -50,40 +51,6 @@ Validate = Callable[[TokenSegmenter, float | None], dict[str, Any]]
 """Segments the validation cases and returns a record with the key `dice`; that is None if there are none, and then
 the latest weights are kept. If it would take longer than so many seconds, it may give up and return
 `would_take_seconds` alone."""
-_MOST_VALIDATION = 0.25
-"""Share of a run's minutes that all of its validations may take; if they would, the last one alone is made."""
-_MOST_RESERVED = 0.5
-"""Share of what is left of the minutes that is kept free for that last one, however long it takes."""
-_MOST_MASKS = 0.25
-"""Share of the minutes that all rounds of masks for scans without labels may take."""
-
-
-@dataclass
-class LoopState:
-    """Where a run is; everything else follows from it and the weights."""
-
-    step: int = 0
-    elapsed_seconds: float = 0.0
-    validation_seconds: float = 0.0
-    """Length of the longest validation, kept free at the end of a limited run. It only grows: a shorter one would
-    set the run back behind the mark that it has just passed."""
-    would_take_seconds: float = 0.0
-    """Length of a validation that was given up, as it would have taken too long."""
-    validated_step: int = 0
-    validated_seconds: float = 0.0
-    dices: list[float] = field(default_factory=list)
-    pseudo_round: int = 0
-    """Of masks that unlabelled scans train with; before the first there are none."""
-    pseudo_step: int = 0
-    pseudo_seconds: float = 0.0
-    """When that round was due."""
-    loss_sum: float = 0.0
-    """Of the steps since the last validation."""
-
-    @property
-    def best(self) -> float | None:
-        """None before the first validation, and where there are no cases for one."""
-        return max(self.dices, default=None)
 
 
 class TrainingLoop:
@@ -118,24 +85,14 @@ class TrainingLoop:
             shard_frozen_block(model, self.processes)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = AveragedWeights(self.parameters, config.ema_decay) if config.ema_decay else None
-        self.state = LoopState()
+        self.timetable = Timetable(config, total_steps(config, sampler.steps_per_epoch))
         self._clock = started
         self._saved_at = time.monotonic()
 
     @property
-    def total_steps(self) -> int | None:
-        """Optimiser steps of a run limited by epochs or steps."""
-        return total_steps(self.config, self.sampler.steps_per_epoch)
-
-    @property
-    def progress(self) -> float:
-        """Share of the run that is over."""
-        return self._progress_at(self.state.step, self.state.elapsed_seconds)
-
-    @property
-    def is_over(self) -> bool:
-        """True of a run that has nothing left to do."""
-        return self.progress >= 1.0 and self.state.validated_step > 0
+    def state(self) -> LoopState:
+        """Where the run is."""
+        return self.timetable.state
 
     def run(self, progress: Progress) -> bool:
         """Train to the end; return False if interrupted, with everything saved."""
@@ -146,19 +103,20 @@ class TrainingLoop:
             progress.track("training", 1.0) as advance,
         ):
             if not self.state.step:
-                self._begin()
-            while not self.is_over:
+                self._tick()
+                self.timetable.begin()
+            while not self.timetable.is_over:
                 # Before a step: a run that ended while it made masks was saved without them, and begins here.
-                if self._masks_due():
-                    advance(self.progress, "segmenting the scans without labels")
+                if self.timetable.masks_due(self.self_training.due):
+                    advance(self.timetable.progress, "segmenting the scans without labels")
                     if not self._relabel(progress, interrupted):
                         self.save()
                         return False
                 loss = self._step()
                 self.state.loss_sum += loss
                 self._tick()
-                advance(self.progress, self._note(loss))
-                if self._validation_due():
+                advance(self.timetable.progress, self._note(loss))
+                if self.timetable.validation_due():
                     self._validate(progress)
                     self.save()
                 if time.monotonic() - self._saved_at > self.config.save_seconds:
@@ -167,11 +125,6 @@ class TrainingLoop:
                     self.save()
                     return False
         return True
-
-    def _begin(self) -> None:
-        """Pass the marks that preparing the scans has used up: an untrained network has nothing to show."""
-        self._tick()
-        self.state.validated_seconds = self.state.pseudo_seconds = self.state.elapsed_seconds
 
     def save(self) -> None:
         """Write the resume state as one file."""
@@ -220,7 +173,7 @@ class TrainingLoop:
         if self.average:
             for name, value in parts["average"].items():
                 self.average.values[name].copy_(value)
-        self.state = LoopState(**facts["state"])
+        self.timetable.state = LoopState(**facts["state"])
         self.sampler.pseudo_labelled = self.self_training.masks_of(self.state.pseudo_round)
         self._clock = time.monotonic() - self.state.elapsed_seconds
 
@@ -228,7 +181,7 @@ class TrainingLoop:
         self.model.train()
         rate = learning_rate(
             self.config,
-            progress=self.progress,
+            progress=self.timetable.progress,
             step=self.state.step,
             plateau_drops=plateau_drops(self.state.dices),
         )
@@ -258,56 +211,12 @@ class TrainingLoop:
         self.state.step += 1
         return total
 
-    def _progress_at(self, step: int, seconds: float) -> float:
-        """Share by steps or by time, whichever is further."""
-        shares = [0.0]
-        if self.total_steps is not None:
-            shares.append(step / self.total_steps)
-        if self.config.max_minutes is not None:
-            limit = 60 * self.config.max_minutes - self.state.validation_seconds
-            shares.append(seconds / max(limit, 1e-9))
-        return min(1.0, max(shares))
-
-    def _validation_due(self) -> bool:
-        """True when the run has passed another of its evenly spread marks since the last validation.
-
-        Both ends are measured by the limits in force now, so a run that goes on with a longer limit is validated
-        on as before.
-        """
-        number = 1 if self._validates_late else self.config.num_validations
-        before = self._progress_at(self.state.validated_step, self.state.validated_seconds)
-        return math.floor(self.progress * number + 1e-9) > math.floor(before * number + 1e-9)
-
-    @property
-    def _patience_seconds(self) -> float | None:
-        """How long each of a run's validations may take; None without a limit by minutes."""
-        return self._seconds_each(_MOST_VALIDATION, self.config.num_validations)
-
-    def _seconds_each(self, share: float, number: int) -> float | None:
-        """An even part of a share of the run's minutes; None without a limit by minutes."""
-        minutes = self.config.max_minutes
-        return None if minutes is None else share * 60 * minutes / number
-
-    @property
-    def _validates_late(self) -> bool:
-        """True of a run that only its end leaves time to validate."""
-        return self._patience_seconds is not None and self.state.would_take_seconds > self._patience_seconds
-
-    def _masks_due(self) -> bool:
-        """True when scans without labels should have had another round of masks by now.
-
-        Both ends are measured by the limits in force now, as for validations.
-        """
-        before = self._progress_at(self.state.pseudo_step, self.state.pseudo_seconds)
-        due = self.self_training.due
-        return due(self.progress) > due(before) and self.progress < 1.0
-
     def _validate(self, progress: Progress) -> None:
         before = time.monotonic()
         with self._averaged_weights():
-            record = self.validate(self.network, self._patience_seconds if self.progress < 1.0 else None)
+            record = self.validate(self.network, self.timetable.validation_patience)
             if (seconds := record.get("would_take_seconds")) is not None:
-                self._give_up_validation(seconds, progress)
+                self._put_off_validation(seconds, progress)
                 return
             # Without validation cases there never is a best one, and each save takes the place of the last.
             dice, best = record["dice"], self.state.best
@@ -317,11 +226,8 @@ class TrainingLoop:
                 facts = {**self.facts, "step": self.state.step, "validation_dice": dice}
                 save_tensors(self.run_dir.best, self.parameters, facts)
         self._tick()
-        took = self.processes.first(time.monotonic() - before)
-        self.state.validation_seconds = max(self.state.validation_seconds, took)
         loss = self.state.loss_sum / max(1, self.state.step - self.state.validated_step)
-        self.state.loss_sum = 0.0
-        self.state.validated_step, self.state.validated_seconds = self.state.step, self.state.elapsed_seconds
+        self.timetable.validated(self.processes.first(time.monotonic() - before))
         if self.processes.is_main:
             self.run_dir.append_history(
                 {
@@ -332,15 +238,9 @@ class TrainingLoop:
                 }
             )
 
-    def _give_up_validation(self, seconds: float, progress: Progress) -> None:
-        """Leave validation to the end of the run, and keep time free for it."""
-        assert self.config.max_minutes is not None, "without a limit none takes too long"
+    def _put_off_validation(self, seconds: float, progress: Progress) -> None:
         self._tick()
-        self.state.would_take_seconds = seconds
-        # Training has the larger part of what is left, or a run would end that has learned nothing.
-        most = _MOST_RESERVED * max(0.0, 60 * self.config.max_minutes - self.state.elapsed_seconds)
-        kept = min(seconds, most)
-        self.state.validation_seconds = max(self.state.validation_seconds, kept)
+        kept = self.timetable.put_off_validation(seconds)
         late = "" if kept == seconds else f", {(seconds - kept) / 60:.2g} minutes longer than that"
         progress.say(
             f"segmenting the validation cases takes about {seconds / 60:.2g} of the {self.config.max_minutes:g} minutes, so it is done once, at the end{late}; --max-minutes gives more to both"
@@ -358,7 +258,7 @@ class TrainingLoop:
     def _relabel(self, progress: Progress, interrupted: Callable[[], bool]) -> bool:
         """Give a round of masks; False if interrupted, and then the run that goes on makes the round anew."""
         before, number = self.state.pseudo_round, self.state.pseudo_round + 1
-        patience = self._seconds_each(_MOST_MASKS, self.self_training.config.unlabelled.rounds)
+        patience = self.timetable.mask_patience(self.self_training.config.unlabelled.rounds)
         started = time.monotonic()
         with self._averaged_weights():
             found = self.self_training.give_masks(
@@ -368,7 +268,7 @@ class TrainingLoop:
             return False
         if patience is not None and time.monotonic() - started > patience:
             progress.say(
-                f"{len(found)} of {len(self.self_training.chosen(number))} scans without labels got masks this time; masks may take {_MOST_MASKS:.0%} of the {self.config.max_minutes:g} minutes, and --max-minutes gives more to both"
+                f"{len(found)} of {len(self.self_training.chosen(number))} scans without labels got masks this time; masks may take {MOST_MASKS:.0%} of the {self.config.max_minutes:g} minutes, and --max-minutes gives more to both"
             )
         self.state.pseudo_step, self.state.pseudo_seconds = self.state.step, self.state.elapsed_seconds
         self.sampler.pseudo_labelled = found
@@ -392,14 +292,6 @@ class TrainingLoop:
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return inner
-
-
-def total_steps(config: TrainConfig, steps_per_epoch: int) -> int | None:
-    """Optimiser steps of a run limited by epochs or steps; None if time alone limits it."""
-    limits = [] if config.max_steps is None else [config.max_steps]
-    if config.epochs is not None:
-        limits.append(max(1, config.epochs * steps_per_epoch // config.accumulate))
-    return min(limits, default=None)
 
 
 def num_batch_threads(config: TrainConfig, device: torch.device) -> int:

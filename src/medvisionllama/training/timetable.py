@@ -1,7 +1,7 @@
 """When a run does what: the share of it that is over, its validations, its rounds of masks, its end.
 
-Nothing here looks at a clock or at a network. `LoopState` says where a run is, `Timetable` what that means under the
-limits in force now, which a run that goes on may have changed.
+Nothing here looks at a clock or at a network. `LoopState` says where a run is, `Timetable` what is due there under
+the limits in force now, which a run that goes on may have changed.
 """
 
 import math
@@ -71,11 +71,6 @@ class Timetable:
         return self._validation_part if self.progress < 1.0 else None
 
     @property
-    def mask_patience(self) -> float | None:
-        """Seconds that all rounds of masks may take; None without a limit by minutes."""
-        return self._seconds(MOST_MASKS)
-
-    @property
     def validates_late(self) -> bool:
         """True of a run that only its end leaves time to validate."""
         return self._validation_part is not None and self.state.would_take_seconds > self._validation_part
@@ -89,6 +84,10 @@ class Timetable:
         number = 1 if self.validates_late else self.config.num_validations
         before = self._progress_at(self.state.validated_step, self.state.validated_seconds)
         return math.floor(self.progress * number + 1e-9) > math.floor(before * number + 1e-9)
+
+    def mask_patience(self, rounds: int) -> float | None:
+        """Seconds that each of so many rounds of masks may take; None without a limit by minutes."""
+        return self._seconds_each(MOST_MASKS, rounds)
 
     def masks_due(self, rounds_at: Callable[[float], int]) -> bool:
         """True when scans without labels should have had another round of masks by now.
@@ -126,13 +125,12 @@ class Timetable:
     @property
     def _validation_part(self) -> float | None:
         """Seconds that each of a run's validations may take."""
-        seconds = self._seconds(_MOST_VALIDATION)
-        return None if seconds is None else seconds / self.config.num_validations
+        return self._seconds_each(_MOST_VALIDATION, self.config.num_validations)
 
-    def _seconds(self, share: float) -> float | None:
-        """A share of the run's minutes; None without a limit by minutes."""
+    def _seconds_each(self, share: float, number: int) -> float | None:
+        """An even part of a share of the run's minutes; None without a limit by minutes."""
         minutes = self.config.max_minutes
-        return None if minutes is None else share * 60 * minutes
+        return None if minutes is None else share * 60 * minutes / number
 
     def _progress_at(self, step: int, seconds: float) -> float:
         """Share by steps or by time, whichever is further."""

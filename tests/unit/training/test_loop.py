@@ -7,7 +7,8 @@ import pytest
 from medvisionllama.config import load_config
 from medvisionllama.progress import Silent
 from medvisionllama.training import loop as module
-from medvisionllama.training.loop import LoopState, TrainingLoop
+from medvisionllama.training.loop import TrainingLoop
+from medvisionllama.training.timetable import Timetable
 
 
 @pytest.fixture
@@ -15,9 +16,9 @@ def loop(monkeypatch):
     """A loop of one minute and four validations, whose clock is `loop.now`."""
     made = object.__new__(TrainingLoop)
     made.config = load_config("small", {"train.max_minutes": 1, "train.num_validations": 4}).train
-    made.sampler = SimpleNamespace(steps_per_epoch=1)
+    made.timetable = Timetable(made.config, total_steps=None)
     made.processes = SimpleNamespace(first=lambda value: value, is_main=False)
-    made.state, made.average, made.network = LoopState(), None, None
+    made.average, made.network = None, None
     made.now = made._clock = 0.0
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: made.now))
     return made
@@ -39,14 +40,18 @@ def test_a_quick_validation_after_a_slow_one_is_not_repeated(loop):
     # Half of the 50 seconds that the slow one left.
     loop.now = 25.1
     loop._tick()
-    assert loop._validation_due()
+    assert loop.timetable.validation_due()
     validate_in(loop, 0.5)
     loop.now = 30.5
     loop._tick()
-    assert not loop._validation_due()
+    assert not loop.timetable.validation_due()
     loop.now = 37.6
     loop._tick()
-    assert loop._validation_due()
+    assert loop.timetable.validation_due()
+
+
+def rounds_at(progress):
+    return min(3, int(4 * progress))
 
 
 class Lines(Silent):
@@ -68,20 +73,20 @@ def test_a_validation_that_would_eat_the_run_is_made_at_its_end_alone(loop):
     loop.validate = validate
     loop.now = 15.1
     loop._tick()
-    assert loop._validation_due()
+    assert loop.timetable.validation_due()
     loop._validate(lines)
     assert (loop.state.validated_step, loop.state.best) == (0, None)
     assert "takes about 0.33 of the 1 minutes, so it is done once, at the end" in lines.said[0]
     for loop.now in (16.2, 30.1, 39.9):
         loop._tick()
-        assert not loop._validation_due()
+        assert not loop.timetable.validation_due()
     # Given more time, it may take what it takes, as often as was asked for.
-    config, loop.config = loop.config, loop.config.model_copy(update={"max_minutes": 10})
-    assert not loop._validates_late
-    loop.config = config
+    loop.timetable.config = loop.config.model_copy(update={"max_minutes": 10})
+    assert not loop.timetable.validates_late
+    loop.timetable.config = loop.config
     loop.now = 40.1
     loop._tick()
-    assert loop._validation_due()
+    assert loop.timetable.validation_due()
     loop._validate(lines)
     assert patience == [pytest.approx(0.25 * 60 / 4), None]
     assert loop.state.best == 0.5
@@ -96,33 +101,32 @@ def test_a_validation_longer_than_the_run_leaves_time_to_train(loop):
     loop._validate(lines)
     # Half of the 40 seconds that were left.
     assert loop.state.validation_seconds == 20.0
-    assert loop.progress == pytest.approx(0.5)
+    assert loop.timetable.progress == pytest.approx(0.5)
     assert "once, at the end, 3 minutes longer than that" in lines.said[0]
 
 
 def test_preparing_scans_uses_up_marks_that_an_untrained_network_would_have(loop):
-    loop.self_training = SimpleNamespace(due=lambda progress: int(4 * progress))
     loop.now = 31.0
-    loop._begin()
+    loop._tick()
+    loop.timetable.begin()
     loop.now = 31.1
     loop._tick()
-    assert not loop._validation_due()
-    assert not loop._masks_due()
+    assert not loop.timetable.validation_due()
+    assert not loop.timetable.masks_due(rounds_at)
     loop.now = 45.1
     loop._tick()
-    assert loop._validation_due()
-    assert loop._masks_due()
+    assert loop.timetable.validation_due()
+    assert loop.timetable.masks_due(rounds_at)
 
 
 def test_a_run_that_goes_on_longer_gets_new_masks(loop):
-    loop.self_training = SimpleNamespace(due=lambda progress: min(3, int(4 * progress)))
     loop.state.pseudo_round, loop.state.pseudo_seconds = 3, 45.0
     loop.state.elapsed_seconds = 59.0
-    assert not loop._masks_due()
-    loop.config = loop.config.model_copy(update={"max_minutes": 4})
+    assert not loop.timetable.masks_due(rounds_at)
+    loop.timetable.config = loop.config.model_copy(update={"max_minutes": 4})
     loop.state.elapsed_seconds = 119.0
-    assert loop._masks_due()
+    assert loop.timetable.masks_due(rounds_at)
     loop.state.pseudo_seconds = 119.0
-    assert not loop._masks_due()
+    assert not loop.timetable.masks_due(rounds_at)
     loop.state.elapsed_seconds = 121.0
-    assert loop._masks_due()
+    assert loop.timetable.masks_due(rounds_at)
