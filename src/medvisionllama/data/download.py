@@ -146,7 +146,10 @@ def _is_there(target: Path, wanted: Wanted, progress: Progress) -> bool:
             ) from None
     elif not target.is_dir():
         raise DataError(f"{target} is in the way; remove it or choose another --out")
-    progress.say(f"{target} is there already; nothing to do")
+    unseen = (
+        " (of its archive nothing is left that --sha256 could be compared with)" if _proves(wanted) else ""
+    )
+    progress.say(f"{target} is there already; nothing to do{unseen}")
     return True
 
 

@@ -191,6 +191,21 @@ class PlannedRun:
         return load_config(self.preset, {**_PLAIN, **self.settings, **(more or {}), **places})
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML in which no key stands twice: of two arms of one name, the first would silently be none."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} stands here a second time", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return node
+
+
 def read_matrix(path: Path) -> Matrix:
     """Read and check a matrix file.
 
@@ -198,7 +213,7 @@ def read_matrix(path: Path) -> Matrix:
         ConfigError: missing, no YAML, unknown keys, or values that do not fit each other.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = _EachKeyOnce(path.read_text()).get_single_data()
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist; give a matrix file, as configs/matrix/smoke.yaml"

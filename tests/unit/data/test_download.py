@@ -101,6 +101,9 @@ def test_what_is_there_is_not_fetched_again(served, tmp_path):
     download("Task04", tmp_path / "out", progress=lines)
     assert served.asked == []
     assert lines.said == [f"{tmp_path / 'out' / NAME} is there already; nothing to do"]
+    # Nor can it be compared with a checksum.
+    download("Task04", tmp_path / "out", sha256="0" * 64, progress=lines)
+    assert "nothing is left that --sha256 could be compared with" in lines.said[1]
 
 
 def test_a_folder_in_the_way_is_refused(served, tmp_path):

@@ -204,6 +204,14 @@ def test_a_file_that_is_no_matrix_is_refused(text, tmp_path):
         read_matrix(path)
 
 
+def test_two_arms_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text("name: m\narms:\n  block: {}\n  block: {network.insert: none}\n")
+    with pytest.raises(ConfigError, match=r"m\.yaml.*'block' stands here a second time.*line 4") as error:
+        read_matrix(path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_matrix_gives_runs(path):
     found = read_matrix(path)
