@@ -41,8 +41,9 @@ def llama(tmp_path_factory):
 
 def _config(llama, head, *, insert, lora_rank=0, **changes):
     block = BlockConfig(source=str(llama), lora_rank=lora_rank)
-    sizes = {"width": 24, "depth": 2, "insert_after": 1, "num_heads": 2, "patch_size": 4}
-    settings = sizes | {"stem_channels": (4, 6, 8)} | changes
+    sizes = {"width": 24, "depth": 2, "insert_after": 1, "num_heads": 2}
+    patches = {"patch_size": 4} if head in {"linear", "upsample"} else {}
+    settings = sizes | patches | {"stem_channels": (4, 6, 8)} | changes
     if head == "half":
         # Nothing at full resolution.
         head, settings = "context", settings | {"stem_channels": (0, 6, 8)}
@@ -226,6 +227,18 @@ def test_attention_weights_sum_to_one_on_both_paths():
     for dtype in (torch.bfloat16, torch.float32):
         mixed = vit.attend(query.to(dtype), key.to(dtype), ones.to(dtype)).float()
         torch.testing.assert_close(mixed, ones, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"depth": 4}, "insert_after=8 is not from 0 to depth=4"),
+        ({"mapper": "lora+linear"}, "known: linear, "),
+    ],
+)
+def test_medvisionllama_refuses_what_would_be_another_network(llama, options, said):
+    with pytest.raises(ValueError, match=said):
+        MedVisionLlama(image_size=CROP, block=FrozenBlock.from_pretrained(llama), patch_size=4, **options)
 
 
 def test_medvisionllama_is_the_factorys_published_network(llama):

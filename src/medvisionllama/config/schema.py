@@ -265,7 +265,7 @@ class BlockConfig(Section):
         return self
 
 
-_MAPPER_RANK = 4
+_MAPPER_RANK, _PATCH_SIZE = 4, 8
 _WIDTHS = {"segresnet": 8, "swin_unetr": 12}
 """What the first stage's channels must be a multiple of: groups of a norm, heads of attention."""
 
@@ -306,7 +306,7 @@ class NetworkConfig(Section):
     context_channels: tuple[Positive, Positive] | None = None
     """Channels of two stages of convolutions below the skip head's stem, the lower at twice the upper's stride.
     Tokens lie at the lower one and add to it; by default there are none."""
-    patch_size: Positive = 8
+    patch_size: Positive = _PATCH_SIZE
     """Edge of a token's patch for the heads without a stem."""
     width: Positive = 192
     """Numbers in a token."""
@@ -362,6 +362,12 @@ class NetworkConfig(Section):
             )
         if self.insert_mlp_ratio is not None and self.insert != "mlp":
             raise ValueError("insert_mlp_ratio has no effect without insert=mlp; give both")
+        if self.head == "skip" and self.patch_size != _PATCH_SIZE:
+            raise ValueError(
+                "patch_size has no effect with head=skip, whose tokens follow data.strides; set those"
+            )
+        if self.head != "skip" and self.join_convolutions != 1:
+            raise ValueError(f"join_convolutions has no effect with head={self.head}; set head=skip")
         if self.mapper == "linear" and self.mapper_rank != _MAPPER_RANK:
             raise ValueError("mapper_rank has no effect with mapper=linear; set mapper=lora or linear+lora")
         if self.insert_mlp_ratio is not None and self.width * self.insert_mlp_ratio < 1:

@@ -125,9 +125,8 @@ class FrozenBlock(nn.Module):
         """
         layers = [layers] if isinstance(layers, int) else layers
         lora_targets = [lora_targets] if isinstance(lora_targets, str) else lora_targets
-        _check_options(
-            weights, rotary, storage=storage, frozen=frozen, lora_rank=lora_rank, dtype=dtype, layers=layers
-        )
+        _check_options(weights, rotary, storage=storage, frozen=frozen, dtype=dtype, layers=layers)
+        _check_lora(lora_rank, lora_targets, weights, frozen=frozen)
         opened = open_source(source)
         family = family_of(opened.settings["model_type"])
         config = family.make_config(opened.settings)
@@ -277,7 +276,6 @@ def _check_options(
     *,
     storage: BlockStorage,
     frozen: bool,
-    lora_rank: int,
     dtype: torch.dtype,
     layers: Sequence[int],
 ) -> None:
@@ -296,11 +294,16 @@ def _check_options(
         raise BlockError(
             "products with 8-bit integers overflow float16; give torch.bfloat16 or storage='full'"
         )
-    if lora_rank < 0:
-        raise BlockError(f"lora_rank={lora_rank} is negative; 0 leaves LoRA out")
-    if frozen:
-        return
-    if lora_rank:
-        raise BlockError("an unfrozen block needs no LoRA; give frozen=False or lora_rank, not both")
-    if storage == "int8":
+    if storage == "int8" and not frozen:
         raise BlockError("8-bit integers cannot be trained; give frozen=False or storage='int8', not both")
+
+
+def _check_lora(rank: int, targets: Sequence[str], weights: BlockWeights, *, frozen: bool) -> None:
+    if rank < 0:
+        raise BlockError(f"lora_rank={rank} is negative; 0 leaves LoRA out")
+    if targets and not rank:
+        raise BlockError(f"lora_targets={targets!r} has no effect without lora_rank; give both")
+    if rank and weights == "identity":
+        raise BlockError("weights='identity' has no layer for LoRA; leave out lora_rank")
+    if rank and not frozen:
+        raise BlockError("an unfrozen block needs no LoRA; give frozen=False or lora_rank, not both")

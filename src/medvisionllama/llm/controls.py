@@ -8,6 +8,7 @@ not depend on which others are loaded with it.
 import hashlib
 from typing import get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,9 +38,16 @@ def moment_matched(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Normal values with exactly the tensor's mean and standard deviation."""
     drawn = torch.randn(tensor.shape, generator=generator)
     if tensor.numel() > 1:
-        wanted = tensor.float()
-        drawn = (drawn - drawn.mean()) / drawn.std().clamp_min(torch.finfo(torch.float32).tiny)
-        drawn = drawn * wanted.std() + wanted.mean()
+        (mean, deviation), (wanted_mean, wanted_deviation) = _moments(drawn), _moments(tensor.float())
+        drawn = (drawn - mean) / max(deviation, torch.finfo(torch.float32).tiny)
+        drawn = drawn * wanted_deviation + wanted_mean
     else:
         drawn = tensor.float()
     return drawn.to(tensor.dtype)
+
+
+def _moments(values: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation, the same on any number of threads: PyTorch adds large tensors up in one part per
+    thread, and the last bits of a sum would change a block's hash."""
+    array = values.numpy()
+    return float(array.mean(dtype=np.float64)), float(array.std(ddof=1, dtype=np.float64))

@@ -176,6 +176,10 @@ def _check_numbers(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} is {str(value)[:40]}; a number from 0 to 1 is needed")
 
 
+_PLACES = ("model.", "model.language_model.", "language_model.model.", "")
+"""Where checkpoints keep a decoder: with its head, beside the encoder of images (new and old names), alone."""
+
+
 def _decoder(name: str, stem: str, **changes: Any) -> Family:
     """A row that follows Llama's layout."""
     row: dict[str, Any] = {
@@ -188,9 +192,9 @@ def _decoder(name: str, stem: str, **changes: Any) -> Family:
         "norm": Norm(f"{stem}RMSNorm", {"eps": "rms_norm_eps"}),
         "rotary_class": f"{stem}RotaryEmbedding",
         "feed_forward": "mlp",
-        "layer_prefixes": ("model.layers.{i}.", "layers.{i}."),
-        "norm_prefixes": ("model.norm.", "norm."),
-        "embedding_names": ("model.embed_tokens.weight", "embed_tokens.weight"),
+        "layer_prefixes": tuple(f"{place}layers.{{i}}." for place in _PLACES),
+        "norm_prefixes": tuple(f"{place}norm." for place in _PLACES),
+        "embedding_names": tuple(f"{place}embed_tokens.weight" for place in _PLACES),
         "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         "lora_default": ("q_proj", "v_proj"),
     }
@@ -227,24 +231,6 @@ FAMILIES = (
         config_class="Gemma3TextConfig",
         rotary_by_kind=True,
         scales_embeddings=True,
-        layer_prefixes=(
-            "model.layers.{i}.",
-            "model.language_model.layers.{i}.",
-            "language_model.model.layers.{i}.",
-            "layers.{i}.",
-        ),
-        norm_prefixes=(
-            "model.norm.",
-            "model.language_model.norm.",
-            "language_model.model.norm.",
-            "norm.",
-        ),
-        embedding_names=(
-            "model.embed_tokens.weight",
-            "model.language_model.embed_tokens.weight",
-            "language_model.model.embed_tokens.weight",
-            "embed_tokens.weight",
-        ),
     ),
     _decoder(
         "phi3",

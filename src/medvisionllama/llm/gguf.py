@@ -35,11 +35,17 @@ class GgufSource:
         self.path = path
         self._file = LocalFile(path)
         self._metadata, self._tensors = read_directory(self._file)
+        if (parts := self._metadata.get("split.count", 0)) not in (0, 1):
+            raise BlockError(
+                f"{path} is one of {parts} files of a model; join them with llama-gguf-split --merge, and give the whole"
+            )
         self._architecture = self._metadata.get("general.architecture")
         if not isinstance(self._architecture, str) or self._architecture not in ARCHITECTURES:
             raise BlockError(
                 f"{path} holds a {str(self._architecture)[:40]!r} model; GGUF reading supports: {', '.join(ARCHITECTURES)}"
             )
+        if self._metadata.get(f"{self._architecture}.expert_count"):
+            raise BlockError(f"{path} describes a mixture of experts; dense models are supported")
         self._check_ends()
         factors: dict[str, list[float]] = {
             str(name): self._dequantised(name).tolist()

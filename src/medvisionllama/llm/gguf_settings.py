@@ -72,6 +72,8 @@ def _settings(
                 ) from None
     settings.setdefault("num_key_value_heads", settings["num_attention_heads"])
     head_dim = settings.setdefault("head_dim", settings["hidden_size"] // settings["num_attention_heads"])
+    if settings.get("sliding_window") == 0:
+        del settings["sliding_window"]  # how llama.cpp writes that a model (Phi-4) has none
     for name, value in settings.items():
         # Far above the largest models, and small enough to compute with.
         limit = 10_000 if name == "num_hidden_layers" else 1 << 40

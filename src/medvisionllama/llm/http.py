@@ -173,7 +173,9 @@ class RemoteFile:
                 with path.open("rb", buffering=0) as part:
                     part.seek(start - first)
                     while buffer:
-                        buffer = buffer[part.readinto(buffer) or len(buffer) :]
+                        if not (size := part.readinto(buffer)):
+                            raise self._changed()
+                        buffer = buffer[size:]
                 return
         place = 0
 
@@ -209,6 +211,7 @@ class RemoteFile:
         with path.open("ab", buffering=0) as part:
             if part.tell() > end - start:
                 part.truncate(0)
+                part.seek(0)
 
             def take(piece: bytes) -> None:
                 part.write(piece)

@@ -28,7 +28,11 @@ def tokenizer_from(place: "SmallFiles") -> "Tokenizer":
     if words is not None:
         return _word_pieces(place, words)
     pairs, merges = place.content("vocab.json"), place.content("merges.txt")
-    if pairs is not None and merges is not None and not _is_moses(place):
+    if pairs is not None and merges is not None:
+        if _is_moses(place):
+            raise BlockError(
+                f"{place.name} splits words by Moses' rules (BioGPT), which are not supported; leave the prompt empty, or use another model"
+            )
         return _byte_level(place, pairs, merges)
     raise BlockError(
         f"{place.name} has no tokenizer.json; write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
@@ -71,7 +75,8 @@ def _word_pieces(place: "SmallFiles", words: bytes) -> "Tokenizer":
     from tokenizers.pre_tokenizers import BertPreTokenizer
     from tokenizers.processors import TemplateProcessing
 
-    vocabulary = {word: number for number, word in enumerate(words.decode().splitlines())}
+    with refused_by_tokenizers(f"{place.name}/vocab.txt"):
+        vocabulary = {word: number for number, word in enumerate(words.decode().splitlines())}
     if not {"[CLS]", "[SEP]", "[UNK]"} <= set(vocabulary):
         raise BlockError(f"{place.name}/vocab.txt lacks [CLS], [SEP] or [UNK]; download it again")
     # As transformers' BertTokenizer: lower case unless tokenizer_config.json says otherwise.
@@ -96,9 +101,9 @@ def _byte_level(place: "SmallFiles", pairs: bytes, merges: bytes) -> "Tokenizer"
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
 
-    lines = [line for line in merges.decode().splitlines() if line and not line.startswith("#version")]
     where = f"{place.name}/vocab.json with merges.txt"
     with refused_by_tokenizers(where):
+        lines = [line for line in merges.decode().splitlines() if line and not line.startswith("#version")]
         tokenizer = Tokenizer(BPE(json.loads(pairs), [tuple(line.split(" ")) for line in lines]))  # type: ignore[misc]
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = Decoder()

@@ -5,12 +5,15 @@ what the reference code does. `linear+lora`: both trained, as the paper's text r
 """
 
 import math
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from medvisionllama.types import MapperKind, Tokens
+
+_KINDS: tuple[MapperKind, ...] = get_args(MapperKind)
 
 
 class LowRankLinear(nn.Module):
@@ -36,7 +39,13 @@ class LowRankLinear(nn.Module):
 
 
 def make_mapper(kind: MapperKind, num_in: int, num_out: int, *, rank: int, seed: int) -> nn.Module:
-    """Build VD1 or VD2."""
+    """Build VD1 or VD2.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"mapper={kind!r} is not known; known: {', '.join(_KINDS)}")
     if kind == "linear":
         return nn.Linear(num_in, num_out)
     return LowRankLinear(num_in, num_out, rank=rank, train_base=kind == "linear+lora", seed=seed)

@@ -54,6 +54,8 @@ class MedVisionLlama(TokenSegmenter):
     ) -> None:
         if any(size % patch_size for size in image_size):
             raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}")
+        if not 0 <= insert_after <= depth:
+            raise ValueError(f"insert_after={insert_after} is not from 0 to depth={depth}")
         block = block or FrozenBlock.from_pretrained()
         grid = grid_after(image_size, (patch_size,) * 3)
 

@@ -66,7 +66,7 @@ def plan_of(**changes):
 
 
 def brightness_member(**changes):
-    config = load_config("small", {"train.precision": "fp32", "network.patch_size": PATCH})
+    config = load_config("small", {"train.precision": "fp32"})
     network = TokenSegmenter(_Brightness(), identity(), nn.Identity(), identity(), _Blank())
     return Member(network.eval(), plan_of(**changes), config, torch.device("cpu"))
 

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from medvisionllama.config import load_config
 from medvisionllama.errors import BlockError, ConfigError
 from medvisionllama.llm import FrozenBlock, embed_prompt, feed_forward
+from medvisionllama.llm.controls import controlled
 from medvisionllama.llm.prompt import shuffled
 from medvisionllama.llm.rotary import axial_angles, grid_positions, sequence_angles
 from medvisionllama.networks.factory import build_insert
@@ -45,6 +46,40 @@ def _insert(folder, **settings):
     torch.manual_seed(0)
     config = load_config("small", {**overrides, "network.gate": "none"})
     return build_insert(config.network, grid=GRID)
+
+
+# Options that exclude each other
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lora_targets": ("q_proj",)}, "lora_targets=.* without lora_rank"),
+        ({"lora_rank": 4, "weights": "identity"}, "no layer for LoRA"),
+        ({"lora_rank": -1}, "negative"),
+        ({"lora_rank": 4, "frozen": False}, "needs no LoRA"),
+        ({"storage": "int8", "frozen": False}, "cannot be trained"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(folder, options, said):
+    with pytest.raises(BlockError, match=said):
+        FrozenBlock.from_pretrained(folder, **options)
+
+
+# Controls
+
+
+def test_a_control_is_the_same_on_any_number_of_threads():
+    # Large enough that PyTorch adds it up in parts.
+    values = torch.randn(300, 400, generator=torch.Generator().manual_seed(0)) + 0.1
+    number, made = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        made.append(controlled(values, "moment_matched", seed=0, name="x"))
+    torch.set_num_threads(number)
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+    assert made[0].mean() == pytest.approx(values.mean(), abs=1e-6)
 
 
 # Positions along three axes

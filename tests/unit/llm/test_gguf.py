@@ -92,6 +92,30 @@ def test_softcaps_and_windows_are_read(written):
     assert settings["query_pre_attn_scalar"] == settings["head_dim"] == 16
 
 
+def test_a_window_of_zero_is_none(written):
+    path, _ = written("phi3", attention__sliding_window=0)
+    assert "sliding_window" not in GgufSource(path).settings
+    assert len(FrozenBlock.from_pretrained(path, causal=True).layers) == 1
+
+
+def test_experts_are_refused(written):
+    path, _ = written("llama", expert_count=8)
+    with pytest.raises(BlockError, match="mixture of experts"):
+        GgufSource(path)
+
+
+@pytest.mark.parametrize("architecture", ["", "llama"], ids=["a later part", "the first part"])
+def test_a_part_of_a_model_is_refused(tmp_path, architecture):
+    writer = GGUFWriter(tmp_path / "x-00001-of-00002.gguf", architecture)
+    writer.add_uint16("split.count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(BlockError, match="is one of 2 files of a model; join them"):
+        GgufSource(tmp_path / "x-00001-of-00002.gguf")
+
+
 def test_a_block_from_gguf_equals_the_block_from_safetensors(written):
     path, _ = written("qwen3")
     for rotary in (False, True):

@@ -165,18 +165,18 @@ def test_metas_files_cut_into_parts_are_refused(folder):
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_a_model_for_images_and_text_lends_its_language_model(tmp_path, wrapped):
-    save_tiny_model(tmp_path / "gemma", "gemma3")
-    before = _block(tmp_path / "gemma")
-    state = {
-        name.replace("model.", "language_model.model.", 1): value
-        for name, value in _state(tmp_path / "gemma").items()
-    }
-    save_file(state, tmp_path / "gemma" / "model.safetensors")
+@pytest.mark.parametrize("place", ["language_model.model.", "model.language_model."])
+@pytest.mark.parametrize("name", ["gemma3", "llama", "mistral"])
+def test_a_model_for_images_and_text_lends_its_language_model(tmp_path, name, place, wrapped):
+    folder = tmp_path / name
+    save_tiny_model(folder, name)
+    before = _block(folder)
+    state = {key.replace("model.", place, 1): value for key, value in _state(folder).items()}
+    save_file(state, folder / "model.safetensors")
     if wrapped:
-        path = tmp_path / "gemma" / "config.json"
-        path.write_text(json.dumps({"model_type": "gemma3", "text_config": json.loads(path.read_text())}))
-    assert _block(tmp_path / "gemma") == before
+        path = folder / "config.json"
+        path.write_text(json.dumps({"model_type": "llava", "text_config": json.loads(path.read_text())}))
+    assert _block(folder) == before
 
 
 def test_norms_of_old_bert_checkpoints_are_renamed(tmp_path):

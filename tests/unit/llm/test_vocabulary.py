@@ -210,11 +210,13 @@ def test_padding_and_truncation_are_switched_off(tmp_path):
         ({"vocab.txt": "a\nb\n"}, r"vocab\.txt lacks \[CLS\]"),
         ({"vocab.json": "{}", "merges.txt": "a b\n"}, "makes no tokenizer"),
         ({"vocab.json": "{", "merges.txt": "a b\n"}, "makes no tokenizer"),
-        ({"vocab.json": "{}", "merges.txt": "", "config.json": '{"model_type": "biogpt"}'}, "no tokenizer"),
+        ({"vocab.json": "{}", "merges.txt": "", "config.json": '{"model_type": "biogpt"}'}, "Moses' rules"),
+        ({"vocab.txt": b"\xff\n"}, r"vocab\.txt makes no tokenizer"),
+        ({"vocab.json": "{}", "merges.txt": b"\xff\n"}, "makes no tokenizer"),
     ],
 )
 def test_files_that_make_no_tokenizer_are_refused(tmp_path, files, reason):
     for name, content in files.items():
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(BlockError, match=reason):
         tokenizer_from(FolderPlace(tmp_path))

@@ -14,7 +14,6 @@ SMALL = {
     "network.depth": 2,
     "network.insert_after": 1,
     "network.num_heads": 2,
-    "network.patch_size": 4,
     "network.block.source": "smollm2-135m",
     "network.block.weights": "random",
 }
@@ -28,8 +27,8 @@ ARMS = {
     "mlp": {"network.insert": "mlp"},
     "no tokens": {"network.tokens": False},
     "no auxiliary loss": {"train.auxiliary_weight": 0},
-    "linear head": {"network.head": "linear"},
-    "upsample head": {"network.head": "upsample"},
+    "linear head": {"network.head": "linear", "network.patch_size": 4},
+    "upsample head": {"network.head": "upsample", "network.patch_size": 4},
     "lora mapper": {"network.mapper": "lora"},
     "linear+lora mapper": {"network.mapper": "linear+lora"},
     "lora block": {"network.block.lora_rank": 2, "network.block.lora_targets": ["q_proj", "down_proj"]},
