@@ -29,10 +29,11 @@ _MARK = re.compile(
 )
 # What may follow a mark that is a common word or a sequence of MR too: words, none of them a patient's number.
 _WORDS = re.compile(r"(?:[_. -](?:[a-z]+|t[12][a-z]*))*", re.IGNORECASE)
-# A day, which ends a name as a visit does: P001_20200115, P001_2020-01-15_ct.
+# A day, which ends a name as a visit does: P001_20200115, P001_2020-01-15_ct. With the time to the second it names
+# an acquisition, and what follows counts within that: P001_CT_20200115103045_3, as dcm2niix has it.
 _DATED = re.compile(
     r"(?P<stem>.+?)[_. -](?:19|20)\d\d(?P<between>[-_.]?)(?:0[1-9]|1[0-2])(?P=between)(?:0[1-9]|[12]\d|3[01])"
-    + _WORDS.pattern,
+    rf"(?:{_WORDS.pattern}|[_. -]?t?(?:[01]\d|2[0-3])(?:[0-5]\d){{2}}(?P<rest>(?:[_. -].*)?))",
     re.IGNORECASE,
 )
 _PERSON = re.compile(r"[_. -](?:patient|pat|pt|subject|subj|sub|case|p|s)[_. -]?\d", re.IGNORECASE)
@@ -205,7 +206,9 @@ def _patient_by_rule(case_id: str) -> str:
     patient = case_id[: next(cuts, len(case_id))]
     if dated := _DATED.fullmatch(patient):
         before = _patient_by_rule(dated["stem"])
-        if not PLACE.fullmatch(before) and not _ANYBODY.fullmatch(before):
+        # LiTS_20200115103045_P001 has its patient at the end.
+        named = not dated["rest"] or re.search(r"\d", before)
+        if named and not PLACE.fullmatch(before) and not _ANYBODY.fullmatch(before):
             return before
     return patient
 

@@ -156,6 +156,7 @@ def cases_of(names, patient=lambda name: name):
         ["1001_10001", "1001_10002", "1002_10003", "1002_10004"],
         ["OAS30001_MR_d0129", "OAS30001_MR_d0757", "OAS30002_MR_d0371", "OAS30002_MR_d0653"],
         ["BraTS-GLI-00001-000", "BraTS-GLI-00001-001", "BraTS-GLI-00002-000", "BraTS-GLI-00002-001"],
+        ["20200115_P001", "20210301_P001", "20200115_P002"],
     ],
 )
 def test_names_that_differ_in_a_side_or_a_visit_are_rather_one_patient(names):

@@ -18,9 +18,10 @@ _ENDING = re.compile(r"(?:[_.-][a-z]?\d{1,3}|[_.-][a-z]|(?<=\d)[a-z])$", re.IGNO
 # A number of any length is a visit's as well: 1001_10002, OAS30001_MR_d0129, BraTS-GLI-00001-001.
 _NUMBERED = re.compile(r"(?P<stem>.*\d.*)[_-](?P<number>[a-z]?\d+)")
 _SEPARATOR = re.compile(r"[_. -]+")
-# Two names that differ in one of these alone are one patient's.
+# Two names that differ in one of these alone are one patient's. A day, here, stands in front: 20200115_P001.
 _TELLING = re.compile(
     r"left|right|lt|rt|l|r|pre|post|baseline|follow-?up\d*|fu\d*|(?:day|week|month|year|visit|ses|session|tp)\d+"
+    r"|(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:\d{6})?"
 )
 # A name that many follow is a study's or a site's; a patient comes a few times.
 _MOST_SCANS = 6
