@@ -256,12 +256,13 @@ class Predictor:
                 f"{source} has {image.array.shape[0]} channels, the run was trained on {len(self.plan.channels)} ({', '.join(self.plan.channels)})"
             )
         ras = to_ras(image)
+        plans = {_grid_key(member.plan): member.plan for member in self.members}
         return PreparedScan(
             image.affine,
             ras.shape,
             ras.affine,
             ras.spacing_mm,
-            {_grid_key(member.plan): to_grid(ras, member.plan, source) for member in self.members},
+            {key: to_grid(ras, plan, source) for key, plan in plans.items()},
             image_moments(ras.array) if self._wants_moments else [(0.0, 1.0)] * len(ras.array),
             [(float(channel.min()), float(channel.max())) for channel in ras.array],
         )
