@@ -43,7 +43,8 @@ def by_name(folder: Path) -> dict[str, Path]:
         raise DataError(f"{folder} is not a folder; give a folder of masks")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if not (is_scan(path) or _is_dicom_mask(path)):
+        # Hidden are macOS's `._` twins, and what a killed process left half written.
+        if path.name.startswith(".") or not (is_scan(path) or _is_dicom_mask(path)):
             continue
         if _stem(path) in found:
             raise DataError(

@@ -14,7 +14,14 @@ from medvisionllama._files import atomic_path
 from medvisionllama._optional import require
 from medvisionllama.colours import colour_of
 from medvisionllama.data.formats.dicom_grid import grid_of
-from medvisionllama.data.formats.dicom_header import broken, quiet, read_dataset, reading, reason_of
+from medvisionllama.data.formats.dicom_header import (
+    Slice,
+    broken,
+    quiet,
+    read_dataset,
+    reading,
+    reason_of,
+)
 from medvisionllama.data.formats.dicom_labels import short_labels
 from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.errors import DataError
@@ -39,14 +46,15 @@ def write_seg(path: Path, mask: LabelArray, series: Series, classes: dict[int, s
         classes: name of each value; 0 is background.
 
     Raises:
-        DataError: another grid than the scan's, values without a name, or a scan that cannot be referred to.
+        DataError: another grid than the scan's, values without a name, a scan that cannot be referred to, or too
+            little memory.
     """
     if path.suffix.lower() != ".dcm":
         raise DataError(f"{path}: a DICOM mask is written as .dcm; choose such a name")
-    shape = grid_of(series).shape
-    if mask.shape != shape:
+    grid = grid_of(series)
+    if mask.shape != grid.shape:
         raise DataError(
-            f"{path}: the mask has shape {mask.shape}, {series} has {shape}; give a mask on its grid"
+            f"{path}: the mask has shape {mask.shape}, {series} has {grid.shape}; give a mask on its grid"
         )
     named = {value: name for value, name in classes.items() if value != 0}
     found = _values(mask)
@@ -59,7 +67,7 @@ def write_seg(path: Path, mask: LabelArray, series: Series, classes: dict[int, s
     descriptions = [
         _description(number, labels[value], palette[value]) for number, value in enumerate(values, start=1)
     ]
-    sources, frames = _sources(series, _numbered(mask, values))
+    sources, frames = _sources(series, _numbered(mask, values), grid.spacing_mm[2])
     try:
         with quiet():
             seg = _segmentation(
@@ -74,6 +82,10 @@ def write_seg(path: Path, mask: LabelArray, series: Series, classes: dict[int, s
                 seg.save_as(temporary)
     except OSError:
         raise  # the disk, not the scan
+    except MemoryError:
+        raise DataError(
+            f"{path}: a DICOM mask of shape {mask.shape} does not fit into memory; write the mask as NIfTI, or use a machine with more"
+        ) from None
     except broken() as error:
         raise DataError(
             f"{series} has values that a DICOM mask cannot take over ({reason_of(error)}); write the mask as NIfTI"
@@ -100,8 +112,12 @@ def _numbered(mask: LabelArray, values: Sequence[int]) -> np.ndarray:
     return np.stack([table[mask[:, :, z].T] for z in range(mask.shape[2])])
 
 
-def _sources(series: Series, frames: np.ndarray) -> tuple[list[Any], np.ndarray]:
-    """Headers of the scan's files, and the mask in the order of their frames."""
+def _sources(series: Series, frames: np.ndarray, distance_mm: float) -> tuple[list[Any], np.ndarray]:
+    """Headers of the scan's files, and the mask in the order of their frames.
+
+    Args:
+        distance_mm: of the slices on the scan's grid.
+    """
     datasets = [read_dataset(file) for file in series.files]
     multiframe = len(series.files) < len(series.slices)
     if multiframe and len(series.files) > 1:
@@ -110,7 +126,8 @@ def _sources(series: Series, frames: np.ndarray) -> tuple[list[Any], np.ndarray]
         )
     for file, dataset in zip(series.files, datasets, strict=True):
         with reading(file):
-            _complete(file, dataset, grid_of(series).spacing_mm[2])
+            _complete(file, dataset)
+            _share_grid(dataset, series.slices[0], distance_mm)
     if not multiframe:
         return datasets, frames
     order = np.empty_like(frames)
@@ -119,7 +136,7 @@ def _sources(series: Series, frames: np.ndarray) -> tuple[list[Any], np.ndarray]
     return datasets, order
 
 
-def _complete(file: Path, dataset: Any, distance_mm: float) -> None:
+def _complete(file: Path, dataset: Any) -> None:
     """Check what a mask must repeat of its scan, and add what may be empty."""
     if not dataset.get("FrameOfReferenceUID") or not dataset.get("StudyInstanceUID"):
         raise DataError(
@@ -128,13 +145,33 @@ def _complete(file: Path, dataset: Any, distance_mm: float) -> None:
     for keyword in _MAY_BE_EMPTY:
         if keyword not in dataset or not _sound(keyword, str(dataset.get(keyword) or "")):
             setattr(dataset, keyword, "")
-    if "SharedFunctionalGroupsSequence" not in dataset:
-        # Some scanners write the gap between slices, or nothing; the mask repeats it and is read by it.
+    if dataset.PatientSex not in {"M", "F", "O"}:
+        dataset.PatientSex = ""  # highdicom takes the standard's values only
+
+
+def _share_grid(dataset: Any, first: Slice, distance_mm: float) -> None:
+    """Put the plane, pixels and slice distance of a scan's grid into its header, which a mask repeats.
+
+    highdicom wants one plane for all slices, the same to the last digit; for frames, in the group that they share.
+    """
+    assert first.orientation is not None, "checked by grid_of"
+    groups = dataset.get("PerFrameFunctionalGroupsSequence")
+    if not groups:
+        dataset.ImageOrientationPatient = list(first.orientation)
+        # Some scanners write the gap between slices, or nothing; the mask is read by it.
         dataset.SpacingBetweenSlices = distance_mm
         # May be empty in a scan, not in a mask; the distance of the slices is what is known of it.
         dataset.SliceThickness = dataset.get("SliceThickness") or distance_mm
-    if dataset.PatientSex not in {"M", "F", "O"}:
-        dataset.PatientSex = ""  # highdicom takes the standard's values only
+        return
+    highdicom = require("highdicom", extra="dicom")
+    if not dataset.get("SharedFunctionalGroupsSequence"):
+        dataset.SharedFunctionalGroupsSequence = [require("pydicom", extra="dicom").Dataset()]
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+    measures = (groups[first.frame].get("PixelMeasuresSequence") or shared.PixelMeasuresSequence)[0]
+    shared.PlaneOrientationSequence = highdicom.PlaneOrientationSequence("PATIENT", first.orientation)
+    shared.PixelMeasuresSequence = highdicom.PixelMeasuresSequence(
+        first.spacing, measures.get("SliceThickness") or distance_mm, distance_mm
+    )
 
 
 def _sound(keyword: str, text: str) -> bool:

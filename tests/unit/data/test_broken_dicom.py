@@ -1,5 +1,6 @@
 """DICOM series that make no volume: one line for each, that says which file, what is wrong and what to do."""
 
+import copy
 import re
 
 import numpy as np
@@ -10,6 +11,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless, generate_uid
 
 from dicom_files import PATIENT, classic, enhanced, read_voxels, rotation, save
+from medvisionllama.data.formats import dicom
 from medvisionllama.data.formats.dicom import read_header
 from medvisionllama.data.formats.dicom_series import find_series
 from medvisionllama.data.readers import read_header as read_any_header
@@ -101,6 +103,12 @@ def echoes(datasets):
         datasets.append(second)
 
 
+def exported_twice(datasets):
+    for again in copy.deepcopy(datasets):
+        again.file_meta.ImplementationVersionName = "OTHER"
+        datasets.append(again)
+
+
 def several_series(datasets):
     second = classic(stored(4))
     each(SeriesDescription="Other", SeriesNumber=9)(second)
@@ -149,6 +157,7 @@ BROKEN = {
     "one uid, two contents": (same_uid_other_content, "file06 and file20 are two different images of one place"),
     "one uid, two places": (same_uid_elsewhere, "file06 and .+file07 are two images with the same SOPInstanceUID"),
     "two echoes": (echoes, r"series Scan .+ holds 2 volumes \(echoes, phases or time points\), which differ in EchoTime; put"),
+    "a series exported twice": (exported_twice, r"series Scan .+ holds each image twice, with one SOPInstanceUID \(.+file00, .+file20\); remove all copies but one"),
     "frames of two time points": (several_frames_in_time, "holds 2 volumes"),
     "another plane": (one(ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), "lies in another plane than file00"),
     "slightly another plane": (one(ImageOrientationPatient=[*rotation((0.02, 0, 0))]), "lies in another plane than file00"),
@@ -231,6 +240,19 @@ def test_an_unknown_transfer_syntax_is_refused(tmp_path):
         dataset["PixelData"].is_undefined_length = True
     save(datasets, tmp_path)
     assert "is compressed in a way that no decoder here reads; run pip install" in refusal(tmp_path)
+
+
+def test_what_memory_cannot_hold_is_not_called_damaged(tmp_path, monkeypatch):
+    (path, *_) = save(classic(stored(3)), tmp_path)
+
+    def fail(*_arguments, **_options):
+        raise MemoryError
+
+    monkeypatch.setattr(dicom, "_read_frames", fail)
+    words = "does not fit into memory; is its header right? Crop it, or use a machine with more"
+    assert refusal(tmp_path) == f"series Scan ({tmp_path}) of shape (5, 8, 3) {words}"
+    monkeypatch.setattr("pydicom.dcmread", fail)
+    assert refusal(path) == f"{path} {words}"
 
 
 def test_one_file_of_a_series_asks_for_its_folder(tmp_path):

@@ -142,6 +142,14 @@ def test_masks_beside_scans_are_no_scans(plain):
     assert [path.name for path in scans_in(root / "Labels_old")] == ["a.nii.gz"]
 
 
+def test_linked_folders_are_looked_into_once(plain):
+    root = plain("scans/a.nii.gz", "store/b.nii.gz")
+    (root / "scans" / "linked").symlink_to(root / "store")
+    (root / "store" / "back").symlink_to(root / "scans")
+    found = [path.relative_to(root / "scans").as_posix() for path in scans_in(root / "scans")]
+    assert found == ["a.nii.gz", "linked/b.nii.gz"]
+
+
 def splits_of(train, validation, test, folds=2):
     return Splits(0, tuple(test), tuple(Fold(tuple(train), tuple(validation)) for _ in range(folds)))
 

@@ -1,10 +1,12 @@
 """DICOM series in: every voxel where the file says, against GDCM and against what was written."""
 
 import copy
+import errno
 import logging
 import os
 import shutil
 import warnings
+from pathlib import Path
 from threading import Event, Thread
 
 import numpy as np
@@ -34,7 +36,7 @@ from dicom_files import (
 )
 from medvisionllama.data.formats.dicom import read_header
 from medvisionllama.data.formats.dicom_header import quiet
-from medvisionllama.data.formats.dicom_series import find_series
+from medvisionllama.data.formats.dicom_series import files_below, find_series
 from medvisionllama.data.readers import read_image, stem_of
 from medvisionllama.data.readers import read_voxels as read_any
 from medvisionllama.data.volume import from_ras, to_ras
@@ -251,10 +253,14 @@ def test_jpeg_that_no_decoder_reads_is_refused_without_a_log(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_implicit_syntax_and_a_missing_preamble_are_read(tmp_path):
+@pytest.mark.parametrize("first", ["SOPClassUID", "ImageType"])
+def test_implicit_syntax_and_a_missing_preamble_are_read(tmp_path, first):
     stored = voxels()
     for number, dataset in enumerate(classic(stored)):
         del dataset.file_meta
+        if first == "ImageType":
+            dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+        assert next(iter(dataset)).keyword == first
         dataset.save_as(tmp_path / str(number), implicit_vr=True, little_endian=True)
     np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0))
 
@@ -396,6 +402,37 @@ def test_one_series_in_several_folders_is_one(tmp_path):
     np.testing.assert_array_equal(read_voxels(series)[0], stored.transpose(2, 1, 0))
 
 
+def test_links_are_followed_and_end_where_they_lead_back(tmp_path):
+    stored = voxels()
+    store, cohort = tmp_path / "store" / "P001", tmp_path / "cohort"
+    save(classic(stored), store)
+    cohort.mkdir()
+    (cohort / "P001").symlink_to(store)
+    (store / "back").symlink_to(cohort)
+    assert len(files_below(cohort)) == len(stored)
+    (series,) = find_series(cohort)
+    assert series.folder == cohort / "P001"
+    np.testing.assert_array_equal(read_voxels(series)[0], stored.transpose(2, 1, 0))
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    datasets = classic(voxels())
+    save(datasets[:3], tmp_path / "a")
+    save(datasets[3:], tmp_path / "b")
+    scandir = os.scandir
+
+    def refuse(path):
+        # By hand: who runs tests as root may list everything.
+        if Path(path).name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError) as caught:
+        find_series(tmp_path)
+    assert caught.value.filename == str(tmp_path / "b")
+
+
 def test_a_multiframe_file_without_suffix_is_a_scan_of_its_own(tmp_path):
     stored = voxels()
     (path,) = save([enhanced(stored)], tmp_path, ["IM0001"])
@@ -468,3 +505,24 @@ def test_the_name_of_a_series_is_a_file_name_without_the_patient(tmp_path, descr
     assert series.name.startswith(start)
     assert set(series.name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
     assert "doe" not in f"{series.name}{series}{series!r}".casefold().replace(str(tmp_path).casefold(), "")
+
+
+@pytest.mark.parametrize(
+    ("patient", "description", "kept"),
+    [
+        ("Li^Wei", "T1 LI", False),
+        ("Li^Wei", "T1_li_head", False),
+        ("Li^Wei", "liver", True),
+        ("DOE_JANET", "head of Janet", False),
+        ("Wang^Xiaoming=王^小明", "Kopf 王", False),
+        ("Kim^A", "a brain", True),
+    ],
+)
+def test_a_description_with_a_short_name_of_the_patient_is_left_out(tmp_path, patient, description, kept):
+    datasets = classic(voxels())
+    for dataset in datasets:
+        dataset.SpecificCharacterSet = "ISO_IR 192"
+        dataset.PatientName, dataset.SeriesDescription = patient, description
+    save(datasets, tmp_path)
+    (series,) = find_series(tmp_path)
+    assert series.description == (description if kept else "")

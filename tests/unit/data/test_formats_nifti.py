@@ -1,6 +1,7 @@
 """Our own unpacking against nibabel's: what nibabel reads from a file, we read from its bytes."""
 
 import gzip
+import tracemalloc
 
 import nibabel as nib
 import numpy as np
@@ -59,6 +60,28 @@ def test_members_in_a_row_are_one_stream_as_for_gzip(size):
     unpacker = Unpacker(content)
     parts = iter(lambda: unpacker.read(size), b"")
     assert b"".join(parts) == first + second == gzip.decompress(content)
+
+
+def test_long_members_and_the_padding_between_them_are_one_stream():
+    first, second = RNG.bytes(700_000), bytes(2_000_000)
+    members = [gzip.compress(part) for part in (first, second, b"", b"end")]
+    content = bytes(300_000).join(members)
+    unpacker = Unpacker(content)
+    parts = iter(lambda: unpacker.read(90_000), b"")
+    assert b"".join(parts) == first + second + b"end" == gzip.decompress(content)
+
+
+def test_what_follows_a_member_is_not_copied():
+    content = gzip.compress(b"a") * 3 + gzip.compress(RNG.bytes(8_000_000))
+    unpacker = Unpacker(content)
+    tracemalloc.start()
+    try:
+        assert unpacker.read(3) == b"aaa"
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000
+    assert len(unpacker.read(9_000_000)) == 8_000_000
 
 
 def test_no_more_is_unpacked_than_asked():

@@ -123,6 +123,16 @@ def test_declared_classes_come_first_and_may_not_be_contradicted(slicer):
     assert found.message in refusal(root)
 
 
+def test_segments_are_compared_where_classes_are_declared_in_other_words(slicer):
+    usual, exchanged = {1: "Leber", 2: "Milz"}, {1: "Milz", 2: "leber"}
+    root = slicer(usual, exchanged, usual, {1: "foie"}, classes={"1": "liver", "2": "spleen"})
+    (found,) = [finding for finding in check(root).findings if finding.code.startswith("segment")]
+    assert (found.code, found.severity, found.cases) == ("segment-values", "warning", ("p1",))
+    assert "p1.seg.nrrd: 'Milz' has the value 1, in p0.seg.nrrd it has 2" in found.message
+    assert "names.json" in found.message
+    assert open_dataset(root).classes == {1: "liver", 2: "spleen"}
+
+
 def test_overlapping_segments_are_explained_once(slicer):
     root = slicer({1: "a"}, {1: "a"}, {1: "a"})
     write_label(root / "labels" / "p1.seg.nrrd", {1: "a", 2: "b"}, layers=2)

@@ -11,7 +11,7 @@ from medvisionllama import api
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.evaluation.evaluate import evaluate_files, mean_dice, measure_classes, summarise
-from medvisionllama.evaluation.masks import Pair
+from medvisionllama.evaluation.masks import Pair, by_name
 from medvisionllama.inference.cleaning import Cleaning
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.writers import write_mask
@@ -53,6 +53,13 @@ def masks(tmp_path, write_nifti):
         return tmp_path / "masks", tmp_path / "task" / "labels"
 
     return write
+
+
+def test_hidden_files_are_no_masks(masks):
+    predictions, _ = masks(np.ones((4, 4, 4)))
+    for name in ("._a.dcm", ".partial-0123456789abcdef-a.dcm", "._a.nii.gz"):
+        (predictions / name).write_bytes(b"left behind")
+    assert by_name(predictions) == {"a": predictions / "a.nii.gz"}
 
 
 @pytest.mark.parametrize("spoilt", ["masks", "labels"])

@@ -421,6 +421,9 @@ def test_a_label_map_reads_like_a_binary_mask(tmp_path):
     )
     labelmap.save_as(tmp_path / "labelmap.dcm")
     np.testing.assert_array_equal(read_seg(tmp_path / "labelmap.dcm", header), mask)
+    np.testing.assert_array_equal(read_seg(tmp_path / "labelmap.dcm", header, CLASSES), mask)
+    # highdicom describes the background as segment 0.
+    assert segment_labels(tmp_path / "labelmap.dcm") == {1: "Liver", 2: "left kidney"}
 
 
 @pytest.mark.parametrize("thickness", [None, "absent"])
@@ -475,15 +478,62 @@ def test_masks_of_scans_with_rounded_positions_are_read_back(tmp_path, spacing, 
     assert_comes_back(datasets, tmp_path, slices)
 
 
+@pytest.mark.parametrize("frames", [False, True])
 @pytest.mark.parametrize("written", ["0", "1", "3"])
-def test_a_wrong_distance_of_slices_in_the_scan_is_not_repeated_in_the_mask(tmp_path, written):
-    datasets = classic(stored(), spacing=(1, 1, 5))
-    for dataset in datasets:
-        dataset.SpacingBetweenSlices = written
+def test_a_wrong_distance_of_slices_in_the_scan_is_not_repeated_in_the_mask(tmp_path, written, frames):
+    if frames:
+        datasets = [enhanced(stored(), spacing=(1, 1, 5))]
+        headers = datasets[0].SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    else:
+        datasets = headers = classic(stored(), spacing=(1, 1, 5))
+    for header in headers:
+        header.SpacingBetweenSlices = written
     assert_comes_back(datasets, tmp_path, slice(None))
     volume = segread(tmp_path / "mask.dcm").get_volume(combine_segments=True)
-    assert volume.shape[0] == len(datasets)
+    assert volume.shape[0] == SHAPE[0]
     assert volume.spacing == pytest.approx((5, 1, 1))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_frames_that_repeat_plane_and_pixel_size_each_get_a_mask(tmp_path, shared):
+    dataset = enhanced(stored(), orientation=OBLIQUE, order=[3, 1, 5, 0, 2, 4])
+    (common,) = dataset.SharedFunctionalGroupsSequence
+    for own in dataset.PerFrameFunctionalGroupsSequence:
+        own.PlaneOrientationSequence = common.PlaneOrientationSequence
+        own.PixelMeasuresSequence = common.PixelMeasuresSequence
+    if shared:
+        del common.PlaneOrientationSequence, common.PixelMeasuresSequence
+    else:
+        del dataset.SharedFunctionalGroupsSequence
+    assert_comes_back([dataset], tmp_path, slice(None))
+
+
+def test_planes_that_were_rounded_otherwise_get_a_mask(tmp_path):
+    datasets = classic(stored(), orientation=OBLIQUE)
+    datasets[3].ImageOrientationPatient = ds(*np.round(OBLIQUE, 4))
+    assert_comes_back(datasets, tmp_path, slice(None))
+
+
+def test_the_grid_is_computed_once_for_all_slices(tmp_path, monkeypatch):
+    series, computed = series_of(tmp_path / "scan"), []
+
+    def counted(series):
+        computed.append(series)
+        return grid_of(series)
+
+    monkeypatch.setattr("medvisionllama.inference.dicom_seg.grid_of", counted)
+    write_seg(tmp_path / "mask.dcm", np.ones((5, 8, 6), np.uint8), series, CLASSES)
+    assert len(computed) == 1
+
+
+def test_a_mask_that_memory_cannot_hold_is_no_fault_of_the_scan(tmp_path, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise MemoryError
+
+    monkeypatch.setattr("medvisionllama.inference.dicom_seg._segmentation", fail)
+    words = r"a DICOM mask of shape \(5, 8, 6\) does not fit into memory; write the mask as NIfTI"
+    with pytest.raises(DataError, match=words):
+        write_seg(tmp_path / "mask.dcm", np.ones((5, 8, 6), np.uint8), series_of(tmp_path / "scan"), CLASSES)
 
 
 def assert_comes_back(datasets, folder, slices):

@@ -45,6 +45,7 @@ _WARNINGS = {
     "patients-alike": "names that look like one patient's",
     "person-apart": "one PatientID under several patients",
     "patient-crowded": "patients with far more scans than the others",
+    "segment-values": "segments of one name that have several values, and whose name is not declared",
     "label-empty": "labels without a labelled voxel",
     "class-names": "classes that tables could not tell apart, which train refuses",
     "class-unseen": "classes that no label holds",

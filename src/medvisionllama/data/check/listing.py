@@ -8,7 +8,7 @@ from pathlib import Path
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.formats.dicom_header import is_dicom
-from medvisionllama.data.formats.dicom_series import find_series
+from medvisionllama.data.formats.dicom_series import files_below, find_series
 from medvisionllama.data.formats.itk import is_segmentation
 from medvisionllama.data.index import Case, Dataset
 from medvisionllama.data.labels import check_class_names
@@ -92,16 +92,13 @@ def scans_in(path: Path) -> list[ScanSource]:
     """Scans of a folder that is no dataset: files we read, at any depth, and the DICOM series that predict finds.
 
     Masks are left out: what is in folders named labels or masks, and files of segments.
+
+    Raises:
+        OSError: a folder cannot be listed.
     """
     if path.is_file():
         return [path]
-    files = [
-        child
-        for child in sorted(path.rglob("*"))
-        if child.is_file()
-        and not child.name.startswith(".")
-        and not _holds_masks(child.relative_to(path).parent)
-    ]
+    files = [child for child in files_below(path) if not _holds_masks(child.relative_to(path).parent)]
     found = [child for child in files if is_scan(child) and not is_segmentation(child)]
     try:
         series = find_series(path)

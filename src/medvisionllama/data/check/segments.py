@@ -39,8 +39,8 @@ def name_segments(dataset: Dataset) -> tuple[Dataset, list[Finding]]:
     """Take class names from the labels if the dataset declares none, and find labels that contradict each other.
 
     Returns:
-        The dataset, with classes if all names agree; labels that contradict others or the declared classes, and
-        labels in layers.
+        The dataset, with classes if all names agree; labels that contradict others or the declared classes, labels
+        that contradict others in words of their own, and labels in layers.
     """
     segments, findings = [], []
     for case in dataset.cases:
@@ -84,7 +84,7 @@ def _agreed(segments: list[_Segment]) -> tuple[dict[int, str], list[Finding]]:
 
 
 def _against_declared(dataset: Dataset, segments: list[_Segment]) -> list[Finding]:
-    """Labels that give a declared name to another value."""
+    """Labels that give a declared name to another value, or a name of their own to another value than others do."""
     values: dict[str, set[int]] = defaultdict(set)
     for value, name in dataset.classes.items():
         values[name.strip().casefold()].add(value)
@@ -95,10 +95,38 @@ def _against_declared(dataset: Dataset, segments: list[_Segment]) -> list[Findin
         if segment.value not in declared:
             words = f"{segment.name!r} has the value {segment.value}, {where} gives it {min(declared)}"
             contradicted[segment.pair] = words
-    return _findings(segments, contradicted, f"{_STEP}, or correct {where}")
+    foreign = [segment for segment in segments if segment.pair[1] not in values]
+    return [
+        *_findings(segments, contradicted, f"{_STEP}, or correct {where}"),
+        *_findings(
+            foreign,
+            _at_several_values(foreign),
+            f"{_STEP}, and the name it has in {where}",
+            code="segment-values",
+        ),
+    ]
 
 
-def _findings(segments: list[_Segment], contradicted: dict[tuple[int, str], str], step: str) -> list[Finding]:
+def _at_several_values(segments: list[_Segment]) -> dict[tuple[int, str], str]:
+    """Names with another value than in most labels, and what is wrong with each."""
+    first = {segment.pair: segment for segment in reversed(segments)}
+    usual: dict[str, _Segment] = {}
+    contradicted = {}
+    for pair, _ in Counter(segment.pair for segment in segments).most_common():
+        mine, other = first[pair], usual.setdefault(pair[1], first[pair])
+        if mine is not other:
+            words = f"{mine.name!r} has the value {mine.value}, in {other.file} it has {other.value}"
+            contradicted[pair] = words
+    return contradicted
+
+
+def _findings(
+    segments: list[_Segment],
+    contradicted: dict[tuple[int, str], str],
+    step: str,
+    *,
+    code: str = "segment-names",
+) -> list[Finding]:
     """One finding for each contradiction, unless its labels are in another one already."""
     findings: list[Finding] = []
     told: set[str] = set()
@@ -111,7 +139,7 @@ def _findings(segments: list[_Segment], contradicted: dict[tuple[int, str], str]
         more = len(names) - 1
         rest = f" ({more} more label{'s' if more > 1 else ''} like it)" if more else ""
         message = f"{cases[0].label}: {words}{rest}; {step}"
-        findings.append(Finding("segment-names", message, names, cases[0].label))
+        findings.append(Finding(code, message, names, cases[0].label))
     return findings
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from medvisionllama._optional import require
 from medvisionllama.data.formats import dicom_labels
 from medvisionllama.data.formats.dicom_grid import grid_of
-from medvisionllama.data.formats.dicom_header import Slice, broken, damaged, is_mask, quiet
+from medvisionllama.data.formats.dicom_header import Slice, broken, damaged, is_mask, quiet, too_large
 from medvisionllama.data.formats.dicom_series import Series, find_series
 from medvisionllama.data.formats.header import Header
 from medvisionllama.errors import DataError
@@ -84,8 +84,8 @@ def _voxels(series: Series, header: Header) -> np.ndarray:
         with quiet():
             for file, group in groupby(places, key=lambda item: item[1].file):
                 _read_frames(file, list(group), array)
-    except MemoryError as error:
-        raise damaged(series.folder, error) from None
+    except MemoryError:
+        raise too_large(f"{series} of shape {header.shape}") from None
     return array.transpose(2, 1, 0)[None]
 
 

@@ -122,6 +122,7 @@ def _check_one_volume(series: Series, heights: np.ndarray) -> None:
         return
     if len(set(counts.tolist())) == 1 and len(counts) > 1:
         here = [piece for piece, place in zip(series.slices, places, strict=True) if place == 0]
+        _check_one_export(series, here)
         differ = [name for index, name in enumerate(MARKS) if len({piece.marks[index] for piece in here}) > 1]
         by = f", which differ in {differ[0]}" if differ else ""
         raise DataError(
@@ -132,6 +133,17 @@ def _check_one_volume(series: Series, heights: np.ndarray) -> None:
     raise DataError(
         f"{_where(one)} and {_where(two)} are two different images of one place, among {len(counts)} places of {series}; keep one of them"
     )
+
+
+def _check_one_export(series: Series, here: list[Slice]) -> None:
+    """Refuse one image several times at one place: the series was exported again, with other headers of files."""
+    (uid, frame), times = Counter((piece.uid, piece.frame) for piece in here).most_common(1)[0]
+    if uid and times > 1:
+        one, two = [piece.file for piece in here if (piece.uid, piece.frame) == (uid, frame)][:2]
+        often = "twice" if times == 2 else f"{times} times"
+        raise DataError(
+            f"{series} holds each image {often}, with one SOPInstanceUID ({one}, {two}); remove all copies but one"
+        )
 
 
 def _check_tilt(series: Series, step: np.ndarray, normal: np.ndarray) -> None:

@@ -55,7 +55,7 @@ _TAGS = (
 
 _BROKEN = (
     OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError, RuntimeError,
-    ArithmeticError, MemoryError, struct.error, zlib.error, sqlite3.Error,
+    ArithmeticError, struct.error, zlib.error, sqlite3.Error,
 )  # fmt: skip
 
 
@@ -151,6 +151,13 @@ def damaged(path: Path, error: Exception) -> DataError:
     return unreadable(path, RuntimeError(reason_of(error)))
 
 
+def too_large(what: object) -> DataError:
+    """The error of what memory is too small for; damaged headers may declare anything."""
+    return DataError(
+        f"{what} does not fit into memory; is its header right? Crop it, or use a machine with more"
+    )
+
+
 def reason_of(error: Exception) -> str:
     """What a library says, in one line and without the values that it quotes."""
     text = re.sub(r"'[^']*'?|\"[^\"]*\"?", "...", " ".join(str(error).split()))
@@ -165,6 +172,8 @@ def reading(path: Path) -> Iterator[None]:
             yield
     except MedVisionLlamaError:
         raise
+    except MemoryError:
+        raise too_large(path) from None
     except broken() as error:
         raise damaged(path, error) from None
 
@@ -174,7 +183,7 @@ def is_dicom(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(132)
     return head[128:] == b"DICM" or (
-        head[:2] == b"\x08\x00" and head[2:4] in {b"\x00\x00", b"\x05\x00", b"\x16\x00"}
+        head[:2] == b"\x08\x00" and head[2:4] in {b"\x00\x00", b"\x05\x00", b"\x08\x00", b"\x16\x00"}
     )
 
 
@@ -182,7 +191,7 @@ def read_dataset(path: Path, tags: Sequence[str] | None = None) -> Any:
     """A file's elements before its pixels, or only those named.
 
     Raises:
-        DataError: the file is damaged, or ends within them.
+        DataError: the file is damaged, ends within them, or does not fit into memory.
     """
     pydicom = require("pydicom", extra="dicom")
     try:
@@ -190,6 +199,8 @@ def read_dataset(path: Path, tags: Sequence[str] | None = None) -> Any:
             return pydicom.dcmread(
                 path, stop_before_pixels=True, force=True, specific_tags=tags and list(tags)
             )
+    except MemoryError:
+        raise too_large(path) from None
     except broken() as error:
         raise unreadable(path, error) from None
 
@@ -312,8 +323,16 @@ def _without_patient(dataset: Any) -> str:
     """The series' description, or nothing if someone typed the patient into it."""
     description = " ".join(str(dataset.get("SeriesDescription") or "").split())
     words = [
-        *re.split(r"[\s^=,]+", str(dataset.get("PatientName") or "")),
+        *re.split(r"[\s^=,_]+", str(dataset.get("PatientName") or "")),
         str(dataset.get("PatientID") or ""),
     ]
-    known = [word.casefold() for word in words if len(word) > 2]
-    return "" if any(word in description.casefold() for word in known) else description
+    return "" if any(_tells(word.casefold(), description.casefold()) for word in words) else description
+
+
+def _tells(word: str, text: str) -> bool:
+    """Whether a word of a patient's name or number stands in a text."""
+    if len(word) == 2 and word.isascii():
+        # Two letters stand within many words ("Li" in "liver"), and two digits are a number like others.
+        return word.isalpha() and word in re.split(r"[\W_]+", text)
+    # A single letter tells nothing; in other scripts one character may be a whole name.
+    return (len(word) > 2 or not word.isascii()) and word in text

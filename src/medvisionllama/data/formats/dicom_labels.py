@@ -27,7 +27,7 @@ def read(path: Path) -> tuple[np.ndarray, Header]:
     Raises:
         DataError: damaged, probabilities instead of a mask, or segments that overlap.
     """
-    array, affine = _labels(path)
+    array, affine, _ = _labels(path)
     return array[None], make_header(path, array.shape, affine)
 
 
@@ -37,8 +37,8 @@ def read_classes(path: Path, classes: Mapping[int, str]) -> Volume:
     Raises:
         DataError: as `read`, or a segment has no such name.
     """
-    array, affine = _labels(path)
-    return Volume(_renamed(path, array, segment_labels(path), classes), affine)
+    array, affine, labels = _labels(path)
+    return Volume(_renamed(path, array, labels, classes), affine)
 
 
 def referenced_series(path: Path) -> str:
@@ -52,7 +52,7 @@ def segment_labels(path: Path) -> dict[int, str]:
     """Number and label of each segment in a mask."""
     mask = _open(path)
     with reading(path):
-        return {int(segment.SegmentNumber): str(segment.SegmentLabel) for segment in mask.SegmentSequence}
+        return _names(mask)
 
 
 def short_labels(classes: Mapping[int, str]) -> dict[int, str]:
@@ -88,14 +88,21 @@ def _open(path: Path) -> Any:
         return seg.segread(path)
 
 
-def _labels(path: Path) -> tuple[np.ndarray, AffineMatrix]:
-    """Segment numbers `[x, y, z]` and the matrix to RAS."""
+def _names(mask: Any) -> dict[int, str]:
+    """Number and label of each segment; 0 is the background, which LABELMAP describes like a segment."""
+    labels = {int(segment.SegmentNumber): str(segment.SegmentLabel) for segment in mask.SegmentSequence}
+    return {number: label for number, label in labels.items() if number}
+
+
+def _labels(path: Path) -> tuple[np.ndarray, AffineMatrix, dict[int, str]]:
+    """Segment numbers `[x, y, z]`, the matrix to RAS, and the segments' labels."""
     mask = _open(path)
     with reading(path):
         if str(mask.get("SegmentationType")) == "FRACTIONAL":
             raise DataError(
                 f"{path} holds probabilities (FRACTIONAL); allowed: BINARY or LABELMAP, export it so"
             )
+        labels = _names(mask)
         try:
             volume = mask.get_volume(combine_segments=True, rtol=MAX_SHARE_OF_STEP)
         except RuntimeError as error:
@@ -109,7 +116,7 @@ def _labels(path: Path) -> tuple[np.ndarray, AffineMatrix]:
         affine = affine @ np.array(
             [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, array.shape[2] - 1], [0, 0, 0, 1.0]]
         )
-    return np.ascontiguousarray(array), LPS_TO_RAS @ affine
+    return np.ascontiguousarray(array), LPS_TO_RAS @ affine, labels
 
 
 def _no_volume(path: Path, error: RuntimeError, mask: Any) -> DataError:
@@ -118,7 +125,7 @@ def _no_volume(path: Path, error: RuntimeError, mask: Any) -> DataError:
         return DataError(
             f"{path} is no regular volume ({reason_of(error)}); export it again on the grid of its scan"
         )
-    labels = {int(segment.SegmentNumber): segment.SegmentLabel for segment in mask.SegmentSequence}
+    labels = _names(mask)
     seen: np.ndarray | None = None
     for number in labels:
         own = (

@@ -57,6 +57,7 @@ def find_series(path: Path) -> tuple[Series, ...]:
 
     Raises:
         DataError: the path does not exist, or a DICOM file is damaged.
+        OSError: as `files_below`.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; give a DICOM file or a folder of DICOM files")
@@ -88,15 +89,35 @@ def files_of(source: Path | Series) -> Iterator[Path]:
     return iter(source.files) if isinstance(source, Series) else filter(is_dicom, _files_of(source))
 
 
+def files_below(folder: Path) -> list[Path]:
+    """The files of a folder and of the folders below it, sorted. Links are followed, hidden names passed over.
+
+    Raises:
+        OSError: a folder cannot be listed; what it holds would be missing without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    # Real places, so that a link which leads back ends there, and a folder under two names counts once.
+    seen = {folder.resolve()}
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        inside = []
+        for name in sorted(folders):
+            real = Path(place, name).resolve()
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                inside.append(name)
+        folders[:] = inside
+        files = (Path(place, name) for name in names if not name.startswith("."))
+        found += [file for file in files if file.is_file()]
+    return sorted(found)
+
+
 def _files_of(path: Path) -> list[Path]:
     """The file, or those of a folder and of the folders below it."""
-    if path.is_file():
-        return [path]
-    return sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
+    return [path] if path.is_file() else files_below(path)
 
 
 def _series(headers: list[FileHeader]) -> Series:
