@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from medvisionllama.errors import ConfigError
 from medvisionllama.evaluation.comparison import (
@@ -40,6 +41,8 @@ def report_experiment(
     folder = experiment.results
     if chosen != experiment.matrix.reference:
         folder = folder / f"against-{chosen}"
+    if family == "task":
+        folder = folder / "by-task"
     links = _run_pages(experiment, frames.runs, folder, write=pages, progress=progress)
     return write_study(_study(experiment, runs, frames, chosen, family, links), folder)
 
@@ -70,8 +73,10 @@ def _study(
     blocks = int(ranks["num_blocks"].max()) if len(ranks) else 0
     return Study(
         name=matrix.name,
-        description=matrix.about,
+        about=matrix.about,
+        matrix=_matrix_yaml(matrix),
         reference=reference,
+        family=family,
         runs=frames.runs,
         cases=frames.cases,
         curves=frames.curves,
@@ -90,6 +95,15 @@ def _study(
         compute=_compute(frames.runs),
         links=links,
     )
+
+
+def _matrix_yaml(matrix: Matrix) -> str:
+    """A matrix as YAML that `read_matrix` would take, without what it leaves as it is by default."""
+    settings = matrix.model_dump(mode="json", exclude_defaults=True)
+    text: str = yaml.safe_dump(
+        settings, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
+    )
+    return text
 
 
 def arm_words(matrix: Matrix) -> dict[str, str]:
@@ -164,12 +178,19 @@ def _compute(runs: pd.DataFrame) -> dict[str, str]:
 def _run_pages(
     experiment: Experiment, runs: pd.DataFrame, folder: Path, *, write: bool, progress: Progress
 ) -> dict[str, str]:
-    """Write the page of each finished run that has none, and say where they are."""
+    """Write the page of each finished run that has none of its last evaluation, and say where they are."""
     done = list(dict.fromkeys(runs.loc[runs["state"] == "done", "run_id"]))
-    pages = {run_id: RunDir(experiment.files(run_id).path).report for run_id in done}
-    missing = [run_id for run_id in done if write and not pages[run_id].is_file()]
+    folders = {run_id: RunDir(experiment.files(run_id).path) for run_id in done}
+    missing = [run_dir for run_dir in folders.values() if write and not _has_page(run_dir)]
     with progress.track("pages of runs", max(1, len(missing))) as advance:
-        for number, run_id in enumerate(missing, start=1):
-            write_report(experiment.files(run_id).path)
+        for number, run_dir in enumerate(missing, start=1):
+            write_report(run_dir.path)
             advance(number)
+    pages = {run_id: run_dir.report for run_id, run_dir in folders.items()}
     return {run_id: os.path.relpath(page, folder) for run_id, page in pages.items() if page.is_file()}
+
+
+def _has_page(run_dir: RunDir) -> bool:
+    """Whether a run has a page that is no older than its evaluation."""
+    page = run_dir.report
+    return page.is_file() and page.stat().st_mtime >= run_dir.evaluation.stat().st_mtime

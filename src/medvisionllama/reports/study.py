@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from medvisionllama.evaluation.comparison import Family
 from medvisionllama.evaluation.repetitions import KEYS, of_classes, patient_values
 
 RUN = ("task", "model", "fraction", "fold", "seed")
@@ -41,8 +42,10 @@ class Study:
     """Runs, what they measured and how the arms compare; the columns are those of the CSV files."""
 
     name: str
-    description: str
-    """The matrix as text."""
+    about: str
+    """What it is for, in a few sentences."""
+    matrix: str
+    """The matrix as YAML."""
     reference: str
     """The arm that the others are compared with."""
     runs: pd.DataFrame
@@ -55,6 +58,8 @@ class Study:
     """The same, by Dice, over the runs whose folds and seeds every arm has at each of its fractions."""
     arms: Mapping[str, str]
     """What each arm is, in one line; their order is the order on the page."""
+    family: Family = "report"
+    """The comparisons that Holm's correction took together."""
     ranks: pd.DataFrame | None = None
     critical_difference: float | None = None
     notes: Sequence[str] = ()
@@ -66,6 +71,12 @@ class Study:
     def arm_names(self) -> list[str]:
         """Every arm in the order of `arms`, then those that only the tables know."""
         return list(dict.fromkeys([*self.arms, *self.runs["arm"], *self.summary["arm"]]))
+
+    @property
+    def family_words(self) -> str:
+        """Over which comparisons Holm's correction went."""
+        words = "over all comparisons of a measure"
+        return f"{words} within a task" if self.family == "task" else words
 
     @property
     def headline_arm(self) -> str | None:

@@ -158,7 +158,7 @@ def _panels(number: int) -> tuple[Figure, list[Any]]:
     """Up to three panels in a row, with one scale of Dice."""
     columns = min(3, number)
     rows = -(-number // columns)
-    figure = Figure(figsize=(max(5.0, _PANEL[0] * columns), _PANEL[1] * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(max(5.0, _PANEL[0] * columns), _PANEL[1] * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for axes in grid[number:]:
         axes.axis("off")
@@ -169,13 +169,13 @@ def _panels(number: int) -> tuple[Figure, list[Any]]:
 
 
 def _legend(figure: Figure, panels: list[Any]) -> None:
+    """Name the arms below the panels, in as many columns as fit; the figure grows by the rows."""
     handles: dict[str, Any] = {}
     for axes in panels:
         handles |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(4, len(handles)),
-        frameon=False,
-    )
+    # What is too wide is cut off. A letter of 10 points takes 0.09 inches, a line with the gaps around it 0.7.
+    columns = max(1, min(4, int(figure.get_figwidth() / (0.09 * max(map(len, handles)) + 0.7))))
+    rows = -(-len(handles) // columns)
+    # A legend takes its height from the panels.
+    figure.set_figheight(figure.get_figheight() + 0.28 + 0.22 * rows)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)

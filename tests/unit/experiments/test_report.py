@@ -1,13 +1,17 @@
 """The page of an experiment whose runs are written and not trained."""
 
+import html
+import os
+
 import pandas as pd
 import pytest
+import yaml
 
 from medvisionllama._files import write_json
 from medvisionllama.errors import CheckpointError
 from medvisionllama.evaluation.evaluate import write_table
-from medvisionllama.experiments import verbs
-from medvisionllama.experiments.matrix import expand
+from medvisionllama.experiments import reporting, verbs
+from medvisionllama.experiments.matrix import Matrix, expand
 from medvisionllama.experiments.store import Experiment
 
 NO_INSERT = {"set": {"network.insert": "none"}}
@@ -125,3 +129,47 @@ def test_attempts_of_a_failed_run_are_counted(folds):
     report(folds)
     rows = pd.read_csv(folds.results / "runs.csv").set_index("run_id")
     assert rows.loc[run.run_id, ["state", "attempts", "error"]].tolist() == ["failed", 2, "RuntimeError: 1"]
+
+
+def test_a_correction_by_task_has_a_page_of_its_own_and_is_named(folds):
+    measure(folds, a_none_0=0.5, a_block_0=0.6)
+    page, _ = report(folds)
+    by_task = verbs.report(folds.path, family="task", pages=False)
+    assert by_task == folds.results / "by-task" / "index.html"
+    against = verbs.report(folds.path, reference="block", family="task", pages=False)
+    assert against == folds.results / "against-block" / "by-task" / "index.html"
+    words = "Holm's correction over all comparisons of a measure"
+    assert (folds.results / "index.html").read_text() == page
+    # In the answer and where the page is explained.
+    assert (page.count(words), page.count(f"{words} within a task")) == (2, 0)
+    assert by_task.read_text().count(f"{words} within a task") == 2
+    assert f"{words}, and by" in (folds.results / "table-small-dice.tex").read_text()
+    assert f"{words} within a task, and by" in (by_task.parent / "table-small-dice.tex").read_text()
+
+
+def test_pages_of_runs_that_were_evaluated_again_are_written_again(folds, monkeypatch):
+    written = []
+
+    def write(path):
+        written.append(path)
+        (path / "report.html").touch()
+
+    monkeypatch.setattr(reporting, "write_report", write)
+    measure(folds, a_none_0=0.5, a_block_0=0.6)
+    for _ in range(2):
+        verbs.report(folds.path)
+        assert len(written) == 2
+    # As if the run had been evaluated since.
+    os.utime(written[1] / "report.html", (0, 0))
+    verbs.report(folds.path)
+    assert written[2:] == [written[1]]
+
+
+def test_the_page_begins_with_what_the_study_is_for_and_ends_with_its_matrix(tmp_path, write_matrix):
+    path = write_matrix(**FOLDS, about="Does a block help if Dice < 0.5?")
+    experiment = Experiment.create(tmp_path / "experiment", path, data_root=tmp_path)
+    page, _ = report(experiment)
+    assert "<h1>mine</h1>\n<p>Does a block help if Dice &lt; 0.5?</p>" in page
+    text = html.unescape(page.partition("<pre>")[2].partition("</pre>")[0])
+    assert Matrix.model_validate(yaml.safe_load(text)) == experiment.matrix
+    assert "split_per_seed" not in text

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
+from medvisionllama.reports import study_plots
 from medvisionllama.reports.study import Study
 from medvisionllama.reports.study_page import write_study
 from medvisionllama.reports.study_words import statement
@@ -128,7 +129,8 @@ def whole_study():
                     )
     return Study(
         name="Does a block help?",
-        description="tasks: [Task04, Task101]",
+        about="Two tasks, three arms.",
+        matrix="tasks: [Task04, Task101]",
         reference="none",
         runs=pd.DataFrame(runs),
         cases=pd.DataFrame(cases),
@@ -563,3 +565,31 @@ def test_models_whose_names_differ_in_odd_characters_get_files_of_their_own(stud
     write_study(replace(study, summary=summary), tmp_path)
     assert r"model a/b" in (tmp_path / "table-a-b-dice-2.tex").read_text()
     assert r"model a b" in (tmp_path / "table-a-b-dice.tex").read_text()
+
+
+@pytest.mark.parametrize("tasks", [TASKS[:1], TASKS], ids=["one panel", "two panels"])
+def test_a_legend_of_many_long_names_is_whole_and_the_axes_keep_their_height(study, monkeypatch, tasks):
+    figures = []
+    monkeypatch.setattr(study_plots, "png", figures.append)
+    few = replace(study, few_shot=study.few_shot[study.few_shot["task"].isin(tasks)])
+    study_plots.few_shot(few, "small")
+    study_plots.few_shot(with_long_names(few, 12), "small")
+    heights = []
+    for figure in figures:
+        figure.draw_without_rendering()
+        names = figure.legends[0].get_window_extent()
+        assert 0 <= names.x0 < names.x1 <= figure.bbox.width
+        assert 0 <= names.y0 < names.y1 < figure.axes[0].bbox.y0
+        heights.append(figure.axes[0].bbox.height)
+    assert [len(figure.legends[0].get_texts()) for figure in figures] == [3, 12]
+    assert heights[1] > 0.9 * heights[0]
+
+
+def with_long_names(study, number):
+    """So many arms, each with what `pretrained` measured and a name as long as legends show."""
+    arms = {f"as long as legends show it, {place:02}": "" for place in range(number)}
+    frames = {name: getattr(study, name) for name in ("runs", "summary", "few_shot")}
+    for name, frame in frames.items():
+        one = frame[frame["arm"] == "pretrained"]
+        frames[name] = pd.concat([one.assign(arm=arm) for arm in arms])
+    return replace(study, **frames, arms=arms)
