@@ -14,12 +14,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medvisionllama.config import read_config
+from medvisionllama._files import write_json
+from medvisionllama.config import read_config, write_config
 from medvisionllama.experiments import execute as executing
 from medvisionllama.experiments import verbs
 from medvisionllama.experiments.matrix import expand
 from medvisionllama.experiments.store import Experiment, RunFiles
 from medvisionllama.progress import Silent
+from medvisionllama.reports.html import write_report
+from medvisionllama.run_dir import RunDir
+from medvisionllama.training.fit import RunResult
 
 from .conftest import TINY
 
@@ -212,6 +216,94 @@ def test_ctrl_c_saves_everything_and_the_same_command_goes_on(undisturbed, phant
     assert results(out) == results(undisturbed)
 
 
+def killed(*arguments: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("limit", "prepared"), [({"train.max_minutes": 1}, 7), ({"train.max_steps": 2}, 0)])
+def test_the_minutes_of_a_run_begin_with_its_scans_prepared(limit, prepared, phantoms, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDVISIONLLAMA_CACHE", str(tmp_path / "cache"))
+    found = []
+
+    def fit(config, **options):
+        found.append(len(list((tmp_path / "cache").rglob("facts.json"))))
+        return RunResult(config.out, finished=False, steps=0, seconds=0.0, validation_dice=None)
+
+    monkeypatch.setattr(executing, "fit", fit)
+    experiment = Experiment.create(
+        tmp_path / "out", write(tmp_path, **{"set": limit}), data_root=phantoms.parent
+    )
+    run = next(run for run in expand(experiment.matrix) if run.arm == "none")
+    assert not executing.execute(experiment, run, progress=Silent())
+    # All eight but the one that is kept for the test.
+    assert found == [prepared]
+
+
+def test_a_begun_run_has_the_device_that_the_matrix_asks_for_now(phantoms, tmp_path, monkeypatch):
+    asked = []
+
+    def fit(config, **options):
+        asked.append(config.train.device)
+        write_config(config, RunDir(config.out).config)
+        return RunResult(config.out, finished=False, steps=0, seconds=0.0, validation_dice=None)
+
+    monkeypatch.setattr(executing, "fit", fit)
+    for device in ({"train.device": "cuda"}, {}):
+        matrix = write(tmp_path, models={"small": {}}, **{"set": {"train.max_steps": 2, **device}})
+        experiment = Experiment.create(tmp_path / "out", matrix, data_root=phantoms.parent)
+        run = next(run for run in expand(experiment.matrix) if run.arm == "none")
+        assert not executing.execute(experiment, run, progress=Silent())
+    assert asked == ["cuda", "auto"]
+
+
+def test_a_run_is_scored_anywhere_and_its_record_names_what_trained_it(phantoms, tmp_path, monkeypatch):
+    def study(device):
+        arms = {"none": {"set": {"network.insert": "none", "train.device": device}}}
+        matrix = write(tmp_path, arms=arms, **{"set": {"train.max_steps": 2, "train.num_validations": 1}})
+        experiment = Experiment.create(tmp_path / "out", matrix, data_root=phantoms.parent)
+        return experiment, *expand(experiment.matrix)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executing, "evaluate_run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            executing.execute(*study("cpu"), progress=Silent())
+    experiment, run = study("cuda")
+    assert executing.execute(experiment, run, progress=Silent())
+    files = experiment.files(run.run_id)
+    hardware = RunDir(files.path).read_manifest()["hardware"]
+    assert (files.read_done() or {})["machine"].startswith(f"{hardware['processor']}, ")
+    assert read_config(files.config).train.device == "cuda"
+
+
+def test_a_done_run_keeps_nothing_of_any_network_that_only_an_unfinished_one_needs(phantoms, tmp_path):
+    settings = {"network.insert": "none", "train.members": 2, "unlabelled.scans": "unused"}
+    matrix = write(
+        tmp_path,
+        arms={"none": {"set": settings}},
+        fractions=[0.5],
+        **{"set": {"train.max_steps": 4, "train.num_validations": 1}},
+    )
+    experiment = Experiment.create(tmp_path / "out", matrix, data_root=phantoms.parent)
+    (run,) = expand(experiment.matrix)
+    assert executing.execute(experiment, run, progress=Silent())
+    folder = experiment.files(run.run_id).path
+    assert len(list(folder.rglob("best.safetensors"))) == 2
+    assert not [path for name in ("last", "pseudo_labels") for path in folder.rglob(name)]
+
+
+def test_a_page_names_the_gpu_of_a_machine_only_if_it_trained(undisturbed, tmp_path):
+    run = next(run for run in verbs.status(undisturbed).runs if run.arm == "none")
+    run_dir = RunDir(shutil.copytree(undisturbed / "runs" / run.run_id, tmp_path / "run"))
+    manifest = run_dir.read_manifest()
+    hardware = {**manifest["hardware"], "gpu": "NVIDIA H200"}
+    assert hardware.pop("device") == "cpu"
+    # Runs of before that was recorded do not say.
+    for device, times in (({"device": "cpu"}, 0), ({"device": "cuda"}, 3), ({}, 3)):
+        session = {**manifest, "hardware": {**hardware, **device}}
+        write_json(run_dir.manifest, {**session, "resumed": [session]})
+        assert write_report(run_dir.path).read_text().count("NVIDIA H200") == times
+
+
 def test_a_trained_run_is_evaluated_where_its_data_is_now(phantoms, tmp_path, monkeypatch):
     old, new = tmp_path / "old", tmp_path / "new"
     shutil.copytree(phantoms, old / "phantoms")
@@ -219,10 +311,6 @@ def test_a_trained_run_is_evaluated_where_its_data_is_now(phantoms, tmp_path, mo
     matrix = write(tmp_path, **{"set": settings})
     experiment = Experiment.create(tmp_path / "out", matrix, data_root=old)
     run = next(run for run in expand(experiment.matrix) if run.arm == "none")
-
-    def killed(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(executing, "evaluate_run", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -267,6 +355,7 @@ def test_plan_tells_sizes_hours_and_disk_and_writes_nothing(phantoms, tmp_path, 
     assert shown.code == 0, shown.err
     assert "3 runs (0 of them done), about 0.0 hours" in shown.out
     assert "trainable of block: 1.00" in shown.out
+    assert "of prepared scans in the cache" in shown.out
     assert list(tmp_path.iterdir()) == [tmp_path / "m"]
     found = json.loads(
         cli("experiment", "plan", matrix, "--data", phantoms.parent, "--no-probe", "--json").out

@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from medvisionllama._files import lock_if_free, write_json
+from medvisionllama.experiments import verbs
+from medvisionllama.experiments.launch import Outcome
 from medvisionllama.experiments.matrix import expand
 from medvisionllama.experiments.store import Experiment
 
@@ -54,6 +56,15 @@ def test_watching_ends_at_the_second_look_that_finds_all_over(study, cli, monkey
     assert "2 runs: 2 done" in outcome.out
 
 
+def test_an_error_with_brackets_is_shown_as_it_is(study, cli, monkeypatch):
+    for run in expand(study.matrix):
+        study.files(run.run_id).add_failure("no [/red] in [memory]", "Traceback ...", where="here")
+    monkeypatch.setattr("medvisionllama.cli.experiment.time", SimpleNamespace(sleep=lambda seconds: None))
+    outcome = cli("experiment", "status", study.path, "--watch")
+    assert outcome.code == 0, outcome.err
+    assert "no [/red] in [memory]" in " ".join(outcome.out.split())
+
+
 def test_a_table_that_is_watched_is_no_json(study, cli):
     outcome = cli("experiment", "status", study.path, "--watch", "--json")
     assert (outcome.code, outcome.out) == (2, "")
@@ -68,6 +79,21 @@ def test_options_of_a_cluster_are_refused_on_one_machine(study, cli, option):
     assert outcome.code == 2
     assert "add --backend ray" in outcome.err
     assert not (study.path / "runs").exists()
+
+
+@pytest.mark.parametrize("verb", ["run", "status", "report"])
+def test_a_folder_beside_an_experiment_s_own_is_refused(study, cli, verb, tmp_path):
+    outcome = cli("experiment", verb, study.path, "--out", tmp_path / "elsewhere")
+    assert outcome.code == 2
+    assert "is an experiment's folder already" in outcome.err
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_runs_that_the_matrix_dropped_meanwhile_are_told(study, cli, monkeypatch):
+    ended = Outcome(done=1, dropped=2, folder=str(study.path))
+    monkeypatch.setattr(verbs, "run", lambda *arguments, **options: ended)
+    outcome = cli("experiment", "run", study.path)
+    assert "1 done now, 0 before, 0 failed, 2 left out as the matrix changed; see: " in outcome.out
 
 
 def test_refused_options_leave_no_folder(tmp_path, cli):

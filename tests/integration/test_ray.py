@@ -36,6 +36,7 @@ def end(*_):
 signal.signal(signal.SIGTERM, end)
 print("threads", os.environ["OMP_NUM_THREADS"], "gpus", os.environ["CUDA_VISIBLE_DEVICES"] or "none", flush=True)
 print("offline", os.environ.get("HF_HUB_OFFLINE"), flush=True)
+print("in", os.getcwd(), flush=True)
 deadline = time.monotonic() + float(seconds)
 while time.monotonic() < deadline:
     time.sleep(0.05)
@@ -160,6 +161,7 @@ def said(folder, run_id):
 
 def test_workers_run_on_both_nodes_and_their_exit_codes_come_back(open_backend, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
     backend = open_backend()
     assert backend.num_slots == 2
     for run_id in ("sleep-1-0-a", "sleep-1-1-b", "sleep-0-3-c"):
@@ -172,6 +174,7 @@ def test_workers_run_on_both_nodes_and_their_exit_codes_come_back(open_backend, 
     }
     assert {ended["sleep-1-0-a"].where, ended["sleep-1-1-b"].where} == {"first", "second"}
     assert "threads 1 gpus none\noffline 1" in said(tmp_path, "sleep-1-0-a")
+    assert f"in {tmp_path.resolve()}\n" in said(tmp_path, "sleep-1-0-a")
     backend.stop()
     assert sorted(path.name for path in (tmp_path / "experiment").iterdir()) == ["ray.log", "runs"]
 

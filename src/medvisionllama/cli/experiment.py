@@ -36,7 +36,7 @@ def plan(
     threads: Annotated[int, typer.Option(min=1, help="Threads of a run, for the probe.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Show what a matrix will cost: arms, sizes, runs, hours, disk. Nothing is written or trained.
+    """Show what a matrix will cost: arms, sizes, runs, hours, disk. No run is started.
 
     Example: medvisionllama experiment plan configs/matrix/claims.yaml --data DATA
     """
@@ -50,6 +50,8 @@ def plan(
         typer.echo(json.dumps({**asdict(found), **sums}, indent=2))
         return
     print_plan(found)
+    if found.prepared_gigabytes:
+        typer.echo(f"plus about {found.prepared_gigabytes:.1f} GB of prepared scans in the cache")
 
 
 @app.command()
@@ -62,11 +64,18 @@ def run(
     ] = "local",
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster, as HOST:6379.")] = None,
     slots: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time; by default one for each GPU, or for each core.")
+        int | None,
+        typer.Option(
+            min=1, help="Runs at a time; by default one for each GPU, or as many as cores and memory allow."
+        ),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Threads of each run; by default 1, or the cores shared out among GPUs."),
+        typer.Option(
+            min=1,
+            help="Threads of each run: by default 1; with GPUs of this machine, the cores shared out among the slots. "
+            "On a Ray cluster also the CPUs that a run asks for.",
+        ),
     ] = None,
     gpus_per_run: Annotated[
         float | None,
@@ -106,8 +115,9 @@ def run(
     if as_json:
         typer.echo(json.dumps(asdict(outcome)))
     else:
+        dropped = f", {outcome.dropped} left out as the matrix changed" if outcome.dropped else ""
         typer.echo(
-            f"{outcome.done} done now, {outcome.skipped} before, {len(outcome.failed)} failed; "
+            f"{outcome.done} done now, {outcome.skipped} before, {len(outcome.failed)} failed{dropped}; "
             f"see: {command('experiment report', outcome.folder)}"
         )
     if outcome.interrupted:
@@ -139,21 +149,26 @@ def status(
     if as_json:
         typer.echo(json.dumps({"states": found.states, "failures": found.failures()}, indent=2))
         return
-    from rich.console import Group
-    from rich.live import Live
-
     if not watch:
         print_table(status_table(found))
         typer.echo(status_words(found))
         return
-    with Live(Group(status_table(found), status_words(found)), auto_refresh=False) as live:
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    def shown() -> Group:
+        # As it is: an error may have brackets, which rich would take for markup.
+        return Group(status_table(found), Text(status_words(found)))
+
+    with Live(shown(), auto_refresh=False) as live:
         still = 0
         # A failed run may be about to be tried again: twice over is over.
         while still < 2:
             time.sleep(3)
             found = verbs.status(matrix, out=out)
             still = still + 1 if found.count("done") + found.count("failed") == len(found.runs) else 0
-            live.update(Group(status_table(found), status_words(found)), refresh=True)
+            live.update(shown(), refresh=True)
 
 
 @app.command()
@@ -167,7 +182,8 @@ def report(
     family: Annotated[
         Literal["report", "task"],
         typer.Option(
-            help="Comparisons that Holm's correction takes together: all of a measure, or each task's."
+            help="Comparisons that Holm's correction takes together: all of a measure, or each task's (goes to "
+            "results/by-task)."
         ),
     ] = "report",
     pages: Annotated[

@@ -29,6 +29,7 @@ from medvisionllama.networks.sizes import Sizes
 from medvisionllama.progress import Progress
 from medvisionllama.training.prepare import divide, plan_of
 from medvisionllama.training.timetable import total_steps
+from medvisionllama.types import SpacingMm, Triple
 
 _DIVIDING = {"path", "modality", "patient_pattern", "exclude", "splits", "split_seed"}
 """Settings that decide which scans there are and who trains on them."""
@@ -75,6 +76,8 @@ class Estimate:
     rows: list[Row] = field(default_factory=list)
     num_runs: int = 0
     done: int = 0
+    prepared_gigabytes: float = 0.0
+    """Of scans in the cache, which runs of one dataset and grid share; of datasets that are here."""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -116,6 +119,7 @@ def estimate(
                 row.problem = f"{row.model}, {row.arm}: a step does not fit the memory of this machine"
             found.rows.append(row)
             advance(number, row.arm)
+    found.prepared_gigabytes = known.prepared_bytes / 1e9
     found.problems = list(dict.fromkeys(row.problem for row in found.rows if row.problem))
     return found
 
@@ -128,6 +132,14 @@ class _Known:
         self._datasets: dict[str, Any] = {}
         self._timings: dict[str, Timing] = {}
         self._sizes: dict[str, Sizes] = {}
+        self._prepared: dict[str, dict[str, int]] = {}
+        """Bytes of each case, by dataset and grid."""
+        self._counted: set[tuple[Any, ...]] = set()
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Of all scans that `prepare` was told of."""
+        return sum(sum(cases.values()) for cases in self._prepared.values())
 
     def data(self, run: PlannedRun) -> Path:
         """Folder of a run's dataset, there or not."""
@@ -141,7 +153,7 @@ class _Known:
         whole = config.model_copy(
             update={"data": config.data.model_copy(update={"fraction": 1.0, "fold": 0})}
         )
-        key = canonical_hash(whole.data.model_dump(mode="json", include=_DIVIDING))
+        key = _division(config)
         if key not in self._datasets:
             try:
                 dataset, splits, selection = divide(whole, drawn=whole.data.splits)
@@ -163,6 +175,30 @@ class _Known:
         windows = _windows(plan, found, config.inference.overlap)
         return _scans(plan, splits, dataset.patients, config, windows=windows)
 
+    def prepare(self, runs: Sequence[PlannedRun], config: Config, plan: Plan) -> None:
+        """Count the scans that the runs of an arm have in the cache, each once for all arms of one grid."""
+        known = self._datasets[_division(config)]
+        if isinstance(known, MedVisionLlamaError):
+            return
+        dataset, splits, found = known
+        grid = plan.crop_size if plan.resize else plan.spacing_mm
+        key = canonical_hash(
+            [str(config.data.path), grid, [rule == "dataset" for rule in plan.channel_rules]]
+        )
+        counted = self._prepared.setdefault(key, {})
+        facts = {case.case_id: case for case in found.facts}
+        for run in runs:
+            # What a fraction leaves out may train without labels.
+            fraction = 1.0 if config.unlabelled.scans == "unused" else run.fraction
+            seed = None if config.data.splits else run.settings.get("data.split_seed")
+            if (place := (key, fraction, run.fold, seed)) in self._counted:
+                continue
+            drawn = splits if seed is None else make_splits(dataset.patients, seed=seed)
+            chosen = select(drawn, dataset.patients, fold=run.fold, fraction=fraction)
+            for name in {*chosen.train, *chosen.validation} - counted.keys():
+                counted[name] = _prepared_bytes(facts[name].shape, facts[name].spacing_mm, plan)
+            self._counted.add(place)
+
     def sizes(self, config: Config, plan: Plan) -> Sizes:
         """Parameters and operations."""
         key = canonical_hash([_shape_of(config), plan.network_shapes])
@@ -178,6 +214,11 @@ class _Known:
         if key not in self._timings:
             self._timings[key] = time_steps(config, plan.network_shapes)
         return self._timings[key]
+
+
+def _division(config: Config) -> str:
+    """A hash that configurations share which divide the same scans."""
+    return canonical_hash(config.data.model_dump(mode="json", include=_DIVIDING))
 
 
 def _shape_of(config: Config) -> dict[str, Any]:
@@ -234,6 +275,7 @@ def _describe(row: Row, members: Sequence[PlannedRun], known: _Known, *, timed: 
         more = match.settings
         row.matched = f"{first.match.by} of {first.match.arm}: {match.ratio:.3f}"
         config = first.config(data=data, more=more)
+    known.prepare(members, config, plan)
     sizes = known.sizes(config, plan)
     row.trainable, row.frozen, row.gflops = sizes.trainable, sizes.frozen, sizes.gflops
     row.gigabytes = len(members) * _bytes(sizes.trainable) / 1e9
@@ -273,6 +315,13 @@ def _windows(plan: Plan, found: Fingerprint, overlap: float) -> int:
     return math.prod(
         len(window_starts(size, crop, overlap)) for size, crop in zip(shape, plan.crop_size, strict=True)
     )
+
+
+def _prepared_bytes(shape: Triple, spacing_mm: SpacingMm, plan: Plan) -> int:
+    """Of a scan in the cache: image in float32 and label on the run's grid, and the label on the scan's own."""
+    grid = plan.crop_size if plan.resize else shape_at(shape, spacing_mm, plan.spacing_mm)
+    native = 0 if grid == shape else math.prod(shape)
+    return (4 * len(plan.channels) + 1) * math.prod(grid) + native
 
 
 def _bytes(trainable: int) -> int:

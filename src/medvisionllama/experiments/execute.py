@@ -3,21 +3,22 @@
 import json
 import shutil
 import time
-from pathlib import Path
+from operator import attrgetter
 from typing import Any
 
 from medvisionllama._files import write_json
 from medvisionllama.config import Config, read_config, write_config
 from medvisionllama.data.index import open_configured
-from medvisionllama.devices import choose_device
 from medvisionllama.evaluation.evaluate import mean_dice
 from medvisionllama.evaluation.evaluate_run import evaluate_run
 from medvisionllama.experiments.fair import matched_settings, sizes_of_run
-from medvisionllama.experiments.matrix import WITHOUT_EFFECT, PlannedRun, variant_name
+from medvisionllama.experiments.matrix import WITHOUT_EFFECT, PlannedRun, Settings, variant_name
 from medvisionllama.experiments.store import Experiment, RunFiles
+from medvisionllama.networks.factory import check_insert
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir, code_words, sessions
 from medvisionllama.training.fit import RunResult, fit, with_absolute_paths
+from medvisionllama.training.prepare import prepare_data
 
 _TRAINED = ("steps", "seconds", "validation_dice")
 
@@ -44,34 +45,46 @@ def execute(experiment: Experiment, run: PlannedRun, *, progress: Progress) -> b
     seconds = time.monotonic() - started
     write_json(files.done, _facts(files, dice, seconds))
     # Weights and tables stay; what only an unfinished run needs would fill the disk.
-    shutil.rmtree(RunDir(files.path).state.parent, ignore_errors=True)
+    for member in RunDir(files.path).members():
+        shutil.rmtree(member.state.parent, ignore_errors=True)
+        shutil.rmtree(member.pseudo_labels(1).parent, ignore_errors=True)
     return True
 
 
 def _train(experiment: Experiment, run: PlannedRun, files: RunFiles, progress: Progress) -> RunResult:
     config, begun = _begin(experiment, run, files)
+    run_dir = RunDir(files.path)
+    if config.train.max_minutes is not None and not run_dir.state.is_file():
+        # The clock of a run starts before its scans and its block are there: the first arms of a matrix would pay
+        # with minutes of training for what all of them use.
+        check_insert(config.network)
+        drawn = run_dir.splits if begun else config.data.splits
+        prepare_data(config, drawn=drawn, progress=progress)
     return fit(config, resume=begun, progress=progress)
 
 
 def _begin(experiment: Experiment, run: PlannedRun, files: RunFiles) -> tuple[Config, bool]:
-    """Settings of a run, and whether it goes on."""
-    places = _places(experiment, run, files)
-    if not files.config.is_file():
-        data = places["data.path"]
-        return run.config(data=data, out=files.path, more=matched_settings(run, data=data)), False
-    # What changes no result is as the matrix says now; a run may go on with another device.
-    now = {key: value for key, value in run.settings.items() if key in WITHOUT_EFFECT}
-    return read_config(files.config, {**now, **places}), True
+    """Settings of a run, its paths absolute, and whether it goes on."""
+    now = _now(experiment, run, files)
+    if files.config.is_file():
+        return with_absolute_paths(read_config(files.config, now)), True
+    data = now["data.path"]
+    config = run.config(data=data, out=files.path, more=matched_settings(run, data=data))
+    return with_absolute_paths(config), False
 
 
-def _places(experiment: Experiment, run: PlannedRun, files: RunFiles) -> dict[str, Path]:
-    """Where the dataset and the run are now: either may have moved since the run began."""
-    return {"data.path": experiment.data_of(run), "out": files.path}
+def _now(experiment: Experiment, run: PlannedRun, files: RunFiles) -> Settings:
+    """What may have changed since a run began: where its dataset and its folder are, and what changes no result."""
+    data = experiment.data_of(run)
+    # Of the whole configuration: what the matrix does not set any more is the preset's again.
+    wanted = run.config(data=data, out=files.path)
+    free = {key: attrgetter(key)(wanted) for key in WITHOUT_EFFECT}
+    return {**free, "data.path": data, "out": files.path}
 
 
 def _keep_up(experiment: Experiment, run: PlannedRun, files: RunFiles) -> None:
-    """Write into a trained run's config.yaml where its dataset is now; all that evaluates it reads that file."""
-    now = with_absolute_paths(read_config(files.config, _places(experiment, run, files)))
+    """Write into a trained run's config.yaml what may have changed; all that evaluates it reads that file."""
+    now = with_absolute_paths(read_config(files.config, _now(experiment, run, files)))
     if now != read_config(files.config):
         write_config(now, files.config)
 
@@ -84,7 +97,8 @@ def _facts(files: RunFiles, dice: dict[str, float], evaluation_seconds: float) -
     # Of a run that went on on another machine the last one is named.
     last = sessions(manifest)[-1]
     hardware = last["hardware"]
-    on_gpu = choose_device(config.train.device).type == "cuda"
+    # Runs of before that was recorded took the GPU if their machine had one, unless they were kept off it.
+    on_gpu = hardware["gpu"] and hardware.get("device", config.train.device) != "cpu"
     device = hardware["gpu"] if on_gpu else f"{hardware['processor']}, {hardware['threads']} threads"
     return {
         "run_id": files.path.name,

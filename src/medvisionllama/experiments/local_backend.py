@@ -2,16 +2,20 @@
 
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from medvisionllama.devices import thread_limits
 from medvisionllama.experiments.launch import Ended
 from medvisionllama.experiments.store import Experiment
 from medvisionllama.experiments.worker import CORES, command
 from medvisionllama.training.interrupts import wait_or_kill
+
+_BYTES_PER_RUN = 4 * 2**30
 
 
 class LocalBackend:
@@ -91,20 +95,41 @@ def available_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def default_place() -> tuple[int, int, tuple[str, ...]]:
-    """Slots, threads and GPUs for this machine: a slot for each GPU, else one for each core that memory allows.
+def choose_place(*, slots: int | None, threads: int | None) -> tuple[int, int, tuple[str, ...]]:
+    """Slots, threads of each and GPUs for this machine, as asked or as it has them.
 
-    A network of our size gains little from a second thread, and two processes of one thread each do more steps.
+    That is a slot for each GPU, and the cores shared out among the slots; else one thread, and as many slots as
+    cores and memory allow. A network of our size gains little from a second thread, and two processes of one thread
+    each do more steps.
     """
-    import psutil
     import torch
 
     gpus = visible_gpus(torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     cores = len(available_cores())
     if gpus:
-        return len(gpus), max(1, cores // len(gpus)), gpus
-    gibibytes = psutil.virtual_memory().available / 2**30
-    return max(1, min(cores, int(gibibytes // 4))), 1, ()
+        slots = slots or len(gpus)
+        return slots, threads or max(1, cores // slots), gpus
+    threads = threads or 1
+    return slots or max(1, min(cores // threads, free_memory() // _BYTES_PER_RUN)), threads, ()
+
+
+def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that new processes may take: of the machine, or of a container that has a limit of its own.
+
+    Args:
+        cgroup: where the system tells of the container (cgroups of version 2).
+    """
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        # Files that were read count as used, and give way.
+        files = re.search(r"^inactive_file (\d+)", (cgroup / "memory.stat").read_text(), re.MULTILINE)
+    except (OSError, ValueError):
+        # No container, or one without a limit, whose memory.max is "max".
+        return free
+    return min(free, max(0, limit - used + (int(files[1]) if files else 0)))
 
 
 def visible_gpus(number: int, allotted: str | None) -> tuple[str, ...]:

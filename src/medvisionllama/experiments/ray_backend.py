@@ -75,6 +75,7 @@ class RayBackend:
             "cpus_per_run": cpus_per_run,
             "gpus_per_run": gpus_per_run,
             "folders": [str(path.resolve()) for path in folders],
+            "cwd": str(Path.cwd()),
             "worker": list(worker),
         }
         with self._log_file.open("ab") as log:

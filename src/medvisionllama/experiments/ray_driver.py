@@ -50,6 +50,8 @@ class Settings:
     cpus_per_run: float
     gpus_per_run: float
     folders: list[str]
+    cwd: str
+    """The launcher's current folder, from which a matrix may name files."""
     worker: list[str]
     """Arguments of Python, before the folder and the run's id."""
 
@@ -117,6 +119,7 @@ class Driver:
         stream = options.remote(
             [*settings.worker, settings.folder, run_id],
             str(self._files(run_id).log),
+            cwd=settings.cwd,
             threads=max(1, int(settings.cpus_per_run)),
             uses_gpu=settings.gpus_per_run > 0,
             environment={name: os.environ[name] for name in _PASSED_ON if name in os.environ},

@@ -49,12 +49,19 @@ def inspect(token: str, folders: Sequence[str], expected: str) -> dict[str, str]
 
 
 def work(
-    arguments: Sequence[str], log: str, *, threads: int, uses_gpu: bool, environment: Mapping[str, str]
+    arguments: Sequence[str],
+    log: str,
+    *,
+    cwd: str,
+    threads: int,
+    uses_gpu: bool,
+    environment: Mapping[str, str],
 ) -> Iterator[str | int]:
     """Run Python with these arguments on this node; yield the node's id at once, and at the end the exit code.
 
     Args:
         log: file that the output is added to.
+        cwd: folder to run in, the launcher's; on a node that lacks it, the one that Ray runs in.
         environment: of the launcher, as far as runs depend on it; what is set on the node stands.
     """
     import ray
@@ -66,10 +73,12 @@ def work(
         # A run that was given no GPU must not find those of its neighbours.
         own["CUDA_VISIBLE_DEVICES"] = ""
     begin = f"{time.strftime('%H:%M:%S')} on {platform.node()}, Ray node {node_id}\n"
-    yield _run([sys.executable, *arguments], Path(log), begin, own)
+    yield _run([sys.executable, *arguments], Path(log), begin, own, cwd)
 
 
-def _run(command: Sequence[str], log: Path, begin: str, environment: Mapping[str, str]) -> int:
+def _run(
+    command: Sequence[str], log: Path, begin: str, environment: Mapping[str, str], cwd: str = "."
+) -> int:
     """Run a command to its end; a cancelled task, a KeyboardInterrupt here, becomes SIGTERM there."""
     log.parent.mkdir(parents=True, exist_ok=True)
     process: subprocess.Popen[bytes] | None = None
@@ -78,7 +87,12 @@ def _run(command: Sequence[str], log: Path, begin: str, environment: Mapping[str
             file.write(begin.encode())
             file.flush()
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=cwd if os.access(cwd, os.X_OK) else None,
             )
         # Ray interrupts the main thread between two instructions, never in a system call: no waiting in one.
         while process.poll() is None:

@@ -18,6 +18,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from medvisionllama._files import (
     write_json,
     write_text,
 )
-from medvisionllama.errors import CheckpointError, DataError, command
+from medvisionllama.errors import CheckpointError, ConfigError, DataError, command
 from medvisionllama.experiments.matrix import Matrix, PlannedRun, expand, read_matrix, variant_name
 
 State = Literal["planned", "running", "interrupted", "failed", "done"]
@@ -96,7 +97,7 @@ class Experiment:
         Runs whose settings the matrix no longer holds keep their folders; they are in no table.
 
         Raises:
-            ConfigError: the matrix cannot be used.
+            ConfigError: the matrix cannot be used, or the folder is that of another experiment.
         """
         matrix = read_matrix(matrix_file)
         # Workers read the file that is about to be replaced: it must be one that they can use.
@@ -105,6 +106,7 @@ class Experiment:
         source = matrix_file.read_text()
         kept = path / "matrix.yaml"
         if not kept.is_file() or kept.read_text() != source:
+            _check_same_name(kept, matrix, matrix_file)
             write_text(kept, source)
         # The current folder is a guess, and must not outlive a better one.
         told = data_root is not None or bool(os.environ.get("MEDVISIONLLAMA_DATA"))
@@ -121,8 +123,15 @@ class Experiment:
         Args:
             matrix_file: or the folder itself.
             out: by default experiments/NAME.
+
+        Raises:
+            ConfigError: a matrix that cannot be used, or a folder and another one as `out`.
         """
         if matrix_file.is_dir():
+            if out is not None and Path(out).resolve() != matrix_file.resolve():
+                raise ConfigError(
+                    f"{matrix_file} is an experiment's folder already; give its matrix file to use {out}"
+                )
             return cls.open(matrix_file, data_root=data_root)
         matrix = read_matrix(matrix_file)
         folder = Path("experiments") / matrix.name if out is None else Path(out)
@@ -196,6 +205,18 @@ def _root(folder: Path, given: Path | None) -> Path:
     told = os.environ.get("MEDVISIONLLAMA_DATA") or _read_facts(folder).get("data_root")
     root = given or Path(told or Path.cwd())
     return root.expanduser().resolve()
+
+
+def _check_same_name(kept: Path, matrix: Matrix, matrix_file: Path) -> None:
+    """Raise ConfigError if a folder's matrix has another name, so that it is no earlier state of this one."""
+    before = matrix.name
+    # One that is not there, or cannot be read any more, is no other experiment's.
+    with suppress(ConfigError):
+        before = read_matrix(kept).name
+    if before != matrix.name:
+        raise ConfigError(
+            f"{kept.parent} holds the experiment {before!r}, and {matrix_file} is {matrix.name!r}; give another folder with --out, or write name: {before} in the matrix to go on there"
+        )
 
 
 def phantom_folder(number: int) -> Path:

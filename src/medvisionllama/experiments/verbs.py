@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from medvisionllama.data.splits import read_splits
 from medvisionllama.errors import ConfigError
 from medvisionllama.experiments.estimate import Estimate, estimate
 from medvisionllama.experiments.launch import Backend, Outcome, launch
@@ -69,8 +70,8 @@ def run(
         data: folder under which the matrix's datasets lie; by default MEDVISIONLLAMA_DATA, or as before.
         backend: processes of this machine, or the nodes of a Ray cluster.
         address: of the Ray cluster; by default RAY_ADDRESS, or one that runs on this machine.
-        slots: runs at a time on this machine; by default one for each GPU, or for each core.
-        threads: of each run; by default 1, or the cores shared out among the GPUs.
+        slots: runs at a time on this machine; by default one for each GPU, or as many as cores and memory allow.
+        threads: of each run; by default 1, or with GPUs the cores shared out among the slots.
         gpus_per_run: of a Ray cluster, by default none; 0.5 lets two runs share one.
         retries: how often a failed run is tried again.
         only: patterns of run ids, as "*-small-*"; by default all.
@@ -80,13 +81,13 @@ def run(
     """
     matrix = Path(matrix)
     root = None if data is None else Path(data)
-    if matrix.is_dir() and out is not None and Path(out).resolve() != matrix.resolve():
-        raise ConfigError(f"{matrix} is an experiment's folder already; give its matrix file to use {out}")
     _check_backend(backend, address=address, slots=slots, gpus_per_run=gpus_per_run)
     experiment = Experiment.look(matrix, out=out, data_root=root)
     chosen = select_runs(expand(experiment.matrix), only)
-    # A dataset that is not there would fail a hundred runs one by one.
+    # A dataset or a division that is not there would fail a hundred runs one by one.
     datasets = {one.task: experiment.data_of(one) for one in {one.task: one for one in chosen}.values()}
+    for file in {one.settings.get("data.splits") for one in chosen} - {None}:
+        read_splits(Path(file).expanduser())
     if not matrix.is_dir():
         experiment = Experiment.create(experiment.path, matrix, data_root=root)
     elif root is not None:
@@ -169,7 +170,8 @@ def report(
     Args:
         matrix: the matrix file, or the experiment's folder.
         reference: the arm to compare with; by default the matrix's. Another one's page goes to a folder of its own.
-        family: comparisons that Holm's correction takes together: all of a measure, or those of each task.
+        family: comparisons that Holm's correction takes together: all of a measure, or those of each task, whose
+            page goes to results/by-task.
         pages: write the page of each run too, with its overlays.
 
     Returns:
@@ -220,7 +222,7 @@ def _make_backend(
     gpus_per_run: float | None,
     datasets: Sequence[Path],
 ) -> Backend:
-    from medvisionllama.experiments.local_backend import LocalBackend, default_place
+    from medvisionllama.experiments.local_backend import LocalBackend, choose_place
 
     if kind == "ray":
         from medvisionllama.experiments.ray_backend import RayBackend
@@ -234,5 +236,5 @@ def _make_backend(
             folders=datasets,
             worker=command(experiment.data_root),
         )
-    usual_slots, usual_threads, gpus = default_place()
-    return LocalBackend(experiment, slots=slots or usual_slots, threads=threads or usual_threads, gpus=gpus)
+    slots, threads, gpus = choose_place(slots=slots, threads=threads)
+    return LocalBackend(experiment, slots=slots, threads=threads, gpus=gpus)

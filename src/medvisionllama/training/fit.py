@@ -169,16 +169,18 @@ def with_absolute_paths(config: Config) -> Config:
     """Resolve paths, so that the run can be used from any folder."""
 
     def absolute(path: Path) -> Path:
-        return path.expanduser().resolve()
+        with suppress(RuntimeError):  # a '~' before what is no user's name
+            path = path.expanduser()
+        return path.resolve()
 
     assert config.data.path is not None, "checked by the caller"
     assert config.out is not None, "checked by the caller"
     splits = None if config.data.splits is None else absolute(config.data.splits)
     data = config.data.model_copy(update={"path": absolute(config.data.path), "splits": splits})
     block = config.network.block
-    local = Path(block.source).expanduser()
+    local = absolute(Path(block.source))
     if block.source not in CATALOG and local.exists():
-        block = block.model_copy(update={"source": str(absolute(local))})
+        block = block.model_copy(update={"source": str(local)})
     network = config.network.model_copy(update={"block": block})
     unlabelled = config.unlabelled
     if isinstance(unlabelled.scans, Path):
@@ -292,9 +294,12 @@ def network_facts(network: TokenSegmenter) -> dict[str, Any]:
 def sessions_of(run_dir: RunDir, loop: TrainingLoop, *, precision: str) -> dict[str, Any]:
     """Machine, versions and revision that a run began with, and under `resumed` those that it went on with.
 
-    Those of now count only if this session has something to train.
+    Those of now count only if this session has something to train. The hardware's `device` is what trains, as a
+    machine may have a GPU that is not used: cpu or cuda.
     """
-    now = {**machine_facts(), "precision": precision}
+    facts = machine_facts()
+    hardware = {**facts["hardware"], "device": loop.accelerator.device.type}
+    now = {**facts, "hardware": hardware, "precision": precision}
     if not loop.state.step:
         return {**now, "resumed": []}
     before = run_dir.read_manifest()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,6 +82,21 @@ def test_a_dataset_that_is_elsewhere_is_a_line_and_no_failure(made, tmp_path):
     assert "--data ROOT" in found.problems[0]
     assert found.num_runs == found.num_unknown == 6
     assert found.hours is None
+
+
+def test_scans_in_the_cache_are_counted_once_for_all_arms(made):
+    runs = expand(made.matrix)
+    few = [run for run in runs if run.fraction == 0.5]
+    # Of 20 patients 4 validate, and 14 train or half of them; a voxel is four bytes of image and one of label.
+    for chosen, cases in ((runs, 18), (few, 11)):
+        found = estimate(made, chosen, timed=False, progress=Silent())
+        assert found.prepared_gigabytes == pytest.approx(cases * 5 * 16**3 / 1e9)
+
+
+def test_a_resampled_scan_has_its_own_label_in_the_cache_too():
+    plan = SimpleNamespace(resize=False, spacing_mm=(2.0, 2.0, 2.0), channels=("T1", "T2"))
+    size = estimating._prepared_bytes((16, 16, 16), (1.0, 1.0, 1.0), plan)
+    assert size == (2 * 4 + 1) * 8**3 + 16**3
 
 
 def test_the_published_study_can_be_planned_without_its_scans(tmp_path, monkeypatch):

@@ -5,10 +5,11 @@ import time
 import pytest
 
 from medvisionllama._files import lock_if_free
+from medvisionllama.errors import DataError
 from medvisionllama.experiments import launch as launching
-from medvisionllama.experiments import ray_backend, verbs, worker
+from medvisionllama.experiments import local_backend, ray_backend, verbs, worker
 from medvisionllama.experiments.launch import Ended, launch
-from medvisionllama.experiments.local_backend import LocalBackend, visible_gpus
+from medvisionllama.experiments.local_backend import LocalBackend, choose_place, free_memory, visible_gpus
 from medvisionllama.experiments.matrix import expand
 from medvisionllama.experiments.store import Experiment
 from medvisionllama.progress import Silent
@@ -162,6 +163,45 @@ def test_slots_take_turns_in_the_gpus_that_were_allotted(experiment):
     backend = LocalBackend(experiment, slots=3, threads=1, gpus=visible_gpus(2, "5,7"))
     chosen = [backend._place(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
     assert chosen == ["5", "7", "5"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "slots", "threads", "chosen"),
+    [
+        (0, None, None, (3, 1)),  # 8 cores, but memory for three
+        (0, None, 4, (2, 4)),
+        (0, None, 16, (1, 16)),
+        (0, 5, None, (5, 1)),
+        (2, None, None, (2, 4)),
+        (2, 4, None, (4, 2)),
+        (2, 16, None, (16, 1)),
+        (2, None, 1, (2, 1)),
+    ],
+)
+def test_slots_and_threads_follow_from_each_other_and_the_machine(gpus, slots, threads, chosen, monkeypatch):
+    monkeypatch.setattr(local_backend, "available_cores", lambda: list(range(8)))
+    monkeypatch.setattr(local_backend, "free_memory", lambda: 15 * 2**30)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert choose_place(slots=slots, threads=threads)[:2] == chosen
+
+
+def test_a_container_has_the_memory_of_its_limit(tmp_path):
+    assert free_memory(tmp_path) > 200 * 2**20, "no container"
+    (tmp_path / "memory.max").write_text(f"{300 * 2**20}\n")
+    (tmp_path / "memory.current").write_text(f"{200 * 2**20}\n")
+    # Of what is used, files that were read give way.
+    (tmp_path / "memory.stat").write_text(f"active_file 7\ninactive_file {50 * 2**20}\n")
+    assert free_memory(tmp_path) == 150 * 2**20
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(tmp_path) > 200 * 2**20
+
+
+def test_a_division_that_is_not_there_is_found_before_the_first_run(tmp_path, write_matrix):
+    (tmp_path / "Task_A").mkdir()
+    matrix = write_matrix(set={"train.max_steps": 5, "data.splits": str(tmp_path / "splits.json")})
+    with pytest.raises(DataError, match=r"splits\.json does not exist"):
+        verbs.run(matrix, out=tmp_path / "out", data=tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_worker_records_what_fails_before_its_run_begins(experiment, monkeypatch):

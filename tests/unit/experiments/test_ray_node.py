@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +65,15 @@ def test_a_command_adds_to_the_log_and_its_exit_code_comes_back(tmp_path):
         command = [sys.executable, "-c", f"print('said {code}', flush=True); raise SystemExit({code})"]
         assert ray_node._run(command, log, "begin\n", dict(os.environ)) == code
     assert log.read_text() == "begin\nsaid 0\nbegin\nsaid 3\n"
+
+
+def test_a_command_runs_in_the_launcher_s_folder_where_there_is_one(tmp_path):
+    log, here = tmp_path / "log.txt", tmp_path / "here"
+    here.mkdir()
+    command = [sys.executable, "-c", "import os; print(os.getcwd())"]
+    for folder in (here, tmp_path / "nowhere"):
+        assert ray_node._run(command, log, "", dict(os.environ), str(folder)) == 0
+    assert log.read_text().split() == [str(here.resolve()), str(Path.cwd())]
 
 
 def test_an_interrupt_becomes_sigterm_and_waits_for_the_save(tmp_path, monkeypatch):

@@ -129,6 +129,25 @@ def test_a_matrix_that_cannot_be_used_replaces_no_other(experiment, write_matrix
     assert (experiment.path / "matrix.yaml").read_text() == before
 
 
+def test_a_folder_is_not_taken_over_by_another_matrix(experiment, write_matrix):
+    before = (experiment.path / "matrix.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"holds the experiment 'mine'.* is 'other'; .*--out"):
+        Experiment.create(experiment.path, write_matrix(name="other"), data_root=None)
+    assert (experiment.path / "matrix.yaml").read_text() == before
+
+
+def test_a_matrix_that_cannot_be_read_any_more_is_replaced(experiment, write_matrix):
+    (experiment.path / "matrix.yaml").write_text("name: [")
+    Experiment.create(experiment.path, write_matrix(), data_root=None)
+    assert Experiment.open(experiment.path).matrix.name == "mine"
+
+
+def test_a_folder_is_looked_at_and_no_other_one_beside_it(experiment, tmp_path):
+    with pytest.raises(ConfigError, match=r"is an experiment's folder already; .*elsewhere"):
+        Experiment.look(experiment.path, out=tmp_path / "elsewhere")
+    assert Experiment.look(experiment.path, out=experiment.path).matrix == experiment.matrix
+
+
 def test_a_guessed_data_root_does_not_outlive_a_better_one(tmp_path, write_matrix, monkeypatch):
     monkeypatch.chdir(tmp_path)
     guessed = Experiment.create(tmp_path / "out", write_matrix(), data_root=None)
