@@ -1,6 +1,7 @@
 """The steps of docs/adding-a-family.md, followed for a family that is not in the table."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,14 @@ def test_the_pages_row_makes_its_familys_block_equal_to_the_whole_model(model, t
     torch.testing.assert_close(output, states[-1], atol=1e-5, rtol=1e-5)
 
 
-def test_the_short_form_that_the_page_names_is_the_same_row():
-    assert families._decoder("olmo2", "Olmo2") == _row()
+def test_the_short_form_that_the_page_names_is_the_same_row_with_more_names_of_tensors():
+    short, row = families._decoder("olmo2", "Olmo2"), _row()
+    names = ("layer_prefixes", "norm_prefixes", "embedding_names")
+    assert replace(short, **{name: getattr(row, name) for name in names}) == row
+    for name in names:
+        known = getattr(short, name)
+        # In the page's order, with those beside an encoder of images between them.
+        assert (known[0], known[-1]) == getattr(row, name)
 
 
 def test_without_the_row_the_family_is_refused(model, tmp_path):

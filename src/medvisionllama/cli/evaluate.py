@@ -58,7 +58,10 @@ def evaluate(
     ] = False,
     tolerance_mm: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Distance within which NSD counts a surface as matched; default 1."),
+        typer.Option(
+            min=0.0,
+            help="Distance within which NSD counts a surface as matched; by default 1, or a run's own setting.",
+        ),
     ] = None,
     patient_pattern: PatientPattern = None,
     out: Annotated[Path | None, typer.Option(help="Write the table of cases here as CSV.")] = None,

@@ -29,7 +29,7 @@ def train(
         float | None, typer.Option(help="Share of the training patients to use, e.g. 0.1.")
     ] = None,
     cases: Annotated[
-        int | None, typer.Option(min=1, help="Number of training cases to use instead of a share.")
+        int | None, typer.Option(min=1, help="Number of training cases to use, in whole patients.")
     ] = None,
     unlabelled: Annotated[
         str | None,

@@ -92,8 +92,8 @@ class DataConfig(Section):
     geometry: Literal["native", "resize"] = "native"
     """Crop at the dataset's median spacing, or squeeze the whole volume into `crop_size`, as published."""
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    """Spacing of training in x, y, z; by default the fingerprint's median, where a crop shows enough of it (see
-    `coarsest_mm`). No effect with geometry=resize."""
+    """Spacing of training in x, y, z; by default the fingerprint's median (see `thick_axis_percentile`), where a
+    crop shows enough of it (see `coarsest_mm`). No effect with geometry=resize."""
     coarsest_mm: Annotated[float, Field(ge=0)] = 2.0
     """Where a crop of `max_crop_voxels` would show less than an eighth of the median scan, or two fifths of a scan
     with thick slices, fine axes are made coarser until it does, but not coarser than this; 0 keeps the scans' own
@@ -127,7 +127,8 @@ class DataConfig(Section):
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the fold's training patients used; smaller shares are subsets of larger ones."""
     num_cases: Positive | None = None
-    """Number of training cases used instead of a fraction; whole patients, nested like fractions."""
+    """Number of training cases used instead of a fraction: whole patients until it is reached, nested like
+    fractions; the last one's cases may exceed it."""
     foreground_share: Share = 0.5
     """Share of crops centred on a labelled voxel, classes taking turns."""
 
@@ -205,7 +206,7 @@ class AugmentConfig(Section):
 class BlockConfig(Section):
     source: str = "smollm2-135m"
     """A name of the catalogue (`medvisionllama llm list`), a local folder or file of safetensors or GGUF, or a
-    Hub id `organisation/name`."""
+    Hub id `organisation/name` or `organisation/name@revision`."""
     layers: Annotated[tuple[int, ...], Field(min_length=1)] = (-1,)
     """Which layers, counted from the front, or from the back if negative: -1, or 0,1, or 28:30 (28 and 29)."""
     weights: BlockWeights = "pretrained"
