@@ -86,7 +86,7 @@ def run(
     chosen = select_runs(expand(experiment.matrix), only)
     # A dataset or a division that is not there would fail a hundred runs one by one.
     datasets = {one.task: experiment.data_of(one) for one in {one.task: one for one in chosen}.values()}
-    for file in {one.settings.get("data.splits") for one in chosen} - {None}:
+    for file in {splits for one in chosen if (splits := one.settings.get("data.splits"))}:
         read_splits(Path(file).expanduser())
     if not matrix.is_dir():
         experiment = Experiment.create(experiment.path, matrix, data_root=root)
