@@ -82,7 +82,8 @@ def make_candidates(volumes_ml: Sequence[Mapping[int, Sequence[float]]]) -> list
     Those are the largest of all classes together, of each class, and of each class within the first.
 
     The volumes are a half and the whole of the smallest labelled component, and a tenth and a half of the smallest
-    main component (the largest of its class in a case): a labelled speck would make the first two useless.
+    main component (the largest of its class in a case): a labelled speck would make the first two useless. None is
+    more than that half, or the next patient's smaller organ would go as a whole.
 
     Args:
         volumes_ml: of each case, the volumes of each class's labelled components.
@@ -91,7 +92,8 @@ def make_candidates(volumes_ml: Sequence[Mapping[int, Sequence[float]]]) -> list
     limits: set[float] = set()
     if found:
         smallest, main = min(map(min, found)), min(map(max, found))
-        limits = {_floor(volume) for volume in (smallest / 2, smallest, main / 10, main / 2)}
+        volumes = (smallest / 2, smallest, main / 10, main / 2)
+        limits = {_floor(volume) for volume in volumes if volume <= main / 2}
     return [
         Cleaning(),
         *(Cleaning(min_component_ml=limit) for limit in sorted(limits)),

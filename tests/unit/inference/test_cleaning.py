@@ -65,8 +65,13 @@ def test_candidates_come_from_the_labelled_components_the_mildest_first():
 
 
 def test_limits_are_rounded_down_so_that_the_smallest_component_stays():
-    limits = [one.min_component_ml for one in make_candidates([{1: [1.23999]}])]
-    assert limits == [0.0, 0.123, 0.619, 1.23, 0.0, 0.0, 0.0]
+    limits = [one.min_component_ml for one in make_candidates([{1: [1.23999, 0.0123999]}])]
+    assert limits == [0.0, 0.00619, 0.0123, 0.123, 0.619, 0.0, 0.0, 0.0]
+
+
+def test_no_limit_is_near_an_organ():
+    limits = [one.min_component_ml for one in make_candidates([{1: [30.0], 2: [50.0, 20.0]}])]
+    assert limits == [0.0, 3.0, 10.0, 15.0, 0.0, 0.0, 0.0]
 
 
 def test_without_any_label_only_the_largest_component_is_tried():
