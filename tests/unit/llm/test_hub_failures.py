@@ -2,12 +2,14 @@
 
 import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from medvisionllama.errors import BlockError
 from medvisionllama.llm import FrozenBlock
+from medvisionllama.llm.http import RemoteFile
 from medvisionllama.llm.sources import open_source
 from payload import Payload
 from range_server import serving
@@ -361,3 +363,29 @@ def _other_version(hub):
 
     path = hub.root / "org/whole/model.safetensors"
     save_file({name: value + 1 for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def remote():
+    """A file whose parts lie here; nothing is asked of a server."""
+    return RemoteFile(SimpleNamespace(repo="org/x", host="nowhere"), "model.safetensors")
+
+
+def test_a_part_that_somebody_made_longer_begins_again(remote, tmp_path, monkeypatch):
+    part, places = tmp_path / "x.part", []
+    part.write_bytes(bytes(20))
+    monkeypatch.setattr(remote, "_copy", lambda place, end, take: places.append(place()) or take(b"a" * 10))
+    remote._bring(part, 100, 110, lambda here: None)
+    assert places == [100]
+    assert part.read_bytes() == b"a" * 10
+
+
+def test_a_part_that_somebody_cut_short_is_no_tensor(remote, tmp_path):
+    part = tmp_path / "x.part"
+    part.write_bytes(b"abc")
+    remote._parts.append(((0, 10), part))
+    buffer = bytearray(3)
+    remote.read_into(memoryview(buffer), 0)
+    assert buffer == b"abc"
+    with pytest.raises(BlockError, match="changed while it was being read"):
+        remote.read_into(memoryview(bytearray(10)), 0)
