@@ -1,9 +1,11 @@
 """Fixtures for every test: scans and datasets made on the spot, the real scans, and a cache of our own."""
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -38,6 +40,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(number)
+
+
+@pytest.fixture
+def unlistable(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`unlistable(name)`: no folder of that name may be listed; by hand, as root may list everything."""
+
+    def refuse(name: str) -> None:
+        scandir = os.scandir
+
+        def refusing(path: str) -> Any:
+            if Path(path).name == name:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refusing)
+
+    return refuse
 
 
 @pytest.fixture(scope="session")

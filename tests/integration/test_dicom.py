@@ -1,8 +1,6 @@
 """DICOM in, DICOM out: through the command line, on real series and on odd folders."""
 
-import errno
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -209,18 +207,10 @@ def test_a_damaged_series_beside_a_scan_stops_only_itself(run, phantoms, tmp_pat
     assert (tmp_path / "m" / "phantom_000.nii.gz").is_file()
 
 
-def test_a_folder_that_cannot_be_listed_is_told_in_one_line(run, tmp_path, cli, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_told_in_one_line(run, tmp_path, cli, unlistable):
     for name in ("P001", "P002"):
         save(classic(np.ones((8, 8, 8), np.int16)), tmp_path / "cohort" / name)
-    scandir = os.scandir
-
-    def refuse(path):
-        # By hand: who runs tests as root may list everything.
-        if Path(path).name == "P002":
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    unlistable("P002")
     outcome = cli("predict", run, tmp_path / "cohort", "--out", tmp_path / "m")
     assert outcome.code == 2
     [line] = [line for line in outcome.err.splitlines() if line.startswith("medvisionllama: ")]

@@ -1,12 +1,10 @@
 """DICOM series in: every voxel where the file says, against GDCM and against what was written."""
 
 import copy
-import errno
 import logging
 import os
 import shutil
 import warnings
-from pathlib import Path
 from threading import Event, Thread
 
 import numpy as np
@@ -415,19 +413,11 @@ def test_links_are_followed_and_end_where_they_lead_back(tmp_path):
     np.testing.assert_array_equal(read_voxels(series)[0], stored.transpose(2, 1, 0))
 
 
-def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, unlistable):
     datasets = classic(voxels())
     save(datasets[:3], tmp_path / "a")
     save(datasets[3:], tmp_path / "b")
-    scandir = os.scandir
-
-    def refuse(path):
-        # By hand: who runs tests as root may list everything.
-        if Path(path).name == "b":
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    unlistable("b")
     with pytest.raises(PermissionError) as caught:
         find_series(tmp_path)
     assert caught.value.filename == str(tmp_path / "b")
