@@ -177,6 +177,8 @@ def test_a_driver_that_is_told_to_stop_waits_for_its_cell(module, tmp_path, numb
     )
     where = Path(module("few_shot").__file__).parent
     driver.write_text(
+        # A job in the background, as tests may be, ignores Ctrl-C, and so do the processes that it starts.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"import sys; sys.path.insert(0, {str(where)!r})\n"
         "from few_shot import run_to_end\n"
         f"sys.exit(run_to_end([sys.executable, {str(cell)!r}]))\n"
