@@ -29,6 +29,7 @@ def train(
     fraction: float | None = None,
     cases: int | None = None,
     unlabelled: Path | str | None = None,
+    start_from: Path | str | None = None,
     max_minutes: float | None = None,
     epochs: int | None = None,
     members: int | None = None,
@@ -45,6 +46,7 @@ def train(
         fold: which one validates; `all` trains on every labelled case, and leaves none to validate or test.
         unlabelled: folder of scans without labels to learn from too, or `unused`: the cases that `cases` or
             `fraction` leave out, without their labels.
+        start_from: an earlier run, on this dataset or another, to begin with the weights of, where they fit.
         members: networks that train side by side in the same minutes; `predict` and `evaluate` average them.
         overrides: further settings, as `["network.insert=none"]`.
         resume: go on with the run in `out`, whose own settings then hold; limits, learning rate, precision and the
@@ -67,6 +69,7 @@ def train(
         "data.fraction": fraction,
         "data.num_cases": cases,
         "unlabelled.scans": unlabelled,
+        "train.start_from": start_from,
         "train.members": members,
     }
     chosen |= {key: value for key, value in parts.items() if value is not None}
@@ -384,7 +387,14 @@ def _joined(options: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
 
 def _check_changeable(before: Config, after: Config, chosen: Iterable[str]) -> None:
     """Refuse to resume with settings that would make it another run."""
-    fixed = {"train.seed", "train.optimizer", "train.ema_decay", "train.batch_size", "train.accumulate"}
+    fixed = {
+        "train.seed",
+        "train.start_from",
+        "train.optimizer",
+        "train.ema_decay",
+        "train.batch_size",
+        "train.accumulate",
+    }
     for key in set(chosen) - {"data.path", "out"}:
         was, now = (reduce(getattr, key.split("."), config) for config in (before, after))
         if was != now and (key in fixed or not key.startswith(("train.", "inference."))):

@@ -38,6 +38,13 @@ def train(
             metavar="SCANS",
         ),
     ] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Earlier run, on this dataset or another, to begin with the weights of, where they fit.",
+            metavar="RUN",
+        ),
+    ] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Stop training after so many minutes.")] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many passes over the training cases.")
@@ -92,6 +99,7 @@ def train(
         fraction=fraction,
         cases=cases,
         unlabelled=unlabelled,
+        start_from=start_from,
         max_minutes=max_minutes,
         epochs=epochs,
         members=members,

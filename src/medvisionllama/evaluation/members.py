@@ -1,13 +1,13 @@
 """Runs that are measured as one: none may have seen the scored patients, and their files have own names."""
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
-from medvisionllama.config import read_config
-from medvisionllama.data.index import Case, Dataset, patient_of
-from medvisionllama.errors import CheckpointError, ConfigError, DataError
+from medvisionllama.data.index import Case, Dataset
+from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.evaluation.evaluate import Split
 from medvisionllama.run_dir import RunDir
+from medvisionllama.training.seen import patients_by_part
 
 _LONGEST_NAME = 100
 
@@ -59,34 +59,6 @@ def name_ensemble(first: RunDir, also: Sequence[RunDir]) -> str:
         names.append(path.name + (f"-{_digits(str(path))}" if elsewhere else ""))
     name = "-".join(sorted(names))
     return f"with-{name}" if len(name) <= _LONGEST_NAME else f"with-{len(also)}-runs-{_digits(name)}"
-
-
-def patients_by_part(member: RunDir, cases: Iterable[Case]) -> dict[str, set[str]]:
-    """Patients that trained and validated a run.
-
-    Args:
-        cases: whose patients are known; of others the run's own pattern tells.
-
-    Raises:
-        CheckpointError: the manifest does not say whom it has seen.
-    """
-    try:
-        manifest = member.read_manifest()
-        parts = {part: list(manifest["cases"][part]) for part in ("train", "validation")}
-        unlabelled: dict[str, str] = manifest.get("unlabelled", {})
-    except (KeyError, TypeError):
-        raise CheckpointError(
-            f"{member.manifest} does not say which cases the run has seen, so a leak cannot be excluded; restore it or leave the run out"
-        ) from None
-    pattern = read_config(member.config).data.patient_pattern
-    known = {case.case_id: case.patient_id for case in cases}
-    patients = {
-        part: {known[name] if name in known else patient_of(name, pattern) for name in names}
-        for part, names in parts.items()
-    }
-    # They trained as well, if without their labels.
-    patients["train"] |= {known.get(name, patient) for name, patient in unlabelled.items()}
-    return patients
 
 
 def _digits(text: str) -> str:

@@ -75,6 +75,11 @@ class LearnedPositions(nn.Module):
     def forward(self, tokens: Tokens) -> Tokens:
         return tokens + self.table
 
+    def interpolated(self, table: Tensor, grid: Triple) -> Tensor:
+        """Positions `[1, n, d]` of another grid of tokens, brought onto this one (trilinear)."""
+        cells = table.unflatten(1, grid).movedim(-1, 1)
+        return F.interpolate(cells, self.grid, mode="trilinear").flatten(2).transpose(1, 2)
+
 
 class VisionTransformer(nn.Sequential):
     """Positions, if a grid is given, then `depth` blocks; with neither it is the identity."""

@@ -22,10 +22,10 @@ from medvisionllama.evaluation.explain.job import (
 )
 from medvisionllama.evaluation.explain.summary import summarise_scores
 from medvisionllama.evaluation.explain.targets import ScanToExplain, scans_to_explain
-from medvisionllama.evaluation.members import patients_by_part
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.reports.activations import Heading, warnings_on, write_case_page, write_summary_page
 from medvisionllama.run_dir import RunDir
+from medvisionllama.training.seen import patients_by_part
 
 
 @dataclass(frozen=True)

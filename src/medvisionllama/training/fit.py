@@ -40,6 +40,7 @@ from medvisionllama.training.processes import (
     meet,
 )
 from medvisionllama.training.self_training import SelfTraining
+from medvisionllama.training.start import begin_with, check_strangers, read_start, started_words
 from medvisionllama.training.validation import validate_cases
 
 _IN_VAIN = (
@@ -113,14 +114,28 @@ def _fit(
             else:
                 run_dir.check_unused()
             check_insert(config.network)
+        start = None
+        # A run that goes on has them in its own weights, and the earlier run may be gone.
+        if config.train.start_from is not None and not run_dir.state.is_file():
+            start = read_start(RunDir(config.train.start_from))
         data = prepare_data(config, drawn=run_dir.splits if resume else config.data.splits, progress=progress)
         if resume:
             check_unchanged(run_dir, data)
+        if start is not None:
+            check_strangers(start, data)
     if not run_dir.state.is_file():
         check_time_left(config, processes.first(time.monotonic() - started), progress)
     torch.manual_seed(config.train.seed)
     network = fast_layout(build_network(config.network, **data.plan.network_shapes, seed=config.train.seed))
     facts = network_facts(network)
+    started_from = None
+    if start is not None:
+        started_from = begin_with(
+            network, start, config=config.network, plan=data.plan, frozen_sha256=facts["frozen_sha256"]
+        )
+        progress.say(started_words(started_from, num_parameters=facts["trainable_parameters"]))
+    elif run_dir.state.is_file():
+        started_from = run_dir.read_manifest().get("started_from")
     loop = TrainingLoop(
         SupervisedSegmenter(
             network, num_outputs=data.plan.num_outputs, auxiliary_weight=config.train.auxiliary_weight
@@ -141,7 +156,7 @@ def _fit(
         loop.resume()
         if processes.is_main:
             sessions = sessions_of(run_dir, loop, precision=accelerator.mixed_precision)
-            write_run_files(run_dir, config, data, facts, sessions)
+            write_run_files(run_dir, config, data, facts, {**sessions, "started_from": started_from})
         progress.say(f"training on {device_words(config.train.device, config.train.precision)}")
         if config.train.members > 1:
             progress.say(
@@ -185,7 +200,11 @@ def with_absolute_paths(config: Config) -> Config:
     unlabelled = config.unlabelled
     if isinstance(unlabelled.scans, Path):
         unlabelled = unlabelled.model_copy(update={"scans": absolute(unlabelled.scans)})
-    changes = {"data": data, "network": network, "unlabelled": unlabelled, "out": absolute(config.out)}
+    train = config.train
+    if train.start_from is not None:
+        train = train.model_copy(update={"start_from": absolute(train.start_from)})
+    parts = {"data": data, "network": network, "unlabelled": unlabelled, "train": train}
+    changes = {**parts, "out": absolute(config.out)}
     return config.model_copy(update=changes)
 
 

@@ -158,7 +158,11 @@ def member_config(config: Config, number: int) -> Config:
     assert config.out is not None, "checked by the caller"
     # Not the next seeds, which may be those of other runs that this one is compared with.
     seed = int(np.random.SeedSequence((config.train.seed, number)).generate_state(1)[0])
-    train = config.train.model_copy(update={"members": 1, "seed": seed})
+    start = config.train.start_from
+    # Networks that were others before stay others; a run of one gives all of them the same.
+    if start is not None and RunDir(start).member(number).best.is_file():
+        start = RunDir(start).member(number).path
+    train = config.train.model_copy(update={"members": 1, "seed": seed, "start_from": start})
     run_dir = RunDir(config.out)
     data = config.data.model_copy(update={"splits": run_dir.splits})
     return config.model_copy(update={"train": train, "data": data, "out": run_dir.member(number).path})
