@@ -292,7 +292,9 @@ def _after_five_steps(*, echo_seconds):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_to_one_process_ends_the_run(start, number, phantoms, tmp_path):
     run = RunDir(tmp_path / "run")
-    process = start(TORCHRUN, ["-m", "medvisionllama"], phantoms, run.path, "--epochs", 2000, *settings())
+    # The first save comes at once, and the run does not end by itself.
+    arguments = ["--epochs", 2000, *settings(train__save_seconds=0.1)]
+    process = start(TORCHRUN, ["-m", "medvisionllama"], phantoms, run.path, *arguments)
     wait_for(run.state, process)
     os.kill(worker(process, 1), number)
     _, errors = finish(process)
