@@ -1,6 +1,8 @@
 """Runs that begin with the weights of an earlier run."""
 
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -119,16 +121,16 @@ def test_what_was_trained_around_another_block_begins_anew(phantoms, tmp_path):
     with_block = {"network__insert": "llm", "network__gate": "zero"}
     first = train(phantoms, tmp_path / "first", **with_block, network__block__weights="random", train__seed=1)
     same = stay(phantoms, tmp_path / "same", first, **with_block, network__block__weights="identity")
-    assert {name.partition(".")[0] for name in fresh(same)} == {"insert"}
+    assert fresh(same) == {"insert"}
     gate = load_file(same.best)["insert.gate"]
     assert float(gate.abs().max()) < 1e-6
     assert float(load_file(first.best)["insert.gate"].abs().max()) > 1e-4
 
 
 def test_patients_it_has_seen_may_not_score_the_run(phantoms, earlier, tmp_path):
-    with pytest.raises(DataError, match=r"is to validate this run, so the result would leak.*splits\.json"):
+    with pytest.raises(DataError, match=r"who validates this run, so the result would leak.*splits\.json"):
         train(phantoms, tmp_path / "run", earlier=earlier, data__fold=1)
-    with pytest.raises(DataError, match="is to test this run"):
+    with pytest.raises(DataError, match="who tests this run"):
         # Another seed's test patient trained or validated there, whoever validates here.
         train(
             phantoms,
@@ -138,13 +140,17 @@ def test_patients_it_has_seen_may_not_score_the_run(phantoms, earlier, tmp_path)
             data__fold="0",
         )
     assert not (tmp_path / "run").exists()
+    seen = earlier.read_manifest()["cases"]["train"][0]
+    with pytest.raises(DataError, match="who is excluded from this run"):
+        # A double of somebody who scores, perhaps.
+        train(phantoms, tmp_path / "run", earlier=earlier, data__splits=earlier.splits, data__exclude=[seen])
     # Nobody scores it.
     assert train(phantoms, tmp_path / "all", earlier=earlier, data__fold="all").best.is_file()
 
 
 def test_a_chain_remembers_everybody(phantoms, earlier, others, tmp_path):
     between = train(others(), tmp_path / "between", earlier=earlier)
-    assert set(between.read_manifest()["started_from"]["patients"]["train"]) == set(
+    assert set(between.read_manifest()["started_from"]["seen"]["train"]) == set(
         earlier.read_manifest()["cases"]["train"]
     )
     with pytest.raises(DataError, match="would leak"):
@@ -184,9 +190,35 @@ def test_what_cannot_be_begun_with_is_one_line(phantoms, earlier, cli, tmp_path)
         "train", phantoms, "--out", tmp_path / "run", "--preset", "segresnet", "--start-from", earlier.path
     )
     assert outcome.code == 2
-    assert "no weight of" in outcome.err
-    assert "--preset" in outcome.err
+    assert "no layer of" in outcome.err
+    assert "give --preset small" in outcome.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_set_that_has_grown_goes_on_by_the_division_it_had(phantoms, cli, tmp_path):
+    facts = json.loads((phantoms / "dataset.json").read_text())
+    grown = shutil.copytree(phantoms, tmp_path / "hearts")
+
+    def label(number):
+        (grown / "dataset.json").write_text(json.dumps(facts | {"training": facts["training"][:number]}))
+
+    label(5)
+    first = train(grown, tmp_path / "first")
+    label(8)
+    seed = seed_that_tests_whom_it_saw(grown, first)
+    with pytest.raises(DataError, match="would leak") as error:
+        train(grown, tmp_path / "second", earlier=first, data__split_seed=seed)
+    words = re.search(r"medvisionllama (data split .*? NEW)", str(error.value))
+    assert words
+    new = tmp_path / "new.json"
+    given = {"DATA": grown, "NEW": new}
+    assert cli(*(given.get(word, word) for word in shlex.split(words[1]))).code == 0
+    second = train(grown, tmp_path / "second", earlier=first, data__splits=new)
+    for part, names in first.read_manifest()["cases"].items():
+        assert set(second.read_manifest()["cases"][part]) >= set(names)
+    outcome = cli("data", "split", grown, "--keep", first.splits, "--seed", 3, "--out", tmp_path / "x.json")
+    assert outcome.code == 2
+    assert "has its own seed" in outcome.err
 
 
 def seed_that_tests_whom_it_saw(data, earlier):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from medvisionllama.config import load_config
 from medvisionllama.config.load import parse_overrides
-from medvisionllama.errors import DataError
+from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.progress import Progress
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def split(
     data: Path | str,
     *,
     out: Path | str,
-    seed: int = 0,
+    seed: int | None = None,
+    keep: Path | str | None = None,
     patient_pattern: str | None = None,
     exclude: Sequence[str] = (),
 ) -> "Splits":
@@ -109,18 +110,26 @@ def split(
 
     Args:
         out: the splits file; `data.splits` takes it.
+        seed: 0 by default.
+        keep: splits of fewer patients, all of whom stay where they are; the new ones are added to them.
         patient_pattern: regular expression whose first group is the patient in a case's name.
         exclude: cases and patients to leave out.
 
     Raises:
         DataError: a dataset that cannot be divided, or `out` is there and holds anything else.
+        ConfigError: a seed for splits that are kept, which have their own.
     """
     from medvisionllama.data.index import open_dataset
-    from medvisionllama.data.splits import make_splits, read_splits, write_splits
+    from medvisionllama.data.splits import extend_splits, make_splits, read_splits, write_splits
 
+    if keep is not None and seed is not None:
+        raise ConfigError(f"{keep} has its own seed, by which new patients are added; leave --seed out")
     out = Path(out)
     dataset = open_dataset(Path(data), patient_pattern=patient_pattern, exclude=exclude)
-    splits = make_splits(dataset.patients, seed=seed)
+    if keep is None:
+        splits = make_splits(dataset.patients, seed=seed or 0)
+    else:
+        splits = extend_splits(read_splits(Path(keep)), dataset.patients)
     if out.exists():
         # What is damaged or no division at all is left alone too.
         with suppress(DataError):

@@ -34,14 +34,23 @@ def fingerprint(data: Data, as_json: Json = False) -> None:
 def split(
     data: Data,
     out: Annotated[Path, typer.Option(help="Where to write the splits file.")],
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draw; 0 by default.")] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            help="Splits file of fewer patients, as a run's own: all stay where they are, the new ones are added.",
+            metavar="SPLITS",
+        ),
+    ] = None,
     patient_pattern: PatientPattern = None,
     exclude: Exclude = None,
 ) -> None:
     """Divide the patients into test and five folds, and write them with a hash."""
     from medvisionllama import api
 
-    splits = api.split(data, out=out, seed=seed, patient_pattern=patient_pattern, exclude=exclude or ())
+    splits = api.split(
+        data, out=out, seed=seed, keep=keep, patient_pattern=patient_pattern, exclude=exclude or ()
+    )
     fold = splits.folds[0]
     number = len(splits.test) + len(fold.train) + len(fold.validation)
     typer.echo(

@@ -383,7 +383,8 @@ class NetworkConfig(Section):
 class TrainConfig(Section):
     start_from: Path | None = None
     """Folder of an earlier run, on this dataset or another, whose best weights this run begins with: those of the
-    same name and shape, outputs where the classes are the same. None of its patients may validate or test here."""
+    same name and shape, outputs where the classes are the same. Nobody who trained it may validate or test here,
+    and nobody who validated it may test."""
     epochs: Positive | None = None
     """Stop after so many passes over the training cases."""
     max_steps: Positive | None = None

@@ -89,6 +89,35 @@ def make_splits(patients: Mapping[str, str], *, seed: int = 0) -> Splits:
     return Splits(seed, tuple(sorted(test)), tuple(folds))
 
 
+def patients_of(splits: Splits) -> set[str]:
+    """Everyone whom a division knows."""
+    return {*splits.test, *(patient for fold in splits.folds for patient in (*fold.train, *fold.validation))}
+
+
+def extend_splits(splits: Splits, patients: Mapping[str, str]) -> Splits:
+    """Divide the patients whom a division does not know, and leave all others where they are.
+
+    Newcomers fill the test up to its tenth. The rest validate, each in the fold that has fewest, and train in the
+    others behind those who were there, so that a smaller number of cases takes the same ones as before.
+
+    Args:
+        patients: patient of each case.
+    """
+    known = patients_of(splits)
+    unknown = sorted(set(patients.values()) - known)
+    order = [unknown[index] for index in np.random.default_rng(splits.seed).permutation(len(unknown))]
+    num_test = max(0, round(TEST_SHARE * (len(known) + len(unknown))) - len(splits.test))
+    test, rest = order[:num_test], order[num_test:]
+    validation = [list(fold.validation) for fold in splits.folds]
+    for patient in rest:
+        min(validation, key=len).append(patient)
+    folds = tuple(
+        Fold((*fold.train, *(patient for patient in rest if patient not in of_fold)), tuple(sorted(of_fold)))
+        for fold, of_fold in zip(splits.folds, validation, strict=True)
+    )
+    return Splits(splits.seed, tuple(sorted((*splits.test, *test))), folds)
+
+
 def select(
     splits: Splits,
     patients: Mapping[str, str],
@@ -117,7 +146,7 @@ def select(
     unknown = set(patients.values()) - {*splits.test, *chosen.train, *chosen.validation}
     if unknown:
         raise DataError(
-            f"the patient {min(unknown)!r} is in no part of the splits; draw new splits for this dataset"
+            f"the patient {min(unknown)!r} is in no part of the splits; draw new splits for this dataset, or add the newcomers to these with: {command('data split', 'DATA', '--keep', 'SPLITS', '--out', 'NEW')}"
         )
     cases: dict[str, list[str]] = {}
     for case_id, patient in patients.items():

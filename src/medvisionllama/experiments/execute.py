@@ -19,6 +19,7 @@ from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir, code_words, sessions
 from medvisionllama.training.fit import RunResult, fit, with_absolute_paths
 from medvisionllama.training.prepare import prepare_data
+from medvisionllama.training.seen import patients_by_part
 
 _TRAINED = ("steps", "seconds", "validation_dice")
 
@@ -93,7 +94,10 @@ def _facts(files: RunFiles, dice: dict[str, float], evaluation_seconds: float) -
     run_dir = RunDir(files.path)
     config = read_config(run_dir.config)
     manifest, history = run_dir.read_manifest(), run_dir.read_history()
-    patients = open_configured(config.data).patients
+    dataset = open_configured(config.data)
+    # Those too by whom the run was trained or chosen that it began with.
+    seen = patients_by_part(run_dir, dataset.cases)
+    patients = {**seen, "test": {dataset.patients[name] for name in manifest["cases"]["test"]}}
     # Of a run that went on on another machine the last one is named.
     last = sessions(manifest)[-1]
     hardware = last["hardware"]
@@ -105,9 +109,7 @@ def _facts(files: RunFiles, dice: dict[str, float], evaluation_seconds: float) -
         "splits_sha256": manifest["splits_sha256"],
         "data_sha256": manifest["data_sha256"],
         "cases": {part: len(names) for part, names in manifest["cases"].items()},
-        "patients": {
-            part: sorted({patients[name] for name in names}) for part, names in manifest["cases"].items()
-        },
+        "patients": {part: sorted(names) for part, names in patients.items()},
         **json.loads(files.trained.read_text()),
         "evaluation_seconds": round(evaluation_seconds, 2),
         "test_dice": dice,

@@ -15,6 +15,7 @@ from medvisionllama.experiments.launch import Backend, Outcome, launch
 from medvisionllama.experiments.matrix import PlannedRun, expand
 from medvisionllama.experiments.store import Experiment, State
 from medvisionllama.progress import Progress, Silent
+from medvisionllama.run_dir import RunDir
 
 
 def plan(
@@ -84,10 +85,15 @@ def run(
     _check_backend(backend, address=address, slots=slots, gpus_per_run=gpus_per_run)
     experiment = Experiment.look(matrix, out=out, data_root=root)
     chosen = select_runs(expand(experiment.matrix), only)
-    # A dataset or a division that is not there would fail a hundred runs one by one.
+    # A dataset, a division or an earlier run that is not there would fail a hundred runs one by one.
     datasets = {one.task: experiment.data_of(one) for one in {one.task: one for one in chosen}.values()}
     for file in {splits for one in chosen if (splits := one.settings.get("data.splits"))}:
         read_splits(Path(file).expanduser())
+    starts = [
+        Path(path).expanduser() for path in {one.settings.get("train.start_from") for one in chosen} if path
+    ]
+    for start in starts:
+        RunDir(start).check()
     if not matrix.is_dir():
         experiment = Experiment.create(experiment.path, matrix, data_root=root)
     elif root is not None:
@@ -99,7 +105,7 @@ def run(
         slots=slots,
         threads=threads,
         gpus_per_run=gpus_per_run,
-        datasets=list(datasets.values()),
+        folders=[*datasets.values(), *starts],
     )
     return launch(experiment, chosen, workers, retries=retries, progress=progress or Silent())
 
@@ -220,7 +226,7 @@ def _make_backend(
     slots: int | None,
     threads: int | None,
     gpus_per_run: float | None,
-    datasets: Sequence[Path],
+    folders: Sequence[Path],
 ) -> Backend:
     from medvisionllama.experiments.local_backend import LocalBackend, choose_place
 
@@ -233,7 +239,7 @@ def _make_backend(
             address=address,
             cpus_per_run=threads or 1,
             gpus_per_run=gpus_per_run or 0.0,
-            folders=datasets,
+            folders=folders,
             worker=command(experiment.data_root),
         )
     slots, threads, gpus = choose_place(slots=slots, threads=threads)

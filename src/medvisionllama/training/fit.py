@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ from medvisionllama.training.processes import (
     launched_in_vain,
     meet,
 )
+from medvisionllama.training.seen import check_strangers
 from medvisionllama.training.self_training import SelfTraining
-from medvisionllama.training.start import begin_with, check_strangers, read_start, started_words
+from medvisionllama.training.start import begin_with, read_start, started_words
 from medvisionllama.training.validation import validate_cases
 
 _IN_VAIN = (
@@ -118,24 +120,22 @@ def _fit(
         # A run that goes on has them in its own weights, and the earlier run may be gone.
         if config.train.start_from is not None and not run_dir.state.is_file():
             start = read_start(RunDir(config.train.start_from))
-        data = prepare_data(config, drawn=run_dir.splits if resume else config.data.splits, progress=progress)
+        strangers = None if start is None else partial(check_strangers, start.run_dir, config.data)
+        drawn = run_dir.splits if resume else config.data.splits
+        data = prepare_data(config, drawn=drawn, progress=progress, check_division=strangers)
         if resume:
             check_unchanged(run_dir, data)
-        if start is not None:
-            check_strangers(start, data)
     if not run_dir.state.is_file():
         check_time_left(config, processes.first(time.monotonic() - started), progress)
     torch.manual_seed(config.train.seed)
     network = fast_layout(build_network(config.network, **data.plan.network_shapes, seed=config.train.seed))
-    facts = network_facts(network)
     started_from = None
     if start is not None:
-        started_from = begin_with(
-            network, start, config=config.network, plan=data.plan, frozen_sha256=facts["frozen_sha256"]
-        )
-        progress.say(started_words(started_from, num_parameters=facts["trainable_parameters"]))
+        started_from = begin_with(network, start, config=config, plan=data.plan)
+        progress.say(started_words(started_from, network))
     elif run_dir.state.is_file():
         started_from = run_dir.read_manifest().get("started_from")
+    facts = network_facts(network)
     loop = TrainingLoop(
         SupervisedSegmenter(
             network, num_outputs=data.plan.num_outputs, auxiliary_weight=config.train.auxiliary_weight
@@ -157,6 +157,7 @@ def _fit(
         if processes.is_main:
             sessions = sessions_of(run_dir, loop, precision=accelerator.mixed_precision)
             write_run_files(run_dir, config, data, facts, {**sessions, "started_from": started_from})
+        say_long_warmup(config, loop.timetable.total_steps, progress)
         progress.say(f"training on {device_words(config.train.device, config.train.precision)}")
         if config.train.members > 1:
             progress.say(
@@ -243,6 +244,15 @@ def check_time_left(config: Config, seconds: float, progress: Progress) -> None:
             f"{words}, so none is left for training; they are kept, so give the same command again, or a larger --max-minutes"
         )
     progress.say(f"{words}; they are kept for the next run")
+
+
+def say_long_warmup(config: Config, total_steps: int | None, progress: Progress) -> None:
+    """Say so if a run limited by epochs or steps ends before its learning rate is anywhere near what was set."""
+    warmup = config.train.warmup_steps
+    if total_steps is not None and warmup > total_steps / 3:
+        progress.say(
+            f"look at this: warm-up takes {warmup} of the {total_steps} steps of this run, so it hardly reaches its learning rate; train longer, or give --set train.warmup_steps={total_steps // 10}"
+        )
 
 
 def say_never_found(run_dir: RunDir, num_cases: int, progress: Progress) -> None:

@@ -22,7 +22,7 @@ from typing import IO
 import numpy as np
 import torch
 
-from medvisionllama.config import Config
+from medvisionllama.config import Config, read_config
 from medvisionllama.devices import thread_limits
 from medvisionllama.errors import ConfigError, OtherProcessError
 from medvisionllama.progress import Progress
@@ -159,9 +159,10 @@ def member_config(config: Config, number: int) -> Config:
     # Not the next seeds, which may be those of other runs that this one is compared with.
     seed = int(np.random.SeedSequence((config.train.seed, number)).generate_state(1)[0])
     start = config.train.start_from
-    # Networks that were others before stay others; a run of one gives all of them the same.
-    if start is not None and RunDir(start).member(number).best.is_file():
-        start = RunDir(start).member(number).path
+    # Networks that were others before stay others; a run of one gives all of them the same. One that goes on has
+    # its weights, and the earlier run may be gone.
+    if start is not None and (before := RunDir(start)).config.is_file():
+        start = before.member(number).path if number <= read_config(before.config).train.members else start
     train = config.train.model_copy(update={"members": 1, "seed": seed, "start_from": start})
     run_dir = RunDir(config.out)
     data = config.data.model_copy(update={"splits": run_dir.splits})

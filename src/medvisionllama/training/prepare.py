@@ -1,7 +1,7 @@
 """From a dataset's folder to what training needs: division, plan, and preprocessed cases."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,16 +42,25 @@ class PreparedData:
         return {"splits_sha256": self.splits.sha256, "data_sha256": canonical_hash(content)}
 
 
-def prepare_data(config: Config, *, drawn: Path | None, progress: Progress) -> PreparedData:
+def prepare_data(
+    config: Config,
+    *,
+    drawn: Path | None,
+    progress: Progress,
+    check_division: Callable[[Dataset, Splits, Selection], None] | None = None,
+) -> PreparedData:
     """Divide, plan from the cases that are not kept for the test, and preprocess this run's.
 
     Args:
         drawn: a splits file to obey; without one, splits are drawn by `data.split_seed`.
+        check_division: may refuse who trains, validates and tests, before a scan is read.
 
     Raises:
         DataError: the dataset cannot be used as it is.
     """
     dataset, splits, selection = divide(config, drawn=drawn)
+    if check_division is not None:
+        check_division(dataset, splits, selection)
     seen = [case for case in dataset.cases if case.case_id not in set(selection.test)]
     found = fingerprint(dataset, only={case.case_id for case in seen})
     _say_warnings(dataset, found, progress)

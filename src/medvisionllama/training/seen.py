@@ -1,15 +1,46 @@
 """Whom a run has seen: the patients by whom its weights were trained or chosen, as its folder tells."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any
 
-from medvisionllama.config import read_config
-from medvisionllama.data.index import Case, patient_of
-from medvisionllama.errors import CheckpointError
+from medvisionllama.config import DataConfig, read_config
+from medvisionllama.data.index import Case, Dataset, patient_of
+from medvisionllama.data.splits import Selection, Splits, patients_of, read_splits
+from medvisionllama.errors import CheckpointError, DataError, command
 from medvisionllama.run_dir import RunDir
+
+Seen = dict[str, dict[str, str]]
+"""Patient of each case, of those that trained a run and of those that validated it."""
+
+
+def seen_by(run_dir: RunDir) -> Seen:
+    """Cases that trained and validated a run, or any run whose weights it began with.
+
+    Raises:
+        CheckpointError: the manifest does not say whom it has seen.
+    """
+    config = read_config(run_dir.config)
+    try:
+        manifest: dict[str, Any] = run_dir.read_manifest()
+        named = {part: list(manifest["cases"][part]) for part in ("train", "validation")}
+        # They trained as well, if without their labels. Only runs of before there were any may not mention them.
+        without_labels: dict[str, str] = (
+            manifest.get("unlabelled", {}) if config.unlabelled.scans == "none" else manifest["unlabelled"]
+        )
+        before: Seen = manifest["started_from"]["seen"] if manifest.get("started_from") else {}
+        pattern = config.data.patient_pattern
+        seen = {part: {name: patient_of(name, pattern) for name in names} for part, names in named.items()}
+        seen["train"] |= without_labels
+        return {part: {**before.get(part, {}), **cases} for part, cases in seen.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{run_dir.manifest} does not say which cases the run has seen, so a leak cannot be excluded; restore it or leave the run out"
+        ) from None
 
 
 def patients_by_part(run_dir: RunDir, cases: Iterable[Case]) -> dict[str, set[str]]:
-    """Patients that trained and validated a run, or the run whose weights it began with.
+    """Patients that trained and validated a run, or any run whose weights it began with.
 
     Args:
         cases: whose patients are known; of others the run's own pattern tells.
@@ -17,21 +48,75 @@ def patients_by_part(run_dir: RunDir, cases: Iterable[Case]) -> dict[str, set[st
     Raises:
         CheckpointError: the manifest does not say whom it has seen.
     """
-    try:
-        manifest = run_dir.read_manifest()
-        parts = {part: list(manifest["cases"][part]) for part in ("train", "validation")}
-        unlabelled: dict[str, str] = manifest.get("unlabelled", {})
-        before: dict[str, list[str]] = (manifest.get("started_from") or {"patients": {}})["patients"]
-    except (AttributeError, KeyError, TypeError):
-        raise CheckpointError(
-            f"{run_dir.manifest} does not say which cases the run has seen, so a leak cannot be excluded; restore it or leave the run out"
-        ) from None
-    pattern = read_config(run_dir.config).data.patient_pattern
     known = {case.case_id: case.patient_id for case in cases}
-    patients = {
-        part: {known[name] if name in known else patient_of(name, pattern) for name in names}
-        for part, names in parts.items()
+    return {
+        part: {known.get(name, patient) for name, patient in seen.items()}
+        for part, seen in seen_by(run_dir).items()
     }
-    # They trained as well, if without their labels.
-    patients["train"] |= {known.get(name, patient) for name, patient in unlabelled.items()}
-    return {part: names | set(before.get(part, [])) for part, names in patients.items()}
+
+
+def check_strangers(
+    before: RunDir, config: DataConfig, dataset: Dataset, splits: Splits, selection: Selection
+) -> None:
+    """Refuse to begin with the weights of a run that knows who is to score the new one.
+
+    Weights that were chosen by a patient may be chosen by the same again, and not tested. Who is excluded may be
+    kept for a test of one's own, or be a double of somebody who scores.
+
+    Args:
+        config, dataset, splits, selection: of the new run.
+
+    Raises:
+        DataError: it has seen one of them, by the case's name or by the patient's.
+        CheckpointError: its manifest does not say whom it has seen.
+    """
+    known = {part: _names(cases, config.patient_pattern) for part, cases in seen_by(before).items()}
+    either = known["train"] | known["validation"]
+
+    def names_of(cases: Iterable[str]) -> set[str]:
+        return {name for case in cases for name in (case, dataset.patients[case])}
+
+    excluded = {name for case in dataset.excluded for name in (case.case_id, case.patient_id)}
+    clashes = {
+        "validates": known["train"] & names_of(selection.validation),
+        "tests": either & names_of(selection.test),
+        # With nobody to score the run, there is nobody who could be a double of one who does.
+        "is excluded from": known["train"] & excluded if selection.validation else set(),
+    }
+    for what, names in clashes.items():
+        if names:
+            name = min(names)
+            ways = [*_division_of(before, config, name, splits), "begin without that run"]
+            raise DataError(
+                f"{before.path} has trained on or been chosen by {name!r}, who {what} this run, so the result would leak; {', or '.join(ways)}, or rename the cases if these are other people"
+            )
+
+
+def _names(cases: Mapping[str, str], pattern: str | None) -> set[str]:
+    """Cases, their patients, and their patients as another run's pattern has them."""
+    names = {*cases, *cases.values()}
+    for case in cases:
+        # A pattern is made for one dataset's names.
+        with suppress(DataError):
+            names.add(patient_of(case, pattern))
+    return names
+
+
+def _division_of(before: RunDir, config: DataConfig, name: str, splits: Splits) -> list[str]:
+    """How to divide as the earlier run did, if that is a way: its division knows the one who must not score."""
+    fold = read_config(before.config).data.fold
+    if fold == "all":
+        return ["train with --fold all too, which leaves nobody to score the run"]
+    try:
+        kept = patients_of(read_splits(before.splits))
+    except DataError:
+        return []
+    if not kept & _names({name: name}, config.patient_pattern):
+        return []
+    where = f"--set data.splits={before.splits}"
+    if patients_of(splits) - kept:
+        pattern = ("--patient-pattern", config.patient_pattern) if config.patient_pattern else ()
+        excluded = [part for who in config.exclude for part in ("--exclude", who)]
+        extend = command("data split", "DATA", "--keep", before.splits, *pattern, *excluded, "--out", "NEW")
+        where = f"--set data.splits=NEW, made by {extend},"
+    return [f"divide as it did, by {where} and --fold {fold}"]

@@ -1,27 +1,40 @@
 """What a run begins with, if not with nothing: the weights of an earlier run, as far as they fit.
 
-A weight fits that has the same name and shape. Positions of another grid of tokens are interpolated. Two things fit
-in shape and not in meaning, and begin anew: outputs for other classes, and what was trained around another block.
+A weight fits that has the same name and shape. Some fit in shape and not in meaning, and begin anew: outputs for
+other classes, blocks of a transformer that is cut otherwise, an insert of another kind. Channels are found by their
+names, and positions of another grid of tokens are interpolated.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medvisionllama._files import files_sha256
-from medvisionllama.checkpoint import load_tensors, trainable
-from medvisionllama.config import NetworkConfig, read_config
+from medvisionllama.checkpoint import frozen, load_tensors, trainable
+from medvisionllama.config import Config, NetworkConfig, read_config
 from medvisionllama.data.planning import Plan, read_plan
-from medvisionllama.errors import ConfigError, DataError
+from medvisionllama.errors import ConfigError
+from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_meta_network
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.networks.vit import LearnedPositions
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.prepare import PreparedData
-from medvisionllama.training.seen import patients_by_part
+from medvisionllama.training.seen import Seen, seen_by
+
+_MEANING = {
+    "encoder": ("num_heads", "insert_after", "positions"),
+    "decoder": ("num_heads", "insert_after", "positions"),
+    "insert": ("insert", "mapper", "mapper_rank", "gate", "insert_mlp_ratio", "block"),
+    # Refined, full resolution adds to the logits of stride 2; else it has all of them.
+    "head.out": ("refine",),
+    "head.out_coarse": ("refine",),
+}
+"""Settings that change what a part of the network computes, and no shape."""
+_KEPT_OTHERWISE = {"dtype", "storage", "gradient_checkpointing"}
+"""Settings of a block that change no result, or the frozen tensors, which are compared."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +42,21 @@ class Start:
     """An earlier run, read and not yet in any network."""
 
     run_dir: RunDir
-    network: NetworkConfig
+    config: Config
     plan: Plan
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, Any]
     """What the weights' file tells of their network: among others `frozen_sha256`."""
-    patients: Mapping[str, Collection[str]]
-    """Who trained and who validated it, or what it began with itself."""
+    weights_sha256: str
+    seen: Seen
+
+
+@dataclass
+class _Fit:
+    """Which of the new network's weights are the earlier run's."""
+
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    fresh: list[str] = field(default_factory=list)
 
 
 def read_start(run_dir: RunDir) -> Start:
@@ -46,106 +67,134 @@ def read_start(run_dir: RunDir) -> Start:
         ConfigError: its settings cannot be read.
     """
     run_dir.check()
+    sha256 = files_sha256([run_dir.best])
     tensors, facts = load_tensors(run_dir.best)
-    patients = patients_by_part(run_dir, ())
-    return Start(run_dir, read_config(run_dir.config).network, read_plan(run_dir), tensors, facts, patients)
-
-
-def check_strangers(start: Start, data: PreparedData) -> None:
-    """Refuse to begin with weights that know who is to score this run.
-
-    Weights that were chosen by a patient may be chosen by the same again, and not tested.
-
-    Raises:
-        DataError: a patient or case of that name trained the earlier run, or validated it and is to test this one.
-    """
-    seen = {part: {*names, *_case_names(start.run_dir, part)} for part, names in start.patients.items()}
-    validate = {*data.selection.validation, *(case.patient_id for case in data.validation)}
-    test = {*data.selection.test, *(data.splits.test if data.selection.test else ())}
-    for known, kept, what in (
-        (seen["train"], validate, "validate"),
-        (seen["train"] | seen["validation"], test, "test"),
-    ):
-        if both := sorted(known & kept):
-            raise DataError(
-                f"{start.run_dir.path} has seen {both[0]!r}, who is to {what} this run, so the result would leak; take its division by --set data.splits={start.run_dir.splits} and its --fold, begin without it, or rename the cases if these are other people"
-            )
+    config, plan = read_config(run_dir.config), read_plan(run_dir)
+    return Start(run_dir, config, plan, tensors, facts, sha256, seen_by(run_dir))
 
 
 @torch.no_grad()
-def begin_with(
-    network: TokenSegmenter, start: Start, *, config: NetworkConfig, plan: Plan, frozen_sha256: str
-) -> dict[str, Any]:
+def begin_with(network: TokenSegmenter, start: Start, *, config: Config, plan: Plan) -> dict[str, Any]:
     """Put an earlier run's weights into a new network, where they fit, and return what the manifest keeps of that.
 
     Args:
-        config, plan: of the new network.
-        frozen_sha256: of its frozen tensors.
+        config, plan: of the new run.
 
     Raises:
-        ConfigError: none of the weights fits.
+        ConfigError: no layer fits.
     """
     parameters = trainable(network)
-    outputs = _output_names(config, plan)
-    same_classes = list(start.plan.classes.values()) == list(plan.classes.values())
-    same_insert = start.network.insert == config.insert and start.facts["frozen_sha256"] == frozen_sha256
+    fit = _fit(network, start, config, plan)
     positions = _positions(network)
-    before = _positions(_without_insert(start.network, start.plan))
-    fresh = []
-    for name, parameter in parameters.items():
-        tensor = start.tensors.get(name)
-        if (name in outputs and not same_classes) or (name.startswith("insert.") and not same_insert):
-            tensor = None
-        elif tensor is not None and name in positions and name in before:
-            tensor = positions[name].interpolated(tensor, before[name].grid)
-        if tensor is None or tensor.shape != parameter.shape:
-            fresh.append(name)
-        else:
-            parameter.copy_(tensor)
-    num_all = sum(parameter.numel() for parameter in parameters.values())
-    num_kept = num_all - sum(parameters[name].numel() for name in fresh)
-    if not num_kept:
+    if not any(tensor.ndim > 1 and name not in positions for name, tensor in fit.kept.items()):
         raise ConfigError(
-            f"no weight of {start.run_dir.path} fits this network (architecture {start.network.architecture}, here {config.architecture}); give its --preset, or begin without it"
+            f"no layer of {start.run_dir.path} (preset {start.config.preset}) fits this network (preset {config.preset}); give --preset {start.config.preset} and its network.* settings, or begin without it"
         )
+    for name, tensor in fit.kept.items():
+        parameters[name].copy_(tensor)
     return {
         "run": str(start.run_dir.path),
-        "weights_sha256": files_sha256([start.run_dir.best]),
-        "kept_parameters": num_kept,
-        "fresh": _layers(fresh),
-        "patients": {part: sorted(names) for part, names in start.patients.items()},
+        "weights_sha256": start.weights_sha256,
+        "kept_parameters": sum(tensor.numel() for tensor in fit.kept.values()),
+        "fresh": _layers(fit.fresh, of=parameters),
+        "unused": _layers(sorted(start.tensors.keys() - fit.kept.keys()), of=start.tensors),
+        "seen": start.seen,
     }
 
 
-def started_words(facts: Mapping[str, Any], *, num_parameters: int) -> str:
-    """Say in one line what a run began with."""
-    kept = f"begins with {facts['run']}: {facts['kept_parameters'] / num_parameters:.0%} of {num_parameters / 1e6:.2f} million weights"
-    fresh: list[str] = facts["fresh"]
-    return f"{kept}; anew: {', '.join(fresh)}" if fresh else kept
+def started_words(facts: Mapping[str, Any], network: TokenSegmenter) -> str:
+    """Say in one line what a run begins with."""
+    num_parameters = sum(parameter.numel() for parameter in trainable(network).values())
+    share = facts["kept_parameters"] / num_parameters
+    kept = f"begins with {share:.0%} of its {num_parameters / 1e6:.2f} million weights from {facts['run']}"
+    fresh = f"; anew: {', '.join(facts['fresh'])}" if facts["fresh"] else ""
+    # What is anew here is mostly what is left there.
+    left = [part for part in facts["unused"] if part not in facts["fresh"]]
+    return kept + fresh + (f"; not used: {', '.join(left)}" if left else "")
 
 
-def _case_names(run_dir: RunDir, part: str) -> list[str]:
-    names: list[str] = run_dir.read_manifest()["cases"][part]
-    return names
+def _fit(network: TokenSegmenter, start: Start, config: Config, plan: Plan) -> _Fit:
+    fit = _Fit()
+    other = _other_parts(start, network, config)
+    inputs = _names_that_go_by(config.network, plan, "num_channels")
+    outputs = _names_that_go_by(config.network, plan, "num_outputs")
+    order = _channel_order(start.plan.channels, plan.channels)
+    same_classes = _same_classes(start, config, plan)
+    positions, before = _positions(network), _positions(_without_insert(start.config.network, start.plan))
+    for name, parameter in trainable(network).items():
+        tensor = start.tensors.get(name)
+        if (name in outputs and not same_classes) or any(name.startswith(f"{part}.") for part in other):
+            tensor = None
+        elif tensor is not None and name in inputs:
+            fits = order is not None and tensor.ndim > 1 and max(order) < tensor.shape[1]
+            tensor = tensor[:, list(order)] if fits and order is not None else None
+        elif tensor is not None and name in positions and name in before:
+            tensor = positions[name].interpolated(tensor, before[name].grid)
+        if tensor is None or tensor.shape != parameter.shape:
+            fit.fresh.append(name)
+        else:
+            fit.kept[name] = tensor
+    if any(name.startswith("insert.") for name in fit.fresh):
+        # An open gate before mappers that know nothing would let noise in.
+        inside = [name for name in fit.kept if name.startswith("insert.")]
+        for name in inside:
+            del fit.kept[name]
+        fit.fresh += inside
+    return fit
 
 
-def _without_insert(config: NetworkConfig, plan: Plan, *, more_outputs: int = 0) -> TokenSegmenter:
-    """Shapes of a network, but for the insert, whose block need not be here."""
-    shapes = plan.network_shapes
-    shapes["num_outputs"] += more_outputs
-    return build_meta_network(config.model_copy(update={"insert": "none"}), **shapes)
+def _other_parts(start: Start, network: TokenSegmenter, config: Config) -> set[str]:
+    """Parts of the network that would compute something else with equal weights."""
+    ours, theirs = (_meaning(which.network) for which in (config, start.config))
+    other = {part for part, keys in _MEANING.items() if any(ours[key] != theirs[key] for key in keys)}
+    if start.facts["frozen_sha256"] != tensors_sha256(frozen(network)):
+        other.add("insert")
+    return other
 
 
-def _output_names(config: NetworkConfig, plan: Plan) -> set[str]:
-    """Names of the weights whose shapes go by the number of outputs, whatever the architecture."""
+def _meaning(config: NetworkConfig) -> dict[str, Any]:
+    values = config.model_dump()
+    return {
+        **values,
+        "block": {key: value for key, value in values["block"].items() if key not in _KEPT_OTHERWISE},
+    }
+
+
+def _same_classes(start: Start, config: Config, plan: Plan) -> bool:
+    """Whether outputs mean the same: equal names in equal order. Numbers are no names outside their own dataset."""
+    unnamed = any(name == f"class {value}" for value, name in plan.classes.items())
+    if unnamed and start.config.data.path != config.data.path:
+        return False
+    return (
+        list(start.plan.classes.values()) == list(plan.classes.values()) and start.plan.merged == plan.merged
+    )
+
+
+def _channel_order(before: Sequence[str], now: Sequence[str]) -> list[int] | None:
+    """Where each channel was before; None if they are others, which a single one never is."""
+    if len(before) == len(now) == 1 or list(before) == list(now):
+        return list(range(len(now)))
+    if len(set(before)) < len(before) or not set(now) <= set(before):
+        return None
+    return [list(before).index(channel) for channel in now]
+
+
+def _names_that_go_by(config: NetworkConfig, plan: Plan, size: str) -> set[str]:
+    """Names of the weights whose shapes go by the number of channels or outputs, whatever the architecture."""
     shapes, wider = (
-        {
-            name: tensor.shape
-            for name, tensor in _without_insert(config, plan, more_outputs=more).named_parameters()
-        }
-        for more in (0, 1)
+        {name: tensor.shape for name, tensor in _without_insert(config, plan, **more).named_parameters()}
+        for more in ({}, {size: 1})
     )
     return {name for name, shape in shapes.items() if wider[name] != shape}
+
+
+def _without_insert(config: NetworkConfig, plan: Plan, **more: int) -> TokenSegmenter:
+    """Shapes of a network, some numbers larger, but for the insert, whose block need not be here."""
+    shapes = plan.network_shapes
+    for size, number in more.items():
+        shapes[size] += number  # type: ignore[literal-required] # a name from this module
+    without = NetworkConfig.model_validate(config.model_dump() | {"insert": "none", "insert_mlp_ratio": None})
+    return build_meta_network(without, **shapes)
 
 
 def _positions(network: nn.Module) -> dict[str, LearnedPositions]:
@@ -156,6 +205,14 @@ def _positions(network: nn.Module) -> dict[str, LearnedPositions]:
     }
 
 
-def _layers(names: Sequence[str]) -> list[str]:
-    """Layers instead of their weights and biases: `head.out` for `head.out.weight` and `head.out.bias`."""
-    return list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+def _layers(names: Iterable[str], *, of: Mapping[str, Tensor]) -> list[str]:
+    """Weights in few words: a part of the network if all of it is meant, else its layers."""
+    names = list(names)
+    whole = {name.partition(".")[0] for name in of} - {
+        name.partition(".")[0] for name in of.keys() - set(names)
+    }
+    return list(
+        dict.fromkeys(
+            part if (part := name.partition(".")[0]) in whole else name.rpartition(".")[0] for name in names
+        )
+    )

@@ -3,7 +3,16 @@ from itertools import pairwise
 
 import pytest
 
-from medvisionllama.data.splits import Fold, Splits, make_splits, read_splits, select, write_splits
+from medvisionllama.data.splits import (
+    Fold,
+    Splits,
+    extend_splits,
+    make_splits,
+    patients_of,
+    read_splits,
+    select,
+    write_splits,
+)
 from medvisionllama.errors import DataError
 
 
@@ -47,6 +56,27 @@ def test_a_draw_is_the_same_on_every_machine():
     assert splits.test == ("p004",)
     assert splits.folds[0] == Fold(("p003", "p000", "p005", "p001", "p008", "p002", "p007"), ("p006", "p009"))
     assert splits.sha256 == "8ddaaef0f6a1e04386c31761b1da16a36f86c6ad2c378074e584e3590e10f590"
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 4), (3, 40), (10, 11), (12, 30), (40, 41), (40, 400)])
+def test_patients_who_join_move_nobody(before, after):
+    drawn = make_splits(frames(before), seed=3)
+    splits = extend_splits(drawn, frames(after))
+    assert patients_of(splits) == set(frames(after).values())
+    assert set(splits.test) >= set(drawn.test)
+    assert len(splits.test) == max(len(drawn.test), round(0.1 * after))
+    for fold, old in zip(splits.folds, drawn.folds, strict=True):
+        assert fold.train[: len(old.train)] == old.train
+        assert set(fold.validation) >= set(old.validation)
+        assert sorted([*fold.train, *fold.validation, *splits.test]) == sorted(patients_of(splits))
+    sizes = [len(fold.validation) for fold in splits.folds]
+    assert sum(sizes) + len(splits.test) == after
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_nobody_who_joins_leaves_the_division_as_it_is():
+    drawn = make_splits(frames(20))
+    assert extend_splits(drawn, frames(20)) == extend_splits(drawn, frames(7)) == drawn
 
 
 @pytest.mark.parametrize("fold", range(5))

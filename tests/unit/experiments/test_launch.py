@@ -5,7 +5,7 @@ import time
 import pytest
 
 from medvisionllama._files import lock_if_free
-from medvisionllama.errors import DataError
+from medvisionllama.errors import CheckpointError, DataError
 from medvisionllama.experiments import launch as launching
 from medvisionllama.experiments import local_backend, ray_backend, verbs, worker
 from medvisionllama.experiments.launch import Ended, launch
@@ -200,6 +200,14 @@ def test_a_division_that_is_not_there_is_found_before_the_first_run(tmp_path, wr
     (tmp_path / "Task_A").mkdir()
     matrix = write_matrix(set={"train.max_steps": 5, "data.splits": str(tmp_path / "splits.json")})
     with pytest.raises(DataError, match=r"splits\.json does not exist"):
+        verbs.run(matrix, out=tmp_path / "out", data=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_run_that_is_not_there_is_found_before_the_first_run(tmp_path, write_matrix):
+    (tmp_path / "Task_A").mkdir()
+    matrix = write_matrix(set={"train.max_steps": 5, "train.start_from": str(tmp_path / "earlier")})
+    with pytest.raises(CheckpointError, match="earlier is not a run folder"):
         verbs.run(matrix, out=tmp_path / "out", data=tmp_path)
     assert not (tmp_path / "out").exists()
 

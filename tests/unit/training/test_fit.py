@@ -7,7 +7,7 @@ import pytest
 from medvisionllama.config import load_config
 from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.fit import alone_in, check_time_left, with_absolute_paths
+from medvisionllama.training.fit import alone_in, check_time_left, say_long_warmup, with_absolute_paths
 
 ONE_PROCESS = SimpleNamespace(is_main=True, any=bool)
 
@@ -46,6 +46,15 @@ def test_a_run_without_time_to_train_is_refused():
     with pytest.raises(ConfigError, match=r"took 1 of the 1 minutes.*--max-minutes"):
         check_time_left(config, 61, SimpleNamespace(say=print))
     check_time_left(load_config("small", {"train.epochs": 1, "train.max_minutes": None}), 1e6, None)
+
+
+@pytest.mark.parametrize(("steps", "said"), [(149, True), (150, False), (5, True), (None, False)])
+def test_a_run_that_ends_in_its_warm_up_says_so(steps, said):
+    lines: list[str] = []
+    config = load_config("small", {"train.max_minutes": 1, "train.warmup_steps": 50})
+    say_long_warmup(config, steps, SimpleNamespace(say=lines.append))
+    assert bool(lines) == said
+    assert not said or f"train.warmup_steps={steps // 10}" in lines[0]
 
 
 def test_the_path_of_a_splits_file_is_expanded(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def division_findings(splits: Splits, patients: Mapping[str, str], path: Path) -
         else:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             what = f"{len(names)} of {len(found)} patients are in no part ({', '.join(names[:4])}{more})"
-        message = f"{path}: {what}; draw new splits for this dataset (medvisionllama data split)"
+        message = f"{path}: {what}; draw new splits for this dataset (medvisionllama data split), or add them to these (its --keep)"
         findings.append(Finding("not-in-splits", message, cases, path))
     if empty:
         message = f"{path}: no patient of the {', '.join(empty)} is in this dataset; draw new splits for it (medvisionllama data split)"
