@@ -20,7 +20,6 @@ calibration.json       how far probabilities can be believed
 """
 
 import json
-import os
 import platform
 import subprocess
 import time
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 
 from medvisionllama._files import append_json, files_sha256, read_json_lines, write_text
+from medvisionllama._machine import available_cores
 from medvisionllama.config import read_config
 from medvisionllama.errors import CheckpointError, command
 
@@ -192,7 +192,7 @@ def machine_facts() -> dict[str, Any]:
             "processor": _processor(),
             # Two processors of one name may differ in it, and so in a step's time.
             "instructions": torch.backends.cpu.get_cpu_capability(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": len(available_cores()),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },

@@ -12,7 +12,18 @@ from medvisionllama import experiments
 SOURCE = Path(medvisionllama.__file__).parent
 LAYERS = (
     # Each row may import from its own groups and from the rows above; groups of a row do not know each other.
-    {"types", "errors", "_files", "_http", "_optional", "progress", "attention", "autocast", "colours"},
+    {
+        "types",
+        "errors",
+        "_files",
+        "_http",
+        "_machine",
+        "_optional",
+        "progress",
+        "attention",
+        "autocast",
+        "colours",
+    },
     {"devices"},
     {"config"},
     {"run_dir", "checkpoint"},

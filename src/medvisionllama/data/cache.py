@@ -7,9 +7,9 @@ come from the training cases of a fold while all folds share one cache.
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import numpy as np
 import psutil
 from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 
-from medvisionllama._files import atomic_path, canonical_hash, user_cache, write_json
+from medvisionllama._files import atomic_path, canonical_hash, locked_folder, user_cache, write_json
+from medvisionllama._machine import available_cores
 from medvisionllama.config.schema import parse_window
 from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.formats.dicom_series import Series, files_of
@@ -153,7 +154,7 @@ def build_cache(
         return result
 
     # Each worker holds a few copies of a whole scan, so their number must not grow with the cores.
-    with ThreadPoolExecutor(max_workers=workers or min(_WORKERS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=workers or min(_WORKERS, len(available_cores()))) as pool:
         futures = [pool.submit(prepare, case) for case in cases]
         try:
             return tuple(future.result() for future in futures)
@@ -320,11 +321,29 @@ def _prepare(case: Case, plan: Plan, root: Path) -> CachedCase:
     folder = root / canonical_hash([content, settings])[:32]
     facts = _facts_of(folder, case)
     if facts is None:
-        facts = {"content_sha256": content, **_write_arrays(case, contents, plan, folder)}
-        # Written last: a folder without it is an unfinished one, and is filled again.
-        write_json(folder / "facts.json", facts)
+        with _alone_in(folder):
+            # Another process may have filled it meanwhile, as runs that start together do.
+            facts = _facts_of(folder, case)
+            if facts is None:
+                facts = {"content_sha256": content, **_write_arrays(case, contents, plan, folder)}
+                # Written last: a folder without it is an unfinished one, and is filled again.
+                write_json(folder / "facts.json", facts)
     _check_values(case, facts, plan)
     return CachedCase(case.case_id, case.patient_id, folder, facts)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold an entry while it is filled: as many copies of a scan as processes would fill the memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        # Some disks have no locks. There several may write the same, each file whole.
+        with suppress(OSError):
+            stack.enter_context(locked_folder(folder))
+            # Of a process that was killed.
+            for left in folder.glob(".partial-*"):
+                left.unlink()
+        yield
 
 
 def _facts_of(folder: Path, case: Case) -> dict[str, Any] | None:

@@ -307,7 +307,7 @@ def read_plan(run_dir: RunDir) -> Plan:
         CheckpointError: missing or damaged.
     """
     try:
-        return Plan.model_validate_json(run_dir.plan.read_text())
+        return Plan.model_validate_json(run_dir.plan.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{run_dir.plan} is missing or damaged ({' '.join(str(error).split())[:80]}); restore the run folder"

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from medvisionllama._machine import available_cores
 from medvisionllama.devices import thread_limits
 from medvisionllama.experiments.launch import Ended
 from medvisionllama.experiments.store import Experiment
@@ -86,13 +87,6 @@ class LocalBackend:
         if self.gpus:
             place["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         return place
-
-
-def available_cores() -> list[int]:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def choose_place(*, slots: int | None, threads: int | None) -> tuple[int, int, tuple[str, ...]]:

@@ -181,7 +181,7 @@ class TrainingLoop:
         self.model.train()
         rate = learning_rate(
             self.config,
-            progress=self.timetable.progress,
+            progress=self.timetable.training_progress,
             step=self.state.step,
             plateau_drops=plateau_drops(self.state.dices),
         )

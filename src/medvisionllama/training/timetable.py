@@ -24,6 +24,8 @@ class LoopState:
 
     step: int = 0
     elapsed_seconds: float = 0.0
+    begun_seconds: float = 0.0
+    """Of them, those that preparing the scans took."""
     validation_seconds: float = 0.0
     """Length of the longest validation, kept free at the end of a limited run. It only grows: a shorter one would
     set the run back behind the mark that it has just passed."""
@@ -61,9 +63,15 @@ class Timetable:
         return self._progress_at(self.state.step, self.state.elapsed_seconds)
 
     @property
+    def training_progress(self) -> float:
+        """Share of the training that is over, which begins when the scans are prepared: what schedules go by."""
+        begun = self._progress_at(0, self.state.begun_seconds)
+        return 1.0 if begun >= 1.0 else max(0.0, (self.progress - begun) / (1.0 - begun))
+
+    @property
     def is_over(self) -> bool:
-        """True of a run that has nothing left to do."""
-        return self.progress >= 1.0 and self.state.validated_step > 0
+        """True of a run that has nothing left to do: its last step, too, has been validated."""
+        return self.progress >= 1.0 and self.state.validated_step == self.state.step > 0
 
     @property
     def validation_patience(self) -> float | None:
@@ -79,8 +87,11 @@ class Timetable:
         """True when the run has passed another of its evenly spread marks since the last validation.
 
         Both ends are measured by the limits in force now, so a run that goes on with a longer limit is validated
-        on as before.
+        on as before. The end is a mark even where nothing is left between it and the last one: a limit may be
+        shorter now than what the run had used up before.
         """
+        if self.progress >= 1.0:
+            return not self.is_over
         number = 1 if self.validates_late else self.config.num_validations
         before = self._progress_at(self.state.validated_step, self.state.validated_seconds)
         return math.floor(self.progress * number + 1e-9) > math.floor(before * number + 1e-9)
@@ -102,6 +113,7 @@ class Timetable:
 
     def begin(self) -> None:
         """Pass the marks that preparing the scans has used up: an untrained network has nothing to show."""
+        self.state.begun_seconds = self.state.elapsed_seconds
         self.state.validated_seconds = self.state.pseudo_seconds = self.state.elapsed_seconds
 
     def validated(self, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """Validation while training: whole scans, on their own grid, by Dice."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -65,8 +66,8 @@ def validate_cases(
     each segments every case.
 
     Args:
-        patience_seconds: give up after the first two cases if all of them would take longer; then the record holds
-            `would_take_seconds` alone.
+        patience_seconds: give up after the first two cases if all of them, by their voxels, would take longer; then
+            the record holds `would_take_seconds` alone.
     """
     opened = {} if (opening := network.gate_rms) is None else {"gate_rms": opening}
     if not cases:
@@ -93,7 +94,8 @@ def validate_cases(
 
     # The first one is slower than the others: what is needed is loaded, and kernels are chosen.
     seconds = [score(number) for number in numbers[:2]]
-    would_take = processes.first(seconds[-1] * len(numbers) if len(numbers) > 2 else 0.0)
+    sizes = [math.prod(cases[number].image.shape) for number in numbers]
+    would_take = processes.first(seconds[-1] * sum(sizes) / sizes[1] if len(numbers) > 2 else 0.0)
     if patience_seconds is not None and would_take > patience_seconds:
         return {"would_take_seconds": would_take}
     for number in numbers[2:]:

@@ -1,7 +1,9 @@
 import errno
 import json
 import shutil
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,6 +149,32 @@ def test_a_channel_renamed_to_ct_gets_its_intensities_sampled(dataset_folder, tm
     build_cache(cases, plan, folder=tmp_path)
     entry = build_cache(cases, plan.model_copy(update={"channels": ("CT",)}), folder=tmp_path)[0]
     assert fit_normalisation([entry], ("CT",))[0].kind == "dataset"
+
+
+def test_runs_that_start_together_prepare_each_scan_once(dataset_folder, tmp_path, monkeypatch):
+    cases, plan = prepared(dataset_folder(num_cases=2))
+    written, write = [], cache._write_arrays
+
+    def slowly(case, *rest):
+        written.append(case.case_id)
+        time.sleep(0.2)
+        return write(case, *rest)
+
+    monkeypatch.setattr(cache, "_write_arrays", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(build_cache, cases, plan, folder=tmp_path / "cache") for _ in range(2)]
+        first, second = (future.result() for future in both)
+    assert sorted(written) == sorted(case.case_id for case in cases)
+    assert [case.folder for case in first] == [case.folder for case in second]
+
+
+def test_what_a_killed_process_left_goes_when_its_entry_is_filled(dataset_folder, tmp_path):
+    cases, plan = prepared(dataset_folder(num_cases=1))
+    folder = build_cache(cases, plan, folder=tmp_path)[0].folder
+    (folder / "facts.json").unlink()
+    (folder / ".partial-0123456789abcdef-image.npy").write_bytes(b"half")
+    build_cache(cases, plan, folder=tmp_path)
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("harm", ["unlink", "truncate"])

@@ -119,6 +119,46 @@ def test_preparing_scans_uses_up_marks_that_an_untrained_network_would_have(loop
     assert loop.timetable.masks_due(rounds_at)
 
 
+@pytest.mark.parametrize("validated", [0, 7])
+def test_a_run_that_goes_on_for_less_than_it_had_is_validated_and_ends(loop, validated):
+    loop.state.step, loop.state.elapsed_seconds = 10, 50.0
+    loop.state.validated_step, loop.state.validated_seconds = validated, 45.0
+    loop.timetable.config = loop.config.model_copy(update={"max_minutes": 0.5})
+    assert loop.timetable.progress == 1.0
+    assert not loop.timetable.is_over
+    assert loop.timetable.validation_due()
+    loop.now = 50.0
+    validate_in(loop, 1.0)
+    assert loop.timetable.is_over
+    assert not loop.timetable.validation_due()
+
+
+def test_a_validation_put_off_beyond_the_end_is_made(loop):
+    loop.state.step, loop.state.validated_step, loop.state.validated_seconds = 10, 5, 30.0
+    loop.now = 61.0
+    loop._tick()
+    loop.timetable.put_off_validation(20.0)
+    assert loop.timetable.validation_due()
+    assert not loop.timetable.is_over
+
+
+def test_the_learning_rate_begins_when_the_scans_are_prepared(loop):
+    loop.now = 30.0
+    loop._tick()
+    loop.timetable.begin()
+    assert loop.timetable.progress == 0.5
+    assert loop.timetable.training_progress == 0.0
+    loop.now = 45.0
+    loop._tick()
+    assert loop.timetable.training_progress == 0.5
+    loop.now = 60.0
+    loop._tick()
+    assert loop.timetable.training_progress == 1.0
+    # Of a limit that is over before it begins nothing is left.
+    loop.timetable.config = loop.config.model_copy(update={"max_minutes": 0.4})
+    assert loop.timetable.training_progress == 1.0
+
+
 def test_a_run_that_goes_on_longer_gets_new_masks(loop):
     loop.state.pseudo_round, loop.state.pseudo_seconds = 3, 45.0
     loop.state.elapsed_seconds = 59.0

@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +14,7 @@ from medvisionllama.data.index import open_dataset
 from medvisionllama.data.planning import make_plan
 from medvisionllama.inference.slabs import likeliest
 from medvisionllama.run_dir import RunDir
+from medvisionllama.training import validation
 from medvisionllama.training.fit import say_never_found
 from medvisionllama.training.validation import validate_cases
 
@@ -102,6 +104,27 @@ def test_it_is_given_up_where_it_would_take_too_long(cases, monkeypatch):
     given_up = len(seen)
     assert record(1000.0) == record(None) != {}
     assert len(seen) > given_up
+
+
+def test_how_long_it_takes_goes_by_voxels_and_not_by_the_second_case(cases, monkeypatch):
+    found, plan = cases
+    seconds = iter(range(100))
+    monkeypatch.setattr(validation, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    # Each takes a second; the second one has a fifth of the voxels of all.
+    shapes = [(1, 10, 10, 1), (1, 10, 10, 1), (1, 10, 10, 3)]
+    sized = [Sized(case, shape) for case, shape in zip(found, shapes, strict=True)]
+    monkeypatch.setattr(validation, "case_mask", lambda network, case, plan, shape, **_: np.zeros(shape))
+    network, config = Everywhere(1, 4), load_config("small")
+    record = validate_cases(network, sized, plan, config, Accelerator(cpu=True), patience_seconds=4)
+    assert record == {"would_take_seconds": 5.0}
+
+
+class Sized:
+    """A case whose image says that it has another size."""
+
+    def __init__(self, case, shape):
+        self.native_label = case.native_label
+        self.image = SimpleNamespace(shape=shape)
 
 
 def test_nothing_is_said_where_every_class_is_found_somewhere(cases):
