@@ -9,9 +9,12 @@ import pandas as pd
 import pytest
 
 from medvisionllama import api
+from medvisionllama.config import read_config
 from medvisionllama.data.planning import read_plan
 from medvisionllama.errors import CheckpointError, ConfigError
+from medvisionllama.evaluation.explain.targets import scans_to_explain
 from medvisionllama.inference.cleaning import Cleaning
+from medvisionllama.reports import explanation
 from medvisionllama.run_dir import RunDir
 
 from .conftest import TINY
@@ -255,3 +258,78 @@ def test_a_run_of_other_classes_is_refused(run, scan, dataset_folder, tmp_path):
         api.explain(run, scan, against=other, out=tmp_path / "out")
     with pytest.raises(ConfigError, match="control"):
         api.explain(run, scan, control="permuted", out=tmp_path / "out")
+
+
+def test_scans_beside_the_maps_stay(run, phantoms, tmp_path, cli):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    own = [folder / name for name in ("p1_norm.nii.gz", "p2_norm.nii.gz", "p3_attention.nii.gz")]
+    for path in own:
+        shutil.copy(phantoms / "imagesTr" / "phantom_000.nii.gz", path)
+    before = [path.read_bytes() for path in own]
+    outcome = cli("explain", run, own[0], "--out", folder, "--control", "none", "--overwrite")
+    assert outcome.code == 0, outcome.err
+    assert (folder / "trained_decoder_norm.nii.gz").is_file()
+    assert [path.read_bytes() for path in own] == before
+
+
+def test_no_output_replaces_a_scan_a_mask_or_a_table_unasked(run, scan, phantoms, tmp_path, cli):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    image, label = folder / "trained_decoder_norm.nii.gz", folder / "random-block_vd2_norm.nii.gz"
+    shutil.copy(scan, image)
+    shutil.copy(phantoms / "labelsTr" / "phantom_000.nii.gz", label)
+    before = image.read_bytes(), label.read_bytes()
+    for arguments in ((image,), (scan, "--label", label)):
+        outcome = cli("explain", run, *arguments, "--out", folder, "--overwrite")
+        assert outcome.code == 2
+        assert "is one of the scans or masks" in outcome.err
+    assert (image.read_bytes(), label.read_bytes()) == before
+    for name in ("scores.csv", "summary.csv", "other-run_mlp_norm.nii.gz"):
+        mine = tmp_path / name.partition(".")[0] / name
+        mine.parent.mkdir()
+        mine.write_text("mine")
+        outcome = cli("explain", run, scan, "--out", mine.parent)
+        assert outcome.code == 2
+        assert f"{name} already exists" in outcome.err
+        assert mine.read_text() == "mine"
+
+
+def test_what_is_overwritten_leaves_nothing_of_before(run, scan, phantoms, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    two = [scan, phantoms / "imagesTr" / "phantom_001.nii.gz"]
+    options = {"out": out, "control": "none"}
+    api.explain(run, two, **options)
+    assert (out / "stranger" / "trained_decoder_norm.nii.gz").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(explanation, "explain_scan", stop)
+        with pytest.raises(KeyboardInterrupt):
+            api.explain(run, two, **options, overwrite=True)
+    assert not [path for path in out.rglob("*") if path.is_file()]
+    api.explain(run, two, **options, maps=False)
+    api.explain(run, scan, **options, overwrite=True)
+    assert not (out / "summary.csv").exists()
+    assert (out / "trained_decoder_norm.nii.gz").is_file()
+    api.explain(run, scan, **options, overwrite=True, maps=False)
+    assert sorted(path.name for path in out.iterdir() if path.is_file()) == ["explain.html", "scores.csv"]
+
+
+def test_the_run_s_pattern_names_the_patients_of_strangers_where_it_fits(run, phantoms, tmp_path):
+    config = read_config(RunDir(run).config, {"data.patient_pattern": r"^(phantom_\d+|[a-z]+(?=-))"})
+    images = [tmp_path / "stranger-7b.nii.gz", tmp_path / "123x.nii.gz"]
+    for image in images:
+        shutil.copy(phantoms / "imagesTr" / "phantom_000.nii.gz", image)
+    found = scans_to_explain(RunDir(run), config, read_plan(RunDir(run)), images, split=None, label=None)
+    assert {one.case_id: one.patient_id for one in found} == {"stranger-7b": "stranger", "123x": "123x"}
+
+
+def test_a_scan_that_trained_the_run_of_before_is_told(run, scan, tmp_path):
+    later = shutil.copytree(run, tmp_path / "later")
+    manifest = RunDir(later).manifest
+    began = {"started_from": {"seen": {"train": {"stranger": "stranger"}, "validation": {}}}}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | began))
+    found = api.explain(later, scan, control="none", maps=False, out=tmp_path / "out")
+    assert any("stranger is a training case of this run" in line for line in found.warnings)

@@ -254,12 +254,91 @@ def test_maps_that_are_missing_are_made_by_resume(runs, scans, tmp_path, cli):
     assert (tmp_path / "m" / "uncertainty" / "phantom_000.nii.gz").is_file()
 
 
+def test_resume_takes_no_map_of_another_prediction(runs, scans, tmp_path, cli):
+    scan, folder = scans / "phantom_000.nii.gz", tmp_path / "m"
+    doubt = folder / "uncertainty" / scan.name
+    assert cli("predict", runs[1], scan, "--out", folder, "--uncertainty").code == 0
+    theirs = doubt.read_bytes()
+    assert cli("predict", runs[0], scan, "--out", folder, "--overwrite").code == 0
+    assert not doubt.exists()
+    # As a folder may have it whose masks were overwritten before maps of other networks went with them.
+    doubt.write_bytes(theirs)
+    resume = ("predict", runs[0], scan, "--out", folder, "--resume", "--uncertainty")
+    assert cli(*resume).code == 0
+    expected = Predictor.from_run(runs[0]).predict(scan, uncertainty=True).uncertainty / 255
+    np.testing.assert_allclose(nib.load(doubt).get_fdata(), expected, atol=1e-6)
+    assert "1 of 1 scans have their masks" in cli(*resume).err
+
+
+def test_a_map_that_is_not_ours_stays(runs, scans, tmp_path):
+    scan, folder = scans / "phantom_000.nii.gz", tmp_path / "m"
+    api.predict(runs[0], scan, out=folder)
+    own = folder / "uncertainty" / scan.name
+    own.parent.mkdir()
+    own.write_text("mine")
+    api.predict(runs[0], scan, out=folder, overwrite=True)
+    assert own.read_text() == "mine"
+
+
+def test_an_interrupted_overwrite_leaves_no_mask_beside_the_map_of_another(
+    runs, scans, tmp_path, monkeypatch
+):
+    scan, folder = scans / "phantom_000.nii.gz", tmp_path / "m"
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    api.predict(runs[1], scan, out=folder, uncertainty=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "write_mask", stop)
+        with pytest.raises(KeyboardInterrupt):
+            api.predict(runs[0], scan, out=folder, uncertainty=True, overwrite=True)
+    assert len(api.predict(runs[1], scan, out=folder, uncertainty=True, resume=True)) == 1
+    expected = Predictor.from_run(runs[1]).predict(scan, uncertainty=True).uncertainty / 255
+    written = nib.load(folder / "uncertainty" / scan.name).get_fdata()
+    np.testing.assert_allclose(written, expected, atol=1e-6)
+
+
+def test_an_interrupted_overwrite_goes_on_with_the_masks_that_are_left(
+    runs, scans, tmp_path, cli, monkeypatch
+):
+    folder = tmp_path / "m"
+    api.predict(runs[1], scans, out=folder)
+    segment, calls = Predictor.segment, []
+
+    def interrupted(self, scan, **options):
+        calls.append(scan)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return segment(self, scan, **options)
+
+    command = ("predict", runs[0], scans, "--out", folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, "segment", interrupted)
+        assert cli(*command, "--overwrite").code == 130
+    first = (folder / "phantom_000.nii.gz").stat().st_mtime_ns
+    assert "was made by other networks" in cli(*command, "--resume").err
+    outcome = cli(*command, "--overwrite", "--resume", "--json")
+    assert outcome.code == 0, outcome.err
+    assert [record["case"] for record in json.loads(outcome.out)] == ["phantom_001", "phantom_002"]
+    assert (folder / "phantom_000.nii.gz").stat().st_mtime_ns == first
+    assert api.predict(runs[0], scans, out=folder, resume=True) == []
+    # What nobody knows the maker of is replaced too, and so is the mask of voxels that have changed.
+    (folder / "predictions.jsonl").unlink()
+    assert len(api.predict(runs[0], scans, out=folder, overwrite=True, resume=True)) == 3
+    image = nib.load(scans / "phantom_001.nii.gz")
+    nib.save(nib.Nifti1Image(image.get_fdata() + 1, image.affine), scans / "phantom_001.nii.gz")
+    [record] = api.predict(runs[0], scans, out=folder, overwrite=True, resume=True)
+    assert record["case"] == "phantom_001"
+
+
 def test_no_output_replaces_what_nobody_gave_up(runs, scans, tmp_path, cli):
     inputs = tmp_path / "d" / "probabilities"
     shutil.copytree(scans, inputs)
     before = {path: path.read_bytes() for path in inputs.iterdir()}
     arguments = ("predict", runs[0], inputs, "--out", tmp_path / "d", "--probabilities", "--overwrite")
     assert "one of the scans" in cli(*arguments).err
+    assert "one of the scans" in cli(*arguments, "--resume").err
     assert {path: path.read_bytes() for path in inputs.iterdir()} == before
     notes = tmp_path / "n" / "labels.txt"
     notes.parent.mkdir()
@@ -269,9 +348,6 @@ def test_no_output_replaces_what_nobody_gave_up(runs, scans, tmp_path, cli):
     assert "not the table of this run's classes" in outcome.err
     assert [path.name for path in notes.parent.iterdir()] == ["labels.txt"]
     assert notes.read_text() == "mine"
-    both = cli("predict", runs[0], scans, "--out", tmp_path / "x", "--overwrite", "--resume")
-    assert both.code == 2
-    assert "give one of the two" in both.err
 
 
 def test_a_name_as_long_as_the_disk_allows_is_no_hindrance(runs, scans, tmp_path, cli):
@@ -321,6 +397,21 @@ def test_components_can_be_removed(runs, scans, tmp_path):
     assert max(all_kept["volumes_ml"].values()) > 0
     assert none_kept["volumes_ml"] == {"head": 0.0, "tail": 0.0}
     assert "nothing was found" in none_kept["warnings"]
+
+
+def test_few_small_voxels_have_a_volume(runs, scans, tmp_path, cli, monkeypatch):
+    voxel_ml = 1.23456789e-8
+    monkeypatch.setattr("medvisionllama.inference.predictor.voxel_ml", lambda affine: voxel_ml)
+    [record] = api.predict(runs[0], scans / "phantom_000.nii.gz", out=tmp_path / "m")
+    mask = np.asarray(nib.load(record["mask"]).dataobj)
+    assert record["volumes_ml"] == {
+        name: pytest.approx(int((mask == value).sum()) * voxel_ml, rel=1e-5)
+        for value, name in {1: "head", 2: "tail"}.items()
+    }
+    name, volume = max(record["volumes_ml"].items(), key=lambda item: item[1])
+    assert volume > 0
+    outcome = cli("predict", runs[0], scans / "phantom_000.nii.gz", "--out", tmp_path / "n")
+    assert f"{name} {volume:.4g} ml" in outcome.out
 
 
 def test_python_cleans_as_the_command_does(runs, scans, tmp_path):

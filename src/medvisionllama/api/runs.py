@@ -125,9 +125,10 @@ def predict(
             (postprocessing.json); with `also`, those of the first run.
         min_ml: remove components smaller than so many millilitres.
         fast: look at each scan once, not mirrored and turned as well; a third or quarter of the time.
-        overwrite: replace masks that are already there; scans are never replaced.
+        overwrite: replace masks that are already there, with `resume` only those that these networks did not make
+            of this scan in this way; maps of before that nobody asks for now go too, scans are never replaced.
         resume: leave out scans whose mask is already there; predictions.jsonl beside it must say that these
-            networks made it of this scan in this way.
+            networks made it of this scan in this way. Other masks are refused, or with `overwrite` replaced.
         keep_going: a scan that fails becomes a record with `error` instead of an exception.
         on_record: told each record as soon as its files are whole, for those who may be interrupted.
 

@@ -58,13 +58,20 @@ def predict(
         ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace masks that are already there.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace masks that are there; with --resume, only those that these networks did not make.",
+        ),
     ] = False,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Go on: leave out scans of which these networks made the mask already, also of what is printed.",
+            help=(
+                "Go on: leave out scans of which these networks made the mask already, also of what is "
+                "printed. Other masks are refused, or with --overwrite replaced."
+            ),
         ),
     ] = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
@@ -75,6 +82,8 @@ def predict(
     DICOM series are found in the folders given and below them; their masks are DICOM-SEG files that refer to them.
 
     Headers are looked at first. A scan whose voxels then cannot be read does not stop the others; exit code 2.
+
+    What was interrupted goes on with the same command and --resume, with --overwrite or without.
 
     Examples:
 
@@ -139,7 +148,13 @@ def _show_all(records: list[dict[str, Any]], *, as_json: bool) -> bool:
 def _show(record: dict[str, Any]) -> None:
     if "error" in record:
         return
-    volumes = ", ".join(f"{name} {volume:.3f} ml" for name, volume in record["volumes_ml"].items() if volume)
+    found = {name: volume for name, volume in record["volumes_ml"].items() if volume}
+    volumes = ", ".join(f"{name} {_digits(volume)} ml" for name, volume in found.items())
     typer.echo(f"{record['mask']}: {volumes or 'empty'}")
     for line in record["warnings"]:
         typer.echo(f"  {line}")
+
+
+def _digits(volume: float) -> str:
+    """A volume to four digits; a large one to whole millilitres, since nobody reads 1.235e+04."""
+    return f"{volume:.4g}" if volume < 1000 else f"{volume:.0f}"

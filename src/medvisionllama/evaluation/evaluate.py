@@ -13,12 +13,13 @@ from medvisionllama._files import write_text
 from medvisionllama.config import Config
 from medvisionllama.data.index import patient_of
 from medvisionllama.data.labels import FOREGROUND, may_be_cropped, on_one_grid, whole_label
-from medvisionllama.data.volume import Volume, same_place, to_ras
+from medvisionllama.data.volume import Volume, same_place, shear_fault, to_ras
 from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.evaluation.masks import Pair, by_name, check_values, classes_of, read_mask, read_truth
 from medvisionllama.evaluation.metrics import measure
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.run_dir import RunDir
+from medvisionllama.types import MaskArray
 
 Split = Literal["test", "validation"]
 
@@ -89,13 +90,18 @@ def measure_classes(
     predicted: Volume, truth: Volume, classes: dict[int, str], *, tolerance_mm: float
 ) -> Iterable[dict[str, Any]]:
     """One row per class, then the merged foreground."""
-    masks = [(name, predicted.array == value, truth.array == value) for value, name in classes.items()]
-    if len(classes) > 1:
-        masks.append((FOREGROUND, predicted.array > 0, truth.array > 0))
     spacing_mm, voxel_ml = truth.spacing_mm, truth.voxel_ml
-    for name, a, b in masks:
-        measures = measure(a, b, spacing_mm, tolerance_mm=tolerance_mm, voxel_ml=voxel_ml)
-        yield {"class": name, **asdict(measures)}
+    axes = truth.affine[:3, :3] if shear_fault(truth.affine) else None
+
+    def row(name: str, a: MaskArray, b: MaskArray) -> dict[str, Any]:
+        measures = measure(a, b, spacing_mm, tolerance_mm=tolerance_mm, voxel_ml=voxel_ml, axes=axes)
+        return {"class": name, **asdict(measures)}
+
+    # Two masks at a time: those of a hundred classes of a large CT would take tens of gigabytes.
+    for value, name in classes.items():
+        yield row(name, predicted.array == value, truth.array == value)
+    if len(classes) > 1:
+        yield row(FOREGROUND, predicted.array > 0, truth.array > 0)
 
 
 def evaluate_folders(

@@ -39,39 +39,54 @@ class Pointing:
 
 @dataclass(frozen=True)
 class Target:
-    """A mask and its surroundings, prepared once for all maps."""
+    """A mask and its surroundings, prepared once for all maps.
 
+    Held is the part of the scan with something in it, since a scan may have a hundred classes.
+    """
+
+    box: tuple[slice, ...]
+    """Where that part lies."""
     mask: MaskArray
     near: MaskArray
+    size: int
+    """Voxels of the whole scan."""
 
 
 def make_target(mask: MaskArray, token: Edges) -> Target:
     """Prepare a mask; `token` is the length of a token's edges in voxels."""
-    return Target(mask, within(mask, token))
+    from scipy.ndimage import find_objects
+
+    near = within(mask, token)
+    # The mask is near itself, so one box holds both.
+    boxes = find_objects(near.view(np.uint8))
+    box = boxes[0] if boxes else (slice(0, 0),) * mask.ndim
+    return Target(box, mask[box].copy(), near[box].copy(), mask.size)
 
 
 def score(values: Map, targets: Iterable[Target]) -> list[Pointing]:
     """Score a map that is nowhere negative against several masks on its grid."""
     from scipy.stats import rankdata
 
-    ranks = rankdata(values, axis=None)
+    ranks = rankdata(values, axis=None).reshape(values.shape)
     best = values == values.max()
     total = float(values.sum(dtype=np.float64))
     return [_score(values, ranks, best, total, target) for target in targets]
 
 
 def _score(values: Map, ranks: np.ndarray, best: MaskArray, total: float, target: Target) -> Pointing:
-    inside, size = int(target.mask.sum()), target.mask.size
-    share, near_share = inside / size, float(target.near.mean())
+    inside, size, num_best = int(target.mask.sum()), target.size, int(best.sum())
+    share, near_share = inside / size, int(target.near.sum()) / size
     if not inside:
         return Pointing(_NAN, _NAN, _NAN, _NAN, _NAN, share, near_share)
+    # Voxels keep their order in the box, so sums are to the bit those over the whole scan.
+    values, ranks, best = values[target.box], ranks[target.box], best[target.box]
     energy = float(values[target.mask].sum(dtype=np.float64)) / total if total > 0 else _NAN
     return Pointing(
-        hit=float(target.mask[best].mean()),
-        hit_near=float(target.near[best].mean()),
+        hit=int(target.mask[best].sum()) / num_best,
+        hit_near=int(target.near[best].sum()) / num_best,
         energy=energy,
         energy_ratio=energy / share,
-        auc=_auc(float(ranks[target.mask.ravel()].sum()), inside, size - inside),
+        auc=_auc(float(ranks[target.mask].sum()), inside, size - inside),
         volume_share=share,
         near_share=near_share,
     )

@@ -17,7 +17,7 @@ from medvisionllama.errors import OUT_OF_MEMORY, DataError, MedVisionLlamaError,
 from medvisionllama.inference.cautions import cautions
 from medvisionllama.inference.dicom_seg import write_seg
 from medvisionllama.inference.inputs import Scan
-from medvisionllama.inference.ledger import Ledger, MadeBy, check_mask
+from medvisionllama.inference.ledger import MAPS, Ledger, Made, MadeBy, check_mask
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.predictor import Prediction, Predictor, PreparedScan
 from medvisionllama.inference.writers import label_table, write_mask, write_shares
@@ -52,17 +52,46 @@ class Outputs:
     def files(self, scan: Scan) -> dict[str, Path]:
         """Every file that a scan leads to; the mask last, since it tells that a scan is finished."""
         wanted = {"probabilities": self.probabilities, "uncertainty": self.uncertainty}
-        maps = {
-            kind: self.folder / kind / f"{scan.case_id}.nii.gz" for kind, asked in wanted.items() if asked
-        }
+        maps = {kind: self.map_file(scan, kind) for kind, asked in wanted.items() if asked}
         return {**maps, "mask": self.mask(scan)}
+
+    def map_file(self, scan: Scan, kind: str) -> Path:
+        """File of a scan's map of a kind."""
+        return self.folder / kind / f"{scan.case_id}.nii.gz"
 
     def fallback(self, scan: Scan) -> Path | None:
         """Where a mask goes whose scan DICOM-SEG cannot refer to."""
         return self.folder / f"{scan.case_id}.nii.gz" if self.mask(scan).name.endswith(".dcm") else None
 
+    def masks(self, scan: Scan) -> list[Path]:
+        """Wherever a scan's mask may lie."""
+        fallback = self.fallback(scan)
+        return [self.mask(scan), fallback] if fallback else [self.mask(scan)]
+
+    def outdated(self, scan: Scan) -> list[Path]:
+        """What must go before a mask is replaced, since it shows the prediction of before.
+
+        Those are maps that nobody asks for now, if the ledger calls them ours; and where maps are asked for, the
+        mask itself: a crash would leave it beside the new maps.
+        """
+        files = self.files(scan)
+        unasked = {kind: self.map_file(scan, kind) for kind in MAPS if kind not in files}
+        there = {kind: path for kind, path in unasked.items() if path.exists()}
+        made = self.ledger.read() if there else {}
+        lines = [made[mask.name] for mask in self.masks(scan) if mask.exists() and mask.name in made]
+        sources = {file.resolve() for file in _files(scan)}
+        maps = [
+            path
+            for kind, path in there.items()
+            if any(line.has(kind) for line in lines) and path.resolve() not in sources
+        ]
+        return [*maps, *(self.masks(scan) if len(files) > 1 else ())]
+
     def missing(self, scans: Sequence[Scan], *, overwrite: bool, resume: bool) -> list[Scan]:
         """Scans that are still to be segmented.
+
+        Args:
+            overwrite: with `resume`, replace what that alone would refuse.
 
         Raises:
             DataError: a file would replace a scan, or one that nobody said may go; or a mask that is there is
@@ -70,20 +99,17 @@ class Outputs:
         """
         if self.folder.name.endswith(SUFFIXES) or (self.folder.exists() and not self.folder.is_dir()):
             raise DataError(f"--out is a folder for masks, not a file: {self.folder}; give a folder's name")
-        if overwrite and resume:
-            raise DataError("--overwrite replaces masks and --resume keeps them; give one of the two")
         sources = {file.resolve() for scan in scans for file in _files(scan)}
         made = self.ledger.read() if resume else {}
         left = []
         for scan in scans:
-            *maps, mask = self.files(scan).values()
-            fallback = self.fallback(scan)
-            masks = [mask, fallback] if fallback else [mask]
-            if fallback and not isinstance(scan.images[0], Series):
+            masks = self.masks(scan)
+            maps = {kind: file for kind, file in self.files(scan).items() if kind != "mask"}
+            if self.fallback(scan) and not isinstance(scan.images[0], Series):
                 raise DataError(
                     f"{scan.images[0]} is no DICOM series, so no DICOM mask can refer to it; choose --format auto, nifti, nrrd or mha"
                 )
-            for file in [*maps, *masks]:
+            for file in [*maps.values(), *masks]:
                 if file.resolve() in sources:
                     raise DataError(
                         f"{file} is one of the scans and would be overwritten by its mask or map; choose another --out"
@@ -92,18 +118,31 @@ class Outputs:
                     raise DataError(
                         f"{file} already exists; choose another --out, or give --overwrite to replace it, --resume to keep it"
                     )
-            there = [file for file in masks if file.exists()]
-            for file in there if resume else ():
-                _check_same_scan(file, scan)
-                check_mask(file, made.get(file.name), _files(scan), self.made_by)
-                if file == fallback and not made[file.name].instead:
-                    raise DataError(
-                        f"{file} is this scan's mask as NIfTI, and DICOM-SEG is asked for; give --format nifti to keep it, or another --out"
-                    )
-            finished = there and all(file.exists() for file in maps)
-            if overwrite or not finished:
+            there = [file for file in masks if file.exists()] if resume else []
+            try:
+                for file in there:
+                    self._check_kept(file, scan, made.get(file.name))
+            except DataError:
+                if not overwrite:
+                    raise
+                there = []
+            # A map that a mask's own line does not name shows another prediction, whatever its name.
+            finished = there and all(
+                path.exists() and all(made[mask.name].has(kind) for mask in there)
+                for kind, path in maps.items()
+            )
+            if not finished:
                 left.append(scan)
         return left
+
+    def _check_kept(self, mask: Path, scan: Scan, made: Made | None) -> None:
+        """Raise DataError unless a mask that is there is what would be made of this scan."""
+        _check_same_scan(mask, scan)
+        check_mask(mask, made, _files(scan), self.made_by)
+        if mask == self.fallback(scan) and not (made and made.instead):
+            raise DataError(
+                f"{mask} is this scan's mask as NIfTI, and DICOM-SEG is asked for; give --format nifti to keep it, or another --out"
+            )
 
     @property
     def table(self) -> Path:
@@ -165,7 +204,8 @@ def predict_scans(
     """Segment scans and write what was asked for.
 
     Args:
-        overwrite: whether a table of other classes may go; masks and maps are written in any case.
+        overwrite: whether a table of other classes may go, and maps of before that nobody asks for now; masks and
+            maps that are asked for are written in any case.
         keep_going: a scan that cannot be read becomes a record with `error`, and the others go on.
         on_record: told each record as soon as its files are whole.
 
@@ -183,7 +223,7 @@ def predict_scans(
                 advance(before + 0.98 * share, name)
 
             try:
-                record = _segment(predictor, scan, future, outputs, on_share)
+                record = _segment(predictor, scan, future, outputs, on_share, overwrite=overwrite)
             except (MedVisionLlamaError, MemoryError, RuntimeError) as error:
                 ours = isinstance(error, MedVisionLlamaError)
                 if not keep_going or not (ours or is_out_of_memory(error)):
@@ -203,6 +243,8 @@ def _segment(
     coming: Future[PreparedScan],
     outputs: Outputs,
     on_share: Callable[[float], None],
+    *,
+    overwrite: bool,
 ) -> dict[str, Any]:
     """Segment one scan and write its files; nothing of it is held when the next one is read."""
     prepared = coming.result()
@@ -212,6 +254,9 @@ def _segment(
         uncertainty=outputs.uncertainty,
         on_share=on_share,
     )
+    if overwrite:
+        for file in outputs.outdated(scan):
+            file.unlink(missing_ok=True)
     return _finish(predictor, scan, prepared, prediction, outputs)
 
 
@@ -230,7 +275,7 @@ def _finish(
     warnings = cautions(prepared, prediction, predictor.plan)
     # It takes a while, and must not stand between a mask and the line that says what made it.
     scan_sha256 = files_sha256(_files(scan))
-    for kind in ("probabilities", "uncertainty"):
+    for kind in MAPS:
         shares = getattr(prediction, kind)
         if shares is not None:
             write_shares(files[kind], shares, mask.affine)
@@ -249,7 +294,8 @@ def _finish(
         "case": scan.case_id,
         "source": _source(first),
         **{kind: str(path) for kind, path in files.items()},
-        "volumes_ml": {name: round(volumes.get(value, 0.0), 4) for value, name in names.items()},
+        # By digits and not by decimals: a few small voxels are not nothing.
+        "volumes_ml": {name: float(f"{volumes.get(value, 0.0):.6g}") for value, name in names.items()},
         "warnings": warnings,
     }
     instead = files["mask"] == outputs.fallback(scan)

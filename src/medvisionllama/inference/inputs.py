@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from medvisionllama.data.formats import dicom, format_of
@@ -36,7 +37,7 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
             nnU-Net has it, files ending in _0000, _0001 and so on.
 
     Raises:
-        DataError: nothing there, two scans of one name, or another number of channels.
+        DataError: nothing there, two scans of one name, one scan in two formats, or another number of channels.
     """
     named = [source for path in inputs for source in _sources(path)]
     # Two names of one stored file are two scans, as where equal files are links into a store.
@@ -56,7 +57,12 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
             raise DataError(
                 f"{sources[0]} and {scans[case_id].images[0]} would both become the mask {case_id}; predict them into two folders"
             )
-        scans[case_id] = Scan(case_id, tuple(sorted(sources, key=stem_of)))
+        images = tuple(sorted(sources, key=stem_of))
+        for image, following in pairwise(images):
+            # Channels have names of their own.
+            if stem_of(image) == stem_of(following):
+                raise DataError(f"{image} and {following.name} are the same case; remove one")
+        scans[case_id] = Scan(case_id, images)
     if not scans:
         raise DataError(
             f"{', '.join(map(str, inputs))}: no scan there; give files ({', '.join(suffix for suffix in SUFFIXES if suffix != '.seg.nrrd')}), DICOM series, or folders of them"

@@ -17,7 +17,8 @@ from medvisionllama.errors import DataError
 from medvisionllama.inference.cleaning import Cleaning
 
 LEDGER = "predictions.jsonl"
-_FILES = ("mask", "probabilities", "uncertainty")
+MAPS = ("probabilities", "uncertainty")
+"""Kinds of maps that may be written with a mask."""
 
 
 class Views(BaseModel):
@@ -76,6 +77,10 @@ class Made(BaseModel):
     instead: bool = False
     """A NIfTI file in place of the DICOM-SEG that was asked for, which cannot say what the scan's header says."""
 
+    def has(self, kind: str) -> bool:
+        """Whether the prediction that made the mask wrote such a map too."""
+        return kind in (self.model_extra or {})
+
 
 class Ledger:
     """What is known of the masks in a folder."""
@@ -106,7 +111,7 @@ def check_mask(mask: Path, made: Made | None, scan_files: Sequence[Path], made_b
     Args:
         made: what the ledger holds of it.
     """
-    ways = "choose another --out, or give --overwrite instead of --resume"
+    ways = "choose another --out, or give --overwrite too to replace it"
     if made is None:
         raise DataError(f"{mask} is there, and no {LEDGER} beside it says what made it; remove it, {ways}")
     if difference := made_by.difference(made.made_by):
@@ -119,5 +124,5 @@ def check_mask(mask: Path, made: Made | None, scan_files: Sequence[Path], made_b
 
 def _told(record: dict[str, Any]) -> dict[str, Any]:
     """What may be handed on with the masks: no folder, which may be called after somebody, nothing of headers."""
-    files = {kind: Path(record[kind]).name for kind in _FILES if kind in record}
+    files = {kind: Path(record[kind]).name for kind in ("mask", *MAPS) if kind in record}
     return {"case": record["case"], **files, "volumes_ml": record["volumes_ml"]}

@@ -104,9 +104,10 @@ def warnings_on(explained: Explained) -> list[str]:
         lines.append(
             f"{scan.case_id}: no true mask is known, so the maps are scored against the run's own prediction: high scores then say that maps and prediction agree, not that either is right. Give the mask with --label."
         )
-    if scan.part == "train":
+    trained = scan.part == "train" or scan.trained_before
+    if trained:
         lines.append(f"{scan.case_id} is a training case of this run: the network has seen its mask.")
-    if scan.trained_other and scan.part != "train":
+    if scan.trained_other and not trained:
         lines.append(
             f"{scan.case_id}: the other run was trained on a patient of this name and this run was not, so the two cannot be compared here; take runs of one split."
         )

@@ -1,6 +1,7 @@
 """`explain_run`: from a run and scans to a folder of maps, tables and pages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pandas as pd
 from medvisionllama.config import read_config
 from medvisionllama.data.planning import read_plan
 from medvisionllama.data.readers import SUFFIXES
-from medvisionllama.errors import DataError
+from medvisionllama.errors import CheckpointError, DataError
 from medvisionllama.evaluation.evaluate import Split, write_table
 from medvisionllama.evaluation.explain.job import (
+    MAP_FILES,
     OTHER,
     RANDOM,
     TRAINED,
@@ -26,6 +28,8 @@ from medvisionllama.progress import Progress, Silent
 from medvisionllama.reports.activations import Heading, warnings_on, write_case_page, write_summary_page
 from medvisionllama.run_dir import RunDir
 from medvisionllama.training.seen import patients_by_part
+
+PAGE, SCORES, SUMMARY = "explain.html", "scores.csv", "summary.csv"
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,21 @@ def explain_run(
     scans = scans_to_explain(run_dir, config, plan, images, split=split, label=label)
     alone = len(scans) == 1 and split is None
     folder = out or run_dir.path / "explain" / (scans[0].case_id if alone else split or "scans")
-    _check_free(folder, overwrite=overwrite)
+    outputs = _outputs(folder, scans, alone=alone)
+    _check_free(folder, outputs, scans, overwrite=overwrite)
     networks = open_networks(run_dir.path, random_block=random_block, against=against, device=device)
     if against is not None:
         trained = patients_by_part(RunDir(against), ())["train"]
         scans = [replace(scan, trained_other=scan.patient_id in trained) for scan in scans]
+    before = _trained_before(run_dir)
+    scans = [replace(scan, trained_before=scan.case_id in before) for scan in scans]
     heading = _heading(networks, run_dir.path, against)
     for note in networks.notes:
         progress.say(note)
+    if overwrite:
+        # What stayed would pass for a part of this explanation, however far it gets.
+        for file in outputs:
+            file.unlink(missing_ok=True)
     tables, warnings = [], list[str]()
     with progress.track("explaining", len(scans)) as advance:
         for number, scan in enumerate(scans):
@@ -85,13 +96,13 @@ def explain_run(
             tables.append(table)
             warnings += loud
     table, summary = pd.concat(tables, ignore_index=True), None
-    page = folder / "explain.html"
+    page = folder / PAGE
     if not alone:
         summary = summarise_scores(table)
-        write_table(summary, folder / "summary.csv")
+        write_table(summary, folder / SUMMARY)
         title = f"The {split} cases" if split else "Scans"
         write_summary_page(table, summary, heading, page, title=title, loud=warnings)
-        write_table(table, folder / "scores.csv")
+        write_table(table, folder / SCORES)
     return Explanation(table, summary, page, tuple(warnings), networks.notes)
 
 
@@ -108,8 +119,8 @@ def _explain_one(
     explained = explain_scan(networks, scan, on_share=lambda share: on_share(0.9 * share))
     if maps:
         write_maps(explained, folder)
-    write_case_page(explained, heading, folder / "explain.html")
-    write_table(explained.table, folder / "scores.csv")
+    write_case_page(explained, heading, folder / PAGE)
+    write_table(explained.table, folder / SCORES)
     on_share(1.0)
     return explained.table, warnings_on(explained)
 
@@ -124,10 +135,30 @@ def _heading(networks: Networks, run: Path, against: Path | None) -> Heading:
     return Heading(run.resolve().name, {name: words[name] for name in networks.members}, networks.notes)
 
 
-def _check_free(folder: Path, *, overwrite: bool) -> None:
-    """Raise DataError if the folder is a file, or holds an explanation that nobody said may go."""
+def _trained_before(run_dir: RunDir) -> Collection[str]:
+    """Cases that trained a run whose weights this one began with; none where no manifest tells."""
+    with suppress(CheckpointError, KeyError, TypeError):
+        return run_dir.read_manifest()["started_from"]["seen"]["train"]
+    return ()
+
+
+def _outputs(folder: Path, scans: Sequence[ScanToExplain], *, alone: bool) -> list[Path]:
+    """Every file that an explanation of these scans may have, whatever the networks and options."""
+    places = [folder] if alone else [folder, *(folder / scan.case_id for scan in scans)]
+    return [place / name for place in places for name in (PAGE, SCORES, SUMMARY, *MAP_FILES)]
+
+
+def _check_free(
+    folder: Path, outputs: Sequence[Path], scans: Sequence[ScanToExplain], *, overwrite: bool
+) -> None:
+    """Raise DataError if the folder is a file, or an output is something that nobody said may go."""
     if folder.is_file() or folder.name.endswith(SUFFIXES):
         raise DataError(f"--out is a folder for maps and page, not a file: {folder}; give a folder's name")
-    page = folder / "explain.html"
-    if page.exists() and not overwrite:
-        raise DataError(f"{page} already exists; choose another --out, or give --overwrite to replace it")
+    sources = {file.resolve() for scan in scans for file in scan.files}
+    for file in outputs:
+        if file.resolve() in sources:
+            raise DataError(
+                f"{file} is one of the scans or masks and would be replaced by a map; choose another --out"
+            )
+        if file.exists() and not overwrite:
+            raise DataError(f"{file} already exists; choose another --out, or give --overwrite to replace it")

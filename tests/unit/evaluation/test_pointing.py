@@ -63,6 +63,21 @@ def test_an_empty_mask_has_no_score(line):
     assert found.volume_share == found.near_share == 0
 
 
+def test_a_target_holds_the_part_with_something_in_it():
+    whole = np.zeros((64, 64, 64), bool)
+    whole[30, 30, 30] = True
+    target = make_target(whole, (2.0, 2.0, 2.0))
+    for held in (target.mask, target.near):
+        assert held.shape == (5, 5, 5)
+        assert held.base is None, "a view would hold the whole"
+    values = np.random.default_rng(0).random(whole.shape, np.float32)
+    near = within(whole, (2.0, 2.0, 2.0))
+    found = scores_of(values, whole, token=(2.0, 2.0, 2.0))
+    assert found.near_share == near.mean()
+    assert found.energy == values[whole].sum(dtype=np.float64) / values.sum(dtype=np.float64)
+    assert found.auc == pytest.approx((values[~whole] < values[whole]).mean(), abs=1e-4)
+
+
 def test_the_tolerance_is_one_token_along_each_axis():
     mask = np.zeros((21, 21, 21), bool)
     mask[10, 10, 10] = True

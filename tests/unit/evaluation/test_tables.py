@@ -1,6 +1,7 @@
 """Tables of measures: over whom they average, and whose classes they name."""
 
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from medvisionllama import api
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import ConfigError, DataError
+from medvisionllama.evaluation import evaluate
 from medvisionllama.evaluation.evaluate import evaluate_files, mean_dice, measure_classes, summarise
 from medvisionllama.evaluation.masks import Pair, by_name
 from medvisionllama.inference.cleaning import Cleaning
@@ -187,3 +189,35 @@ def test_volumes_of_a_sheared_grid_are_true():
     # So a component of 0.024 ml is smaller than 0.025 ml, though the product of the edges is larger.
     assert clean(mask, Cleaning(min_component_ml=0.0235)).array.all()
     assert not clean(mask, Cleaning(min_component_ml=0.025)).array.any()
+
+
+def test_surfaces_of_a_sheared_grid_lie_where_they_do_in_the_patient():
+    tilt = np.tan(np.radians(20))
+    affine = np.eye(4)
+    affine[1, 2] = tilt
+    masks = np.zeros((3, 4, 5, 6), np.uint8)
+    masks[0, 1, 1, 1] = masks[1, 1, 3, 4] = 1
+    predicted, truth, empty = (Volume(mask, affine) for mask in masks)
+    # Three slices further, the grid has itself moved along y.
+    apart = np.hypot(2 + 3 * tilt, 3)
+    for tolerance, share in ((apart + 0.01, 1), (apart - 0.01, 0)):
+        [row] = measure_classes(predicted, truth, {1: "organ"}, tolerance_mm=tolerance)
+        assert row["hd95_mm"] == pytest.approx(apart)
+        assert row["nsd"] == share
+    [row] = measure_classes(predicted, empty, {1: "organ"}, tolerance_mm=1.0)
+    assert row["hd95_mm"] == pytest.approx(np.linalg.norm([4, 5 + 6 * tilt, 6])), "the longest diagonal"
+
+
+def test_two_masks_are_held_at_a_time(monkeypatch):
+    made, alive, measured = [], [], evaluate.measure
+
+    def measure(predicted, truth, *arguments, **options):
+        alive.append(sum(one() is not None for one in made))
+        made.extend(weakref.ref(mask) for mask in (predicted, truth))
+        return measured(predicted, truth, *arguments, **options)
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    mask = Volume(np.arange(27, dtype=np.uint8).reshape(3, 3, 3) % 4, np.eye(4))
+    rows = list(measure_classes(mask, mask, {1: "a", 2: "b", 3: "c"}, tolerance_mm=1.0))
+    assert [row["class"] for row in rows] == ["a", "b", "c", "foreground"]
+    assert alive == [0, 0, 0, 0]

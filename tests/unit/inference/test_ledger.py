@@ -85,3 +85,13 @@ def test_a_mask_of_other_voxels_or_of_nobody_is_refused(scan, tmp_path):
         check_mask(tmp_path / "s.nii.gz", made, [scan], MAKER)
     with pytest.raises(DataError, match="says what made it"):
         check_mask(tmp_path / "s.nii.gz", None, [scan], MAKER)
+
+
+def test_a_line_names_the_maps_that_were_written_with_its_mask(scan, tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.add(record(scan) | {"uncertainty": str(scan)}, files_sha256([scan]), MAKER)
+    made = ledger.read()["s.nii.gz"]
+    assert made.has("uncertainty")
+    assert not made.has("probabilities")
+    ledger.add(record(scan), files_sha256([scan]), MAKER)
+    assert not ledger.read()["s.nii.gz"].has("uncertainty")

@@ -1,6 +1,6 @@
 """Maps of trained networks on scans, scored against masks: what `medvisionllama explain` computes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from medvisionllama.errors import ConfigError
 from medvisionllama.evaluation.explain.notes import notes_on
 from medvisionllama.evaluation.explain.targets import ScanToExplain, read_truth
 from medvisionllama.evaluation.pointing import Target, make_target, peak, score
-from medvisionllama.inference.activations import MapName, native_maps, token_size
+from medvisionllama.inference.activations import KINDS, STAGES, MapName, native_maps, token_size
 from medvisionllama.inference.cleaning import Cleaning, cleaning_of
 from medvisionllama.inference.controls import with_random_block
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.predictor import Member, Predictor, check_alike
 from medvisionllama.inference.writers import write_map
 from medvisionllama.run_dir import RunDir
-from medvisionllama.types import AffineMatrix, LabelArray
+from medvisionllama.types import AffineMatrix, LabelArray, MaskArray
 
 TRAINED, RANDOM, OTHER = "trained", "random block", "other run"
 """The networks of a comparison, in the order of the table."""
@@ -120,10 +120,7 @@ def explain_scan(
         truth = to_ras(clean(predicted, networks.cleaning, plan.places)).array
     else:
         truth = read_truth(scan, image, plan)
-    masks = [(name, truth == value) for value, name in plan.mask_classes.items()]
-    if len(masks) > 1:
-        masks.append((FOREGROUND, truth > 0))
-    targets: dict[tuple[float, float, float], list[Target]] = {}
+    targets: dict[tuple[float, float, float], list[tuple[str, Target]]] = {}
     maps, rows = {}, list[dict[str, Any]]()
     for number, (network, member) in enumerate(members.items()):
 
@@ -133,12 +130,21 @@ def explain_scan(
         maps[network] = native_maps(member, prepared, on_share=told)
         token = token_size(member, prepared)
         if token not in targets:
-            targets[token] = [make_target(mask, token) for _, mask in masks]
+            masks = _masks(truth, plan.mask_classes)
+            targets[token] = [(name, make_target(mask, token)) for name, mask in masks]
         for map_name, values in maps[network].items():
             facts = {**_names(scan), "network": network, **map_name._asdict()}
-            rows += _rows(facts, values, image.affine, [name for name, _ in masks], targets[token])
+            rows += _rows(facts, values, image.affine, targets[token])
         on_share((number + 1) / len(members))
     return Explained(scan, image, truth, prepared.affine, plan.mask_classes, maps, pd.DataFrame(rows))
+
+
+def _masks(truth: LabelArray, classes: Mapping[int, str]) -> Iterator[tuple[str, MaskArray]]:
+    """Mask of each class, then of all together; in turn, since each is as large as the scan."""
+    for value, name in classes.items():
+        yield name, truth == value
+    if len(classes) > 1:
+        yield FOREGROUND, truth > 0
 
 
 def _names(scan: ScanToExplain) -> dict[str, str]:
@@ -151,29 +157,37 @@ def _names(scan: ScanToExplain) -> dict[str, str]:
 
 
 def _rows(
-    facts: dict[str, str],
-    values: np.ndarray,
-    affine: AffineMatrix,
-    classes: Sequence[str],
-    targets: Sequence[Target],
+    facts: dict[str, str], values: np.ndarray, affine: AffineMatrix, targets: Sequence[tuple[str, Target]]
 ) -> list[dict[str, Any]]:
     """One row per class of one map."""
     place = (affine @ [*peak(values), 1])[:3]
     about = {f"peak_{axis}_mm": float(value) for axis, value in zip("xyz", place, strict=True)}
     about |= {"map_mean": float(values.mean(dtype=np.float64)), "map_max": float(values.max())}
+    found = score(values, [target for _, target in targets])
     return [
         {**facts, "class": name, **asdict(scores), **about}
-        for name, scores in zip(classes, score(values, targets), strict=True)
+        for (name, _), scores in zip(targets, found, strict=True)
     ]
 
 
+def map_file(network: str, name: MapName) -> str:
+    """What the file of a map is called."""
+    return f"{network.replace(' ', '-')}_{name.stage}_{name.kind}.nii.gz"
+
+
+MAP_FILES = tuple(
+    map_file(network, MapName(stage, kind))
+    for network in (TRAINED, RANDOM, OTHER)
+    for stage in STAGES
+    for kind in KINDS
+)
+"""Of every map that there may be."""
+
+
 def write_maps(explained: Explained, folder: Path) -> None:
-    """Write every map on the scan's own grid, as NETWORK_STAGE_KIND.nii.gz, in place of earlier ones."""
-    for kind in ("norm", "attention"):
-        for old in folder.glob(f"*_{kind}.nii.gz"):
-            old.unlink()
+    """Write every map on the scan's own grid, as NETWORK_STAGE_KIND.nii.gz."""
     for network, maps in explained.maps.items():
         for name, values in maps.items():
-            path = folder / f"{network.replace(' ', '-')}_{name.stage}_{name.kind}.nii.gz"
             own = from_ras(values, explained.affine)
+            path = folder / map_file(network, name)
             write_map(path, own, explained.affine, like=explained.scan.images[0])

@@ -1,10 +1,12 @@
 """Which scans are explained, and which mask their maps are scored against."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from medvisionllama.config import Config
+from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.index import Case, Dataset, open_configured, patient_of
 from medvisionllama.data.labels import label_on_grid
 from medvisionllama.data.planning import Plan
@@ -37,6 +39,18 @@ class ScanToExplain:
     """`train`, `validation` or `test` of the run; empty for a scan that is not of its dataset."""
     trained_other: bool = False
     """The run that it is compared with was trained on a patient of this name."""
+    trained_before: bool = False
+    """A case of this name trained a run whose weights the run began with."""
+
+    @property
+    def files(self) -> list[Path]:
+        """Everything that is read of it, its mask too."""
+        images = [
+            file
+            for source in self.images
+            for file in (source.files if isinstance(source, Series) else (source,))
+        ]
+        return images if self.label is None else [*images, self.label]
 
     @property
     def truth(self) -> str:
@@ -85,7 +99,7 @@ def scans_to_explain(
         if case is not None:
             found = _of_dataset(case, parts.get(case.case_id, ""))
         else:
-            found = ScanToExplain(scan.case_id, patient_of(scan.case_id), scan.images, None)
+            found = ScanToExplain(scan.case_id, _patient_of(scan.case_id, config), scan.images, None)
         if label is not None:
             found = ScanToExplain(
                 found.case_id, found.patient_id, found.images, label, named=True, part=found.part
@@ -104,6 +118,13 @@ def read_truth(scan: ScanToExplain, image: Volume, plan: Plan) -> LabelArray:
     found = read_mask(scan.label, plan.mask_classes) if scan.named else read_label(scan.label)
     truth = label_on_grid(scan.label, found, image.shape, image.affine)
     return (merged_foreground(truth) if plan.merged else truth).array
+
+
+def _patient_of(case_id: str, config: Config) -> str:
+    """Patient of a scan of no dataset: by the run's pattern where that fits its name, else by the rule."""
+    with suppress(DataError):
+        return patient_of(case_id, config.data.patient_pattern)
+    return patient_of(case_id)
 
 
 def _of_dataset(case: Case, part: str) -> ScanToExplain:
