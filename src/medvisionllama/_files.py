@@ -101,15 +101,15 @@ def is_locked(path: Path) -> bool:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder itself, so that no file is left behind. Windows does without."""
+def locked_folder(folder: Path) -> Iterator[bool]:
+    """Hold a lock on a folder itself, so that no file is left behind, and say whether; Windows does without."""
     if fcntl is None:
-        yield
+        yield False
         return
     file = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield True
     finally:
         os.close(file)
 

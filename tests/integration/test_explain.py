@@ -332,4 +332,4 @@ def test_a_scan_that_trained_the_run_of_before_is_told(run, scan, tmp_path):
     began = {"started_from": {"seen": {"train": {"stranger": "stranger"}, "validation": {}}}}
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | began))
     found = api.explain(later, scan, control="none", maps=False, out=tmp_path / "out")
-    assert any("stranger is a training case of this run" in line for line in found.warnings)
+    assert any("stranger: a case or patient of this name trained the run" in line for line in found.warnings)

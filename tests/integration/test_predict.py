@@ -270,6 +270,14 @@ def test_resume_takes_no_map_of_another_prediction(runs, scans, tmp_path, cli):
     assert "1 of 1 scans have their masks" in cli(*resume).err
 
 
+def test_maps_of_every_earlier_prediction_go_with_its_mask(runs, scans, tmp_path):
+    scan, folder = scans / "phantom_000.nii.gz", tmp_path / "m"
+    api.predict(runs[1], scan, out=folder, uncertainty=True)
+    api.predict(runs[1], scan, out=folder, probabilities=True, resume=True)
+    api.predict(runs[0], scan, out=folder, overwrite=True)
+    assert not list(folder.glob("*/*.nii.gz"))
+
+
 def test_a_map_that_is_not_ours_stays(runs, scans, tmp_path):
     scan, folder = scans / "phantom_000.nii.gz", tmp_path / "m"
     api.predict(runs[0], scan, out=folder)

@@ -83,7 +83,7 @@ def predict(
 
     Headers are looked at first. A scan whose voxels then cannot be read does not stop the others; exit code 2.
 
-    What was interrupted goes on with the same command and --resume, with --overwrite or without.
+    What was interrupted goes on with the same command and --resume added; one with --overwrite keeps it.
 
     Examples:
 

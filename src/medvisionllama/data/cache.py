@@ -339,10 +339,10 @@ def _alone_in(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         # Some disks have no locks. There several may write the same, each file whole.
         with suppress(OSError):
-            stack.enter_context(locked_folder(folder))
-            # Of a process that was killed.
-            for left in folder.glob(".partial-*"):
-                left.unlink()
+            if stack.enter_context(locked_folder(folder)):
+                # Of a process that was killed.
+                for left in folder.glob(".partial-*"):
+                    left.unlink()
         yield
 
 

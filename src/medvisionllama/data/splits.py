@@ -112,7 +112,10 @@ def extend_splits(splits: Splits, patients: Mapping[str, str]) -> Splits:
     for patient in rest:
         min(validation, key=len).append(patient)
     folds = tuple(
-        Fold((*fold.train, *(patient for patient in rest if patient not in of_fold)), tuple(sorted(of_fold)))
+        Fold(
+            (*fold.train, *(patient for patient in rest if patient not in set(of_fold))),
+            tuple(sorted(of_fold)),
+        )
         for fold, of_fold in zip(splits.folds, validation, strict=True)
     )
     return Splits(splits.seed, tuple(sorted((*splits.test, *test))), folds)

@@ -69,12 +69,15 @@ def score(values: Map, targets: Iterable[Target]) -> list[Pointing]:
 
     ranks = rankdata(values, axis=None).reshape(values.shape)
     best = values == values.max()
+    num_best = int(best.sum())
     total = float(values.sum(dtype=np.float64))
-    return [_score(values, ranks, best, total, target) for target in targets]
+    return [_score(values, ranks, best, num_best, total, target) for target in targets]
 
 
-def _score(values: Map, ranks: np.ndarray, best: MaskArray, total: float, target: Target) -> Pointing:
-    inside, size, num_best = int(target.mask.sum()), target.size, int(best.sum())
+def _score(
+    values: Map, ranks: np.ndarray, best: MaskArray, num_best: int, total: float, target: Target
+) -> Pointing:
+    inside, size = int(target.mask.sum()), target.size
     share, near_share = inside / size, int(target.near.sum()) / size
     if not inside:
         return Pointing(_NAN, _NAN, _NAN, _NAN, _NAN, share, near_share)

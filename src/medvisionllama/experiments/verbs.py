@@ -89,11 +89,7 @@ def run(
     datasets = {one.task: experiment.data_of(one) for one in {one.task: one for one in chosen}.values()}
     for file in {splits for one in chosen if (splits := one.settings.get("data.splits"))}:
         read_splits(Path(file).expanduser())
-    starts = [
-        Path(path).expanduser() for path in {one.settings.get("train.start_from") for one in chosen} if path
-    ]
-    for start in starts:
-        RunDir(start).check()
+    starts = _earlier_runs(experiment, chosen)
     if not matrix.is_dir():
         experiment = Experiment.create(experiment.path, matrix, data_root=root)
     elif root is not None:
@@ -108,6 +104,23 @@ def run(
         folders=[*datasets.values(), *starts],
     )
     return launch(experiment, chosen, workers, retries=retries, progress=progress or Silent())
+
+
+def _earlier_runs(experiment: Experiment, chosen: Sequence[PlannedRun]) -> list[Path]:
+    """Folders of the runs that others are to begin with; those that have begun have the weights in their own.
+
+    Raises:
+        CheckpointError: there is no such run.
+    """
+    wanted = set()
+    for one in chosen:
+        files = experiment.files(one.run_id)
+        has_begun = files.trained.is_file() or RunDir(files.path).state.is_file()
+        if (start := one.settings.get("train.start_from")) and not has_begun:
+            wanted.add(Path(start).expanduser())
+    for start in wanted:
+        RunDir(start).check()
+    return sorted(wanted)
 
 
 @dataclass(frozen=True)

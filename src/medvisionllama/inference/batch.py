@@ -77,9 +77,10 @@ class Outputs:
         files = self.files(scan)
         unasked = {kind: self.map_file(scan, kind) for kind in MAPS if kind not in files}
         there = {kind: path for kind, path in unasked.items() if path.exists()}
-        made = self.ledger.read() if there else {}
-        lines = [made[mask.name] for mask in self.masks(scan) if mask.exists() and mask.name in made]
-        sources = {file.resolve() for file in _files(scan)}
+        names = {mask.name for mask in self.masks(scan)}
+        # Any line: a mask that was made again, with other maps, has a last one that does not name those of before.
+        lines = [made for made in self.ledger.lines() if made.mask in names] if there else []
+        sources = {file.resolve() for file in scan.files}
         maps = [
             path
             for kind, path in there.items()
@@ -99,7 +100,7 @@ class Outputs:
         """
         if self.folder.name.endswith(SUFFIXES) or (self.folder.exists() and not self.folder.is_dir()):
             raise DataError(f"--out is a folder for masks, not a file: {self.folder}; give a folder's name")
-        sources = {file.resolve() for scan in scans for file in _files(scan)}
+        sources = {file.resolve() for scan in scans for file in scan.files}
         made = self.ledger.read() if resume else {}
         left = []
         for scan in scans:
@@ -138,7 +139,7 @@ class Outputs:
     def _check_kept(self, mask: Path, scan: Scan, made: Made | None) -> None:
         """Raise DataError unless a mask that is there is what would be made of this scan."""
         _check_same_scan(mask, scan)
-        check_mask(mask, made, _files(scan), self.made_by)
+        check_mask(mask, made, scan.files, self.made_by)
         if mask == self.fallback(scan) and not (made and made.instead):
             raise DataError(
                 f"{mask} is this scan's mask as NIfTI, and DICOM-SEG is asked for; give --format nifti to keep it, or another --out"
@@ -183,12 +184,6 @@ def _check_same_scan(mask: Path, scan: Scan) -> None:
         raise DataError(
             f"{mask} lies on another grid than {source}, so it is the mask of another scan of that name; choose another --out"
         )
-
-
-def _files(scan: Scan) -> list[Path]:
-    return [
-        file for source in scan.images for file in (source.files if isinstance(source, Series) else (source,))
-    ]
 
 
 def predict_scans(
@@ -254,10 +249,9 @@ def _segment(
         uncertainty=outputs.uncertainty,
         on_share=on_share,
     )
-    if overwrite:
-        for file in outputs.outdated(scan):
-            file.unlink(missing_ok=True)
-    return _finish(predictor, scan, prepared, prediction, outputs)
+    return _finish(
+        predictor, scan, prepared, prediction, outputs, outputs.outdated(scan) if overwrite else ()
+    )
 
 
 def _finish(
@@ -266,15 +260,22 @@ def _finish(
     prepared: PreparedScan,
     prediction: Prediction,
     outputs: Outputs,
+    outdated: Sequence[Path],
 ) -> dict[str, Any]:
-    """Clean, write and describe one prediction."""
+    """Clean, write and describe one prediction.
+
+    Args:
+        outdated: what must go before its files come.
+    """
     mask = clean(prediction.mask, outputs.made_by.cleaning, predictor.plan.places)
     prediction = replace(prediction, mask=mask)
     names = predictor.plan.mask_classes
     files = outputs.files(scan)
     warnings = cautions(prepared, prediction, predictor.plan)
     # It takes a while, and must not stand between a mask and the line that says what made it.
-    scan_sha256 = files_sha256(_files(scan))
+    scan_sha256 = files_sha256(scan.files)
+    for file in outdated:
+        file.unlink(missing_ok=True)
     for kind in MAPS:
         shares = getattr(prediction, kind)
         if shares is not None:
@@ -301,8 +302,8 @@ def _finish(
     instead = files["mask"] == outputs.fallback(scan)
     outputs.ledger.add(record, scan_sha256, outputs.made_by, instead=instead)
     # Whoever overwrites may have had the other of the two before, and two masks of one scan are one too many.
-    for other in (outputs.mask(scan), outputs.fallback(scan)):
-        if other and other != files["mask"]:
+    for other in outputs.masks(scan):
+        if other != files["mask"]:
             other.unlink(missing_ok=True)
     if not outputs.has_table(names):
         write_text(outputs.table, label_table(names))

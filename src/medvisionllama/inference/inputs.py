@@ -25,6 +25,16 @@ class Scan:
     num_voxels: int = 0
     """Of all channels together."""
 
+    @property
+    def files(self) -> list[Path]:
+        """Everything that is read of it."""
+        return files_of_scan(self.images)
+
+
+def files_of_scan(images: Iterable[ScanSource]) -> list[Path]:
+    """Files of a scan's channels; of a DICOM series, each of its images."""
+    return [file for source in images for file in (source.files if isinstance(source, Series) else (source,))]
+
 
 def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Scan]:
     """List the scans in files and folders, and check every header before any is segmented.

@@ -4,7 +4,7 @@
 and a folder may hold the masks of last week's run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -95,14 +95,15 @@ class Ledger:
         line = Made(**_told(record), scan_sha256=scan_sha256, made_by=made_by, instead=instead)
         append_json(self.path, line.model_dump(mode="json"))
 
-    def read(self) -> dict[str, Made]:
-        """The last line of each mask file, by its name; what is no line of ours is passed over."""
-        found = {}
+    def lines(self) -> Iterator[Made]:
+        """All that was ever made here, oldest first; what is no line of ours is passed over."""
         for line in read_json_lines(self.path):
             with suppress(ValidationError):
-                made = Made.model_validate(line)
-                found[made.mask] = made
-        return found
+                yield Made.model_validate(line)
+
+    def read(self) -> dict[str, Made]:
+        """The last line of each mask file, by its name."""
+        return {made.mask: made for made in self.lines()}
 
 
 def check_mask(mask: Path, made: Made | None, scan_files: Sequence[Path], made_by: MadeBy) -> None:

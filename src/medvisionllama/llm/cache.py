@@ -157,7 +157,7 @@ def layer_file(position: int) -> str:
     return f"layer-{position:03d}.safetensors"
 
 
-def one_at_a_time() -> AbstractContextManager[None]:
+def one_at_a_time() -> AbstractContextManager[bool]:
     """Let one process of this machine fetch at a time, so that the others find what it has kept."""
     return locked_folder(user_cache())
 

@@ -1,6 +1,6 @@
 """`explain_run`: from a run and scans to a folder of maps, tables and pages."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from medvisionllama.evaluation.explain.targets import ScanToExplain, scans_to_ex
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.reports.activations import Heading, warnings_on, write_case_page, write_summary_page
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.seen import patients_by_part
+from medvisionllama.training.seen import patients_by_part, seen_before
 
 PAGE, SCORES, SUMMARY = "explain.html", "scores.csv", "summary.csv"
 
@@ -75,8 +75,11 @@ def explain_run(
     if against is not None:
         trained = patients_by_part(RunDir(against), ())["train"]
         scans = [replace(scan, trained_other=scan.patient_id in trained) for scan in scans]
-    before = _trained_before(run_dir)
-    scans = [replace(scan, trained_before=scan.case_id in before) for scan in scans]
+    earlier = _trained_before(run_dir)
+    scans = [
+        replace(scan, trained_before=not earlier.isdisjoint({scan.case_id, scan.patient_id}))
+        for scan in scans
+    ]
     heading = _heading(networks, run_dir.path, against)
     for note in networks.notes:
         progress.say(note)
@@ -135,17 +138,18 @@ def _heading(networks: Networks, run: Path, against: Path | None) -> Heading:
     return Heading(run.resolve().name, {name: words[name] for name in networks.members}, networks.notes)
 
 
-def _trained_before(run_dir: RunDir) -> Collection[str]:
-    """Cases that trained a run whose weights this one began with; none where no manifest tells."""
-    with suppress(CheckpointError, KeyError, TypeError):
-        return run_dir.read_manifest()["started_from"]["seen"]["train"]
-    return ()
+def _trained_before(run_dir: RunDir) -> set[str]:
+    """Cases and patients who trained a run whose weights this one began with; none where no manifest tells."""
+    with suppress(CheckpointError):
+        cases = seen_before(run_dir.read_manifest()).get("train", {})
+        return {*cases, *cases.values()}
+    return set()
 
 
 def _outputs(folder: Path, scans: Sequence[ScanToExplain], *, alone: bool) -> list[Path]:
     """Every file that an explanation of these scans may have, whatever the networks and options."""
     places = [folder] if alone else [folder, *(folder / scan.case_id for scan in scans)]
-    return [place / name for place in places for name in (PAGE, SCORES, SUMMARY, *MAP_FILES)]
+    return [folder / SUMMARY, *(place / name for place in places for name in (PAGE, SCORES, *MAP_FILES))]
 
 
 def _check_free(

@@ -1,5 +1,6 @@
 """Whom a run has seen: the patients by whom its weights were trained or chosen, as its folder tells."""
 
+import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -20,23 +21,28 @@ def seen_by(run_dir: RunDir) -> Seen:
     Raises:
         CheckpointError: the manifest does not say whom it has seen.
     """
-    config = read_config(run_dir.config)
+    config, manifest = read_config(run_dir.config), run_dir.read_manifest()
     try:
-        manifest: dict[str, Any] = run_dir.read_manifest()
         named = {part: list(manifest["cases"][part]) for part in ("train", "validation")}
         # They trained as well, if without their labels. Only runs of before there were any may not mention them.
         without_labels: dict[str, str] = (
             manifest.get("unlabelled", {}) if config.unlabelled.scans == "none" else manifest["unlabelled"]
         )
-        before: Seen = manifest["started_from"]["seen"] if manifest.get("started_from") else {}
+        before = seen_before(manifest)
         pattern = config.data.patient_pattern
         seen = {part: {name: patient_of(name, pattern) for name in names} for part, names in named.items()}
         seen["train"] |= without_labels
         return {part: {**before.get(part, {}), **cases} for part, cases in seen.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError):
         raise CheckpointError(
             f"{run_dir.manifest} does not say which cases the run has seen, so a leak cannot be excluded; restore it or leave the run out"
         ) from None
+
+
+def seen_before(manifest: Mapping[str, Any]) -> Seen:
+    """Those of the run that a run began with, and of all before it."""
+    seen: Seen = (manifest.get("started_from") or {}).get("seen", {})
+    return seen
 
 
 def patients_by_part(run_dir: RunDir, cases: Iterable[Case]) -> dict[str, set[str]]:
@@ -113,7 +119,7 @@ def _division_of(before: RunDir, config: DataConfig, name: str, splits: Splits) 
         return []
     if not kept & _names({name: name}, config.patient_pattern):
         return []
-    where = f"--set data.splits={before.splits}"
+    where = f"--set {shlex.quote(f'data.splits={before.splits}')}"
     if patients_of(splits) - kept:
         pattern = ("--patient-pattern", config.patient_pattern) if config.patient_pattern else ()
         excluded = [part for who in config.exclude for part in ("--exclude", who)]

@@ -16,7 +16,7 @@ from medvisionllama._files import files_sha256
 from medvisionllama.checkpoint import frozen, load_tensors, trainable
 from medvisionllama.config import Config, NetworkConfig, read_config
 from medvisionllama.data.planning import Plan, read_plan
-from medvisionllama.errors import ConfigError
+from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_meta_network
 from medvisionllama.networks.segmenter import TokenSegmenter
@@ -63,12 +63,14 @@ def read_start(run_dir: RunDir) -> Start:
     """Read an earlier run.
 
     Raises:
-        CheckpointError: it is no run, has no weights yet, or is damaged.
+        CheckpointError: it is no run, has no weights yet, is damaged, or just gets others.
         ConfigError: its settings cannot be read.
     """
     run_dir.check()
     sha256 = files_sha256([run_dir.best])
     tensors, facts = load_tensors(run_dir.best)
+    if files_sha256([run_dir.best]) != sha256:
+        raise CheckpointError(f"{run_dir.path} is being trained; wait for its end, or begin with another run")
     config, plan = read_config(run_dir.config), read_plan(run_dir)
     return Start(run_dir, config, plan, tensors, facts, sha256, seen_by(run_dir))
 
@@ -147,7 +149,7 @@ def _other_parts(start: Start, network: TokenSegmenter, config: Config) -> set[s
     """Parts of the network that would compute something else with equal weights."""
     ours, theirs = (_meaning(which.network) for which in (config, start.config))
     other = {part for part, keys in _MEANING.items() if any(ours[key] != theirs[key] for key in keys)}
-    if start.facts["frozen_sha256"] != tensors_sha256(frozen(network)):
+    if start.facts.get("frozen_sha256") != tensors_sha256(frozen(network)):
         other.add("insert")
     return other
 

@@ -94,10 +94,11 @@ def validate_cases(
 
     # The first one is slower than the others: what is needed is loaded, and kernels are chosen.
     seconds = [score(number) for number in numbers[:2]]
-    sizes = [math.prod(cases[number].image.shape) for number in numbers]
-    would_take = processes.first(seconds[-1] * sum(sizes) / sizes[1] if len(numbers) > 2 else 0.0)
-    if patience_seconds is not None and would_take > patience_seconds:
-        return {"would_take_seconds": would_take}
+    if patience_seconds is not None:
+        sizes = [math.prod(cases[number].image.shape) for number in numbers]
+        would_take = processes.first(seconds[-1] * sum(sizes) / sizes[1] if len(numbers) > 2 else 0.0)
+        if would_take > patience_seconds:
+            return {"would_take_seconds": would_take}
     for number in numbers[2:]:
         score(number)
     if shared:

@@ -10,7 +10,7 @@ from medvisionllama.experiments import launch as launching
 from medvisionllama.experiments import local_backend, ray_backend, verbs, worker
 from medvisionllama.experiments.launch import Ended, launch
 from medvisionllama.experiments.local_backend import LocalBackend, choose_place, free_memory, visible_gpus
-from medvisionllama.experiments.matrix import expand
+from medvisionllama.experiments.matrix import expand, read_matrix
 from medvisionllama.experiments.store import Experiment
 from medvisionllama.progress import Silent
 
@@ -204,12 +204,19 @@ def test_a_division_that_is_not_there_is_found_before_the_first_run(tmp_path, wr
     assert not (tmp_path / "out").exists()
 
 
-def test_an_earlier_run_that_is_not_there_is_found_before_the_first_run(tmp_path, write_matrix):
+def test_an_earlier_run_that_is_not_there_is_found_before_the_first_run(tmp_path, write_matrix, monkeypatch):
     (tmp_path / "Task_A").mkdir()
     matrix = write_matrix(set={"train.max_steps": 5, "train.start_from": str(tmp_path / "earlier")})
     with pytest.raises(CheckpointError, match="earlier is not a run folder"):
         verbs.run(matrix, out=tmp_path / "out", data=tmp_path)
     assert not (tmp_path / "out").exists()
+    # Runs that have begun do without it.
+    monkeypatch.setattr(verbs, "launch", lambda experiment, chosen, *_, **__: len(chosen))
+    for one in expand(read_matrix(matrix)):
+        trained = tmp_path / "out" / "runs" / one.run_id / "trained.json"
+        trained.parent.mkdir(parents=True)
+        trained.touch()
+    assert verbs.run(matrix, out=tmp_path / "out", data=tmp_path)
 
 
 def test_a_worker_records_what_fails_before_its_run_begins(experiment, monkeypatch):

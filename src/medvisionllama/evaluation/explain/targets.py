@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medvisionllama.config import Config
-from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.index import Case, Dataset, open_configured, patient_of
 from medvisionllama.data.labels import label_on_grid
 from medvisionllama.data.planning import Plan
@@ -16,7 +15,7 @@ from medvisionllama.data.volume import Volume
 from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.evaluation.evaluate import Split, check_has_cases, merged_foreground
 from medvisionllama.evaluation.masks import read_mask
-from medvisionllama.inference.inputs import collect_scans
+from medvisionllama.inference.inputs import collect_scans, files_of_scan
 from medvisionllama.run_dir import RunDir
 from medvisionllama.types import LabelArray
 
@@ -40,16 +39,12 @@ class ScanToExplain:
     trained_other: bool = False
     """The run that it is compared with was trained on a patient of this name."""
     trained_before: bool = False
-    """A case of this name trained a run whose weights the run began with."""
+    """A case or patient of this name trained a run whose weights the run began with."""
 
     @property
     def files(self) -> list[Path]:
         """Everything that is read of it, its mask too."""
-        images = [
-            file
-            for source in self.images
-            for file in (source.files if isinstance(source, Series) else (source,))
-        ]
+        images = files_of_scan(self.images)
         return images if self.label is None else [*images, self.label]
 
     @property
