@@ -6,7 +6,7 @@ names, and positions of another grid of tokens are interpolated.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,14 +51,6 @@ class Start:
     seen: Seen
 
 
-@dataclass
-class _Fit:
-    """Which of the new network's weights are the earlier run's."""
-
-    kept: dict[str, Tensor] = field(default_factory=dict)
-    fresh: list[str] = field(default_factory=list)
-
-
 def read_start(run_dir: RunDir) -> Start:
     """Read an earlier run.
 
@@ -86,20 +78,20 @@ def begin_with(network: TokenSegmenter, start: Start, *, config: Config, plan: P
         ConfigError: no layer fits.
     """
     parameters = trainable(network)
-    fit = _fit(network, start, config, plan)
+    kept = _fitting(network, start, config, plan)
     positions = _positions(network)
-    if not any(tensor.ndim > 1 and name not in positions for name, tensor in fit.kept.items()):
+    if not any(tensor.ndim > 1 and name not in positions for name, tensor in kept.items()):
         raise ConfigError(
             f"no layer of {start.run_dir.path} (preset {start.config.preset}) fits this network (preset {config.preset}); give --preset {start.config.preset} and its network.* settings, or begin without it"
         )
-    for name, tensor in fit.kept.items():
+    for name, tensor in kept.items():
         parameters[name].copy_(tensor)
     return {
         "run": str(start.run_dir.path),
         "weights_sha256": start.weights_sha256,
-        "kept_parameters": sum(tensor.numel() for tensor in fit.kept.values()),
-        "fresh": _layers(fit.fresh, of=parameters),
-        "unused": _layers(sorted(start.tensors.keys() - fit.kept.keys()), of=start.tensors),
+        "kept_parameters": sum(tensor.numel() for tensor in kept.values()),
+        "fresh": _layers([name for name in parameters if name not in kept], of=parameters),
+        "unused": _layers(sorted(start.tensors.keys() - kept.keys()), of=start.tensors),
         "seen": start.seen,
     }
 
@@ -115,34 +107,34 @@ def started_words(facts: Mapping[str, Any], network: TokenSegmenter) -> str:
     return kept + fresh + (f"; not used: {', '.join(left)}" if left else "")
 
 
-def _fit(network: TokenSegmenter, start: Start, config: Config, plan: Plan) -> _Fit:
-    fit = _Fit()
-    other = _other_parts(start, network, config)
-    inputs = _names_that_go_by(config.network, plan, "num_channels")
-    outputs = _names_that_go_by(config.network, plan, "num_outputs")
-    order = _channel_order(start.plan.channels, plan.channels)
-    same_classes = _same_classes(start, config, plan)
-    positions, before = _positions(network), _positions(_without_insert(start.config.network, start.plan))
-    for name, parameter in trainable(network).items():
-        tensor = start.tensors.get(name)
-        if (name in outputs and not same_classes) or any(name.startswith(f"{part}.") for part in other):
-            tensor = None
-        elif tensor is not None and name in inputs:
-            fits = order is not None and tensor.ndim > 1 and max(order) < tensor.shape[1]
-            tensor = tensor[:, list(order)] if fits and order is not None else None
-        elif tensor is not None and name in positions and name in before:
-            tensor = positions[name].interpolated(tensor, before[name].grid)
-        if tensor is None or tensor.shape != parameter.shape:
-            fit.fresh.append(name)
+def _fitting(network: TokenSegmenter, start: Start, config: Config, plan: Plan) -> dict[str, Tensor]:
+    """The earlier run's weights that fit, by the names and in the shapes of the new network's."""
+    other = tuple(f"{part}." for part in _other_parts(start, network, config))
+    found = {name: tensor for name, tensor in start.tensors.items() if not name.startswith(other)}
+    networks = (config.network, plan), (start.config.network, start.plan)
+    outputs, other_outputs = (_names_that_go_by(*which, "num_outputs") for which in networks)
+    inputs, other_inputs = (_names_that_go_by(*which, "num_channels") for which in networks)
+    same_classes, order = (
+        _same_classes(start, config, plan),
+        _channel_order(start.plan.channels, plan.channels),
+    )
+    for name in found.keys() & (outputs | other_outputs):
+        if not same_classes or name not in outputs & other_outputs:
+            del found[name]
+    for name in found.keys() & (inputs | other_inputs):
+        if order is None or name not in inputs & other_inputs:
+            del found[name]
         else:
-            fit.kept[name] = tensor
-    if any(name.startswith("insert.") for name in fit.fresh):
+            found[name] = found[name][:, order]
+    positions, before = _positions(network), _positions(_without_insert(start.config.network, start.plan))
+    for name in found.keys() & positions.keys() & before.keys():
+        found[name] = positions[name].interpolated(found[name], before[name].grid)
+    shapes = {name: parameter.shape for name, parameter in trainable(network).items()}
+    kept = {name: tensor for name, tensor in found.items() if shapes.get(name) == tensor.shape}
+    if any(name.startswith("insert.") and name not in kept for name in shapes):
         # An open gate before mappers that know nothing would let noise in.
-        inside = [name for name in fit.kept if name.startswith("insert.")]
-        for name in inside:
-            del fit.kept[name]
-        fit.fresh += inside
-    return fit
+        kept = {name: tensor for name, tensor in kept.items() if not name.startswith("insert.")}
+    return kept
 
 
 def _other_parts(start: Start, network: TokenSegmenter, config: Config) -> set[str]:

@@ -97,6 +97,14 @@ def test_channels_are_found_by_their_names():
     assert not begun(old=plan(("MRI",)), new=plan(("T1",)))[2]
 
 
+def test_what_saw_features_is_not_what_sees_the_scan():
+    """Without work at full resolution the second stage's convolution is the first."""
+    thin = {"network.stem_channels": [1, 6, 8], "network.refine": False}
+    none = {"network.stem_channels": [0, 6, 8], "network.refine": False}
+    _, _, fresh, *_ = begun(thin, none, old=plan(("MRI",)), new=plan(("MRI",)))
+    assert "embed.middle.0.conv.weight" in fresh
+
+
 @pytest.mark.parametrize(
     ("old", "new", "same"),
     [
