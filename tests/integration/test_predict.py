@@ -254,6 +254,19 @@ def test_maps_that_are_missing_are_made_by_resume(runs, scans, tmp_path, cli):
     assert (tmp_path / "m" / "uncertainty" / "phantom_000.nii.gz").is_file()
 
 
+def interrupt_at(number, patch):
+    """Have Ctrl-C come when the scan of this number is segmented."""
+    segment, calls = Predictor.segment, []
+
+    def interrupted(self, scan, **options):
+        calls.append(scan)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return segment(self, scan, **options)
+
+    patch.setattr(Predictor, "segment", interrupted)
+
+
 def test_resume_takes_no_map_of_another_prediction(runs, scans, tmp_path, cli):
     scan, folder = scans / "phantom_000.nii.gz", tmp_path / "m"
     doubt = folder / "uncertainty" / scan.name
@@ -312,17 +325,9 @@ def test_an_interrupted_overwrite_goes_on_with_the_masks_that_are_left(
 ):
     folder = tmp_path / "m"
     api.predict(runs[1], scans, out=folder)
-    segment, calls = Predictor.segment, []
-
-    def interrupted(self, scan, **options):
-        calls.append(scan)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return segment(self, scan, **options)
-
     command = ("predict", runs[0], scans, "--out", folder)
     with monkeypatch.context() as patch:
-        patch.setattr(Predictor, "segment", interrupted)
+        interrupt_at(2, patch)
         assert cli(*command, "--overwrite").code == 130
     first = (folder / "phantom_000.nii.gz").stat().st_mtime_ns
     assert "was made by other networks" in cli(*command, "--resume").err
@@ -465,15 +470,7 @@ def test_a_file_in_place_of_the_folder_is_refused_before_the_work(runs, scans, t
 
 
 def test_what_is_done_is_printed_when_ctrl_c_comes(runs, scans, tmp_path, cli, monkeypatch):
-    segment, calls = Predictor.segment, []
-
-    def interrupted(self, scan, **options):
-        calls.append(scan)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return segment(self, scan, **options)
-
-    monkeypatch.setattr(Predictor, "segment", interrupted)
+    interrupt_at(3, monkeypatch)
     outcome = cli("predict", runs[0], scans, "--out", tmp_path / "m", "--json")
     assert outcome.code == 130
     assert [record["case"] for record in json.loads(outcome.out)] == ["phantom_000", "phantom_001"]

@@ -19,9 +19,9 @@ from medvisionllama.run_dir import RunDir
 from .conftest import FAST
 
 STILL = {
-    "train.learning_rate": 1e-12,
-    "train.weight_decay": 0,
-    "train.seed": 5,
+    "train__learning_rate": 1e-12,
+    "train__weight_decay": 0,
+    "train__seed": 5,
 }
 """A run that stays where it begins."""
 
@@ -35,13 +35,7 @@ def train(data, out, *, earlier=None, epochs=1, **changes):
 
 
 def stay(data, out, earlier, **changes):
-    return train(
-        data,
-        out,
-        earlier=earlier,
-        **{key.replace(".", "__"): value for key, value in STILL.items()},
-        **changes,
-    )
+    return train(data, out, earlier=earlier, **STILL, **changes)
 
 
 @pytest.fixture(scope="module")

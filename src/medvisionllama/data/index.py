@@ -5,6 +5,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -196,6 +197,13 @@ def patient_of(case_id: str, pattern: str | None = None) -> str:
             f"data.patient_pattern={pattern!r} does not match the case {case_id!r}; every case needs a patient"
         )
     return patient
+
+
+def patient_of_stranger(case_id: str, pattern: str | None) -> str:
+    """Name the patient of a scan of no dataset: by a dataset's pattern where it fits the name, else by the rule."""
+    with suppress(DataError):
+        return patient_of(case_id, pattern)
+    return patient_of(case_id)
 
 
 def _patient_by_rule(case_id: str) -> str:

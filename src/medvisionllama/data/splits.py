@@ -108,15 +108,12 @@ def extend_splits(splits: Splits, patients: Mapping[str, str]) -> Splits:
     order = [unknown[index] for index in np.random.default_rng(splits.seed).permutation(len(unknown))]
     num_test = max(0, round(TEST_SHARE * (len(known) + len(unknown))) - len(splits.test))
     test, rest = order[:num_test], order[num_test:]
-    validation = [list(fold.validation) for fold in splits.folds]
+    validation = [set(fold.validation) for fold in splits.folds]
     for patient in rest:
-        min(validation, key=len).append(patient)
+        min(validation, key=len).add(patient)
     folds = tuple(
-        Fold(
-            (*fold.train, *(patient for patient in rest if patient not in set(of_fold))),
-            tuple(sorted(of_fold)),
-        )
-        for fold, of_fold in zip(splits.folds, validation, strict=True)
+        Fold((*fold.train, *(patient for patient in rest if patient not in scores)), tuple(sorted(scores)))
+        for fold, scores in zip(splits.folds, validation, strict=True)
     )
     return Splits(splits.seed, tuple(sorted((*splits.test, *test))), folds)
 

@@ -120,7 +120,9 @@ def _fit(
         # A run that goes on has them in its own weights, and the earlier run may be gone.
         if config.train.start_from is not None and not run_dir.state.is_file():
             start = read_start(RunDir(config.train.start_from))
-        strangers = None if start is None else partial(check_strangers, start.run_dir, config.data)
+        strangers = (
+            None if start is None else partial(check_strangers, start.run_dir, start.seen, config.data)
+        )
         drawn = run_dir.splits if resume else config.data.splits
         data = prepare_data(config, drawn=drawn, progress=progress, check_division=strangers)
         if resume:
@@ -204,9 +206,8 @@ def with_absolute_paths(config: Config) -> Config:
     train = config.train
     if train.start_from is not None:
         train = train.model_copy(update={"start_from": absolute(train.start_from)})
-    parts = {"data": data, "network": network, "unlabelled": unlabelled, "train": train}
-    changes = {**parts, "out": absolute(config.out)}
-    return config.model_copy(update=changes)
+    changes = {"data": data, "network": network, "unlabelled": unlabelled, "train": train}
+    return config.model_copy(update={**changes, "out": absolute(config.out)})
 
 
 @contextmanager

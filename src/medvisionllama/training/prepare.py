@@ -13,7 +13,7 @@ from medvisionllama.data.check.headers import persons_of
 from medvisionllama.data.check.run import dataset_findings
 from medvisionllama.data.fingerprint import Fingerprint, fingerprint
 from medvisionllama.data.formats.dicom_series import Series
-from medvisionllama.data.index import Case, Dataset, open_configured, patient_of
+from medvisionllama.data.index import Case, Dataset, open_configured, patient_of_stranger
 from medvisionllama.data.places import fit_places
 from medvisionllama.data.planning import Plan, make_plan
 from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select
@@ -222,11 +222,8 @@ def _persons_of(patients: Collection[str], owned: Iterable[tuple[str, Collection
 
 def _case_of(scan: Scan, pattern: str | None) -> Case:
     name, first = scan.case_id, scan.images[0]
-    try:
-        patient = patient_of(name, pattern)
-    except DataError:
-        # A pattern is made for the dataset's names; a folder of other scans may have its own.
-        patient = patient_of(name)
+    # A pattern is made for the dataset's names; a folder of other scans may have its own.
+    patient = patient_of_stranger(name, pattern)
     if isinstance(first, Series):
         return Case(name, patient, (first.folder,), label=None, series=first)
     files = tuple(source for source in scan.images if isinstance(source, Path))

@@ -62,7 +62,7 @@ def patients_by_part(run_dir: RunDir, cases: Iterable[Case]) -> dict[str, set[st
 
 
 def check_strangers(
-    before: RunDir, config: DataConfig, dataset: Dataset, splits: Splits, selection: Selection
+    before: RunDir, seen: Seen, config: DataConfig, dataset: Dataset, splits: Splits, selection: Selection
 ) -> None:
     """Refuse to begin with the weights of a run that knows who is to score the new one.
 
@@ -70,13 +70,13 @@ def check_strangers(
     kept for a test of one's own, or be a double of somebody who scores.
 
     Args:
+        seen: by the earlier run.
         config, dataset, splits, selection: of the new run.
 
     Raises:
         DataError: it has seen one of them, by the case's name or by the patient's.
-        CheckpointError: its manifest does not say whom it has seen.
     """
-    known = {part: _names(cases, config.patient_pattern) for part, cases in seen_by(before).items()}
+    known = {part: _names(cases, config.patient_pattern) for part, cases in seen.items()}
     either = known["train"] | known["validation"]
 
     def names_of(cases: Iterable[str]) -> set[str]:

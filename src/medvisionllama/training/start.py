@@ -51,6 +51,16 @@ class Start:
     seen: Seen
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """What some weights of a network are for."""
+
+    inputs: set[str]
+    """Names of those that see the scan's channels."""
+    outputs: set[str]
+    positions: Mapping[str, LearnedPositions]
+
+
 def read_start(run_dir: RunDir) -> Start:
     """Read an earlier run.
 
@@ -111,24 +121,19 @@ def _fitting(network: TokenSegmenter, start: Start, config: Config, plan: Plan) 
     """The earlier run's weights that fit, by the names and in the shapes of the new network's."""
     other = tuple(f"{part}." for part in _other_parts(start, network, config))
     found = {name: tensor for name, tensor in start.tensors.items() if not name.startswith(other)}
-    networks = (config.network, plan), (start.config.network, start.plan)
-    outputs, other_outputs = (_names_that_go_by(*which, "num_outputs") for which in networks)
-    inputs, other_inputs = (_names_that_go_by(*which, "num_channels") for which in networks)
-    same_classes, order = (
-        _same_classes(start, config, plan),
-        _channel_order(start.plan.channels, plan.channels),
-    )
-    for name in found.keys() & (outputs | other_outputs):
-        if not same_classes or name not in outputs & other_outputs:
+    ours, theirs = _layout(config.network, plan), _layout(start.config.network, start.plan)
+    same_classes = _same_classes(start, config, plan)
+    order = _channel_order(start.plan.channels, plan.channels)
+    for name in found.keys() & (ours.outputs | theirs.outputs):
+        if not same_classes or name not in ours.outputs & theirs.outputs:
             del found[name]
-    for name in found.keys() & (inputs | other_inputs):
-        if order is None or name not in inputs & other_inputs:
+    for name in found.keys() & (ours.inputs | theirs.inputs):
+        if order is None or name not in ours.inputs & theirs.inputs:
             del found[name]
         else:
             found[name] = found[name][:, order]
-    positions, before = _positions(network), _positions(_without_insert(start.config.network, start.plan))
-    for name in found.keys() & positions.keys() & before.keys():
-        found[name] = positions[name].interpolated(found[name], before[name].grid)
+    for name in found.keys() & ours.positions.keys() & theirs.positions.keys():
+        found[name] = ours.positions[name].interpolated(found[name], theirs.positions[name].grid)
     shapes = {name: parameter.shape for name, parameter in trainable(network).items()}
     kept = {name: tensor for name, tensor in found.items() if shapes.get(name) == tensor.shape}
     if any(name.startswith("insert.") and name not in kept for name in shapes):
@@ -173,22 +178,27 @@ def _channel_order(before: Sequence[str], now: Sequence[str]) -> list[int] | Non
     return [list(before).index(channel) for channel in now]
 
 
-def _names_that_go_by(config: NetworkConfig, plan: Plan, size: str) -> set[str]:
-    """Names of the weights whose shapes go by the number of channels or outputs, whatever the architecture."""
-    shapes, wider = (
-        {name: tensor.shape for name, tensor in _without_insert(config, plan, **more).named_parameters()}
-        for more in ({}, {size: 1})
-    )
-    return {name for name, shape in shapes.items() if wider[name] != shape}
+def _layout(config: NetworkConfig, plan: Plan) -> _Layout:
+    """Tell by the shapes of three networks, whatever the architecture.
 
-
-def _without_insert(config: NetworkConfig, plan: Plan, **more: int) -> TokenSegmenter:
-    """Shapes of a network, some numbers larger, but for the insert, whose block need not be here."""
-    shapes = plan.network_shapes
-    for size, number in more.items():
-        shapes[size] += number  # type: ignore[literal-required] # a name from this module
+    They have no insert, whose weights are judged as a whole, and whose block need not be here.
+    """
     without = NetworkConfig.model_validate(config.model_dump() | {"insert": "none", "insert_mlp_ratio": None})
-    return build_meta_network(without, **shapes)
+    shapes, more_inputs, more_outputs = plan.network_shapes, plan.network_shapes, plan.network_shapes
+    more_inputs["num_channels"] += 1
+    more_outputs["num_outputs"] += 1
+    network = build_meta_network(without, **shapes)
+    return _Layout(
+        inputs=_other_shapes(network, build_meta_network(without, **more_inputs)),
+        outputs=_other_shapes(network, build_meta_network(without, **more_outputs)),
+        positions=_positions(network),
+    )
+
+
+def _other_shapes(network: nn.Module, other: nn.Module) -> set[str]:
+    """Names of the weights that have another shape in another network."""
+    shapes = {name: tensor.shape for name, tensor in other.named_parameters()}
+    return {name for name, tensor in network.named_parameters() if tensor.shape != shapes[name]}
 
 
 def _positions(network: nn.Module) -> dict[str, LearnedPositions]:

@@ -15,7 +15,7 @@ from medvisionllama.errors import CheckpointError, ConfigError, DataError
 from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_network
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.seen import check_strangers, patients_by_part
+from medvisionllama.training.seen import check_strangers, patients_by_part, seen_by
 from medvisionllama.training.start import Start, begin_with, started_words
 
 TINY = {
@@ -191,7 +191,9 @@ def check(run, *, test=(), validation=("v",), excluded=(), **settings):
         excluded=tuple(Case(name, name, (), None) for name in excluded),
     )
     splits = Splits(0, tuple(test), (Fold(("new",), tuple(validation)),))
-    check_strangers(run, config, dataset, splits, Selection(("new",), tuple(validation), tuple(test)))
+    check_strangers(
+        run, seen_by(run), config, dataset, splits, Selection(("new",), tuple(validation), tuple(test))
+    )
 
 
 def test_who_trained_may_not_score_and_who_validated_may_not_test(tmp_path):

@@ -1,12 +1,11 @@
 """Which scans are explained, and which mask their maps are scored against."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from medvisionllama.config import Config
-from medvisionllama.data.index import Case, Dataset, open_configured, patient_of
+from medvisionllama.data.index import Case, Dataset, open_configured, patient_of_stranger
 from medvisionllama.data.labels import label_on_grid
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.readers import ScanSource, read_label
@@ -94,7 +93,8 @@ def scans_to_explain(
         if case is not None:
             found = _of_dataset(case, parts.get(case.case_id, ""))
         else:
-            found = ScanToExplain(scan.case_id, _patient_of(scan.case_id, config), scan.images, None)
+            patient = patient_of_stranger(scan.case_id, config.data.patient_pattern)
+            found = ScanToExplain(scan.case_id, patient, scan.images, None)
         if label is not None:
             found = ScanToExplain(
                 found.case_id, found.patient_id, found.images, label, named=True, part=found.part
@@ -113,13 +113,6 @@ def read_truth(scan: ScanToExplain, image: Volume, plan: Plan) -> LabelArray:
     found = read_mask(scan.label, plan.mask_classes) if scan.named else read_label(scan.label)
     truth = label_on_grid(scan.label, found, image.shape, image.affine)
     return (merged_foreground(truth) if plan.merged else truth).array
-
-
-def _patient_of(case_id: str, config: Config) -> str:
-    """Patient of a scan of no dataset: by the run's pattern where that fits its name, else by the rule."""
-    with suppress(DataError):
-        return patient_of(case_id, config.data.patient_pattern)
-    return patient_of(case_id)
 
 
 def _of_dataset(case: Case, part: str) -> ScanToExplain:
