@@ -13,6 +13,7 @@ from medvisionllama._files import write_text
 from medvisionllama.config import Config
 from medvisionllama.data.index import patient_of
 from medvisionllama.data.labels import FOREGROUND, may_be_cropped, on_one_grid, whole_label
+from medvisionllama.data.readers import read_label
 from medvisionllama.data.volume import Volume, same_place, shear_fault, to_ras
 from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.evaluation.masks import Pair, by_name, check_values, classes_of, read_mask, read_truth
@@ -67,8 +68,10 @@ def read_pair(pair: Pair, classes: dict[int, str], *, merged: bool = False) -> t
     Raises:
         DataError: a prediction on another grid than its label, or a value that is no class's.
     """
+    # Merged, a label's segments are foreground whatever they are called.
+    stored = read_label(pair.label) if merged else read_truth(pair, classes)
     # A label may be stored with other axes than its image, and the mask has the image's.
-    predicted, truth = to_ras(read_mask(pair.prediction, classes)), to_ras(read_truth(pair, classes))
+    predicted, truth = to_ras(read_mask(pair.prediction, classes)), to_ras(stored)
     # The mask lies on its scan's grid; either may be stored as the part that holds segments.
     truth = whole_label(pair.label, truth, predicted.shape, predicted.affine)
     predicted = whole_label(pair.prediction, predicted, truth.shape, truth.affine)

@@ -20,8 +20,12 @@ from medvisionllama.data.formats.dicom import read_header
 from medvisionllama.data.formats.dicom_grid import grid_of
 from medvisionllama.data.formats.dicom_labels import read_classes, segment_labels
 from medvisionllama.data.formats.dicom_series import find_series
-from medvisionllama.data.readers import read_label
+from medvisionllama.data.planning import Plan
+from medvisionllama.data.readers import read_image, read_label
+from medvisionllama.data.volume import to_ras
 from medvisionllama.errors import DataError
+from medvisionllama.evaluation.evaluate import evaluate_folders
+from medvisionllama.evaluation.explain.targets import ScanToExplain, read_truth
 from medvisionllama.inference.anatomy import SCHEME, anatomy_of
 from medvisionllama.inference.dicom_seg import write_seg
 
@@ -298,6 +302,35 @@ def test_a_segment_that_is_no_class_is_refused(tmp_path):
     write_seg(tmp_path / "mask.dcm", random_mask(read_header(series).shape), series, CLASSES)
     with pytest.raises(DataError, match=r"segment Liver is none of spleen; rename it"):
         read_classes(tmp_path / "mask.dcm", {1: "spleen"})
+
+
+def test_merged_labels_may_have_segments_of_any_name(tmp_path):
+    """A run that knows one foreground is scored against labels of many classes, `--merged` or `explain --label`."""
+    series = series_of(tmp_path / "scan")
+    header = read_header(series)
+    label = random_mask(header.shape)
+    for folder in ("masks", "labels"):
+        (tmp_path / folder).mkdir()
+    write_seg(tmp_path / "labels" / "scan.dcm", label, series, CLASSES)
+    write_seg(tmp_path / "masks" / "scan.dcm", (label > 0).astype(np.uint8), series, {1: "foreground"})
+    table = evaluate_folders(tmp_path / "masks", tmp_path / "labels", merged=True)
+    assert table[["class", "dice"]].values.tolist() == [["foreground", 1.0]]
+    scan = ScanToExplain("scan", "scan", (series,), tmp_path / "labels" / "scan.dcm", named=True)
+    image = to_ras(read_image((series,)))
+    plan = Plan(
+        channels=("CT",),
+        classes={1: "Liver", 2: "left kidney"},
+        merged=True,
+        resize=False,
+        spacing_mm=image.spacing_mm,
+        crop_size=SHAPE,
+        strides=((2, 2, 2), (4, 4, 4), (8, 8, 8)),
+        flip_axes=(),
+    )
+    assert read_truth(scan, image, plan).sum() == (label > 0).sum()
+    # Of classes that count by themselves, names must be known.
+    with pytest.raises(DataError, match="segment oedema is none of Liver, left kidney"):
+        read_truth(scan, image, plan.model_copy(update={"merged": False}))
 
 
 def test_a_mask_beside_its_scan_is_no_series_of_images(tmp_path):

@@ -110,7 +110,8 @@ def read_truth(scan: ScanToExplain, image: Volume, plan: Plan) -> LabelArray:
         DataError: unreadable, or on another grid than the image.
     """
     assert scan.label is not None, "the caller asked"
-    found = read_mask(scan.label, plan.mask_classes) if scan.named else read_label(scan.label)
+    by_name = scan.named and not plan.merged
+    found = read_mask(scan.label, plan.mask_classes) if by_name else read_label(scan.label)
     truth = label_on_grid(scan.label, found, image.shape, image.affine)
     return (merged_foreground(truth) if plan.merged else truth).array
 
