@@ -11,7 +11,7 @@ on one machine only, and each machine has its own cells. --minutes makes a short
 Our arms are two networks side by side, as `small` is, or one, as `large` is; a rival is two (`unet-16`) or one
 (`unet-16-one-network`), which suits networks of slow steps better. A tuned rival (`unet-16-tuned`) is one, and
 first chooses its learning rate on the validation cases, in three runs of a quarter of the minutes each, which do
-not count.
+not count. Nor do those of the run on another hospital's scans that an arm in `-begun` begins with.
 """
 
 import argparse
@@ -23,7 +23,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from few_shot_arms import ARMS, NNUNET, RATES, ROWS, TABLES, TUNING_SHARE, says_nothing
+from few_shot_arms import (
+    ARMS,
+    NNUNET,
+    RATES,
+    ROWS,
+    START_MINUTES,
+    TABLES,
+    TUNING_SHARE,
+    says_nothing,
+)
 from few_shot_cell import INTERRUPTED, cell_path, folder, minutes_of, run_cell
 from few_shot_summary import machine_slug, summarise
 
@@ -40,7 +49,7 @@ def main() -> None:
 
     arguments.machine = machine_slug(machine_facts()["hardware"] | {"threads": arguments.threads})
     rows = names(arguments.rows, ROWS, default=TABLES[arguments.preset])
-    fair = [arm for arm, spec in ARMS.items() if spec.tuned or not spec.rival]
+    fair = [arm for arm, spec in ARMS.items() if (spec.tuned or not spec.rival) and not spec.begun]
     arms = names(arguments.arms, {**ARMS, NNUNET: None}, default=[*fair, NNUNET])
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     # Seed by seed, so that stopping early leaves whole repetitions.
@@ -100,9 +109,11 @@ def run_to_end(command: Sequence[str]) -> int:
 
 
 def training_minutes(arguments: argparse.Namespace, row: str, arm: str) -> float:
-    """Minutes of a cell, with those in which a rate is chosen; without the test."""
-    tuned = arm != NNUNET and ARMS[arm].tuned
-    return minutes_of(arguments, row) * (1 + TUNING_SHARE * len(RATES) * tuned)
+    """Minutes of a cell, with those in which a rate is chosen or an earlier run made; without the test."""
+    if arm == NNUNET:
+        return minutes_of(arguments, row)
+    tuning = TUNING_SHARE * len(RATES) * ARMS[arm].tuned
+    return minutes_of(arguments, row) * (1 + tuning) + START_MINUTES * ARMS[arm].begun
 
 
 def names(asked: str | None, known: dict[str, Any], *, default: Sequence[str] | None = None) -> list[str]:

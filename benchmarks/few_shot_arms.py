@@ -16,6 +16,8 @@ class Row:
     """Whether slices are so thick that the plan makes the grid coarser."""
     exclude: tuple[str, ...] = ()
     """Patients that are left out of everything."""
+    begin_with: str | None = None
+    """The row of another hospital on which an arm trains first that begins with an earlier run."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Arm:
     overrides: dict[str, Any] = field(default_factory=dict)
     tuned: bool = False
     """Whether its learning rate is chosen before, on the validation cases, in minutes that do not count."""
+    begun: bool = False
+    """Whether it begins with a run on `begin_with`, whose minutes do not count."""
 
 
 NNUNET = "nnunet"
@@ -39,11 +43,14 @@ RIVALS = {
 }
 """MONAI's networks, each in a slim width that suits two cores and in one nearer to the published."""
 TUNED = "-tuned"
+BEGUN = "-begun"
 ONE = "-one-network"
 RATES = (7e-4, 2e-3, 6e-3)
 """Learning rates that a rival may choose from; the one in the middle is ours."""
 TUNING_SHARE = 0.25
 """Of its minutes, for a run with each."""
+START_MINUTES = 15
+"""Of a run that others begin with; all seeds of a row begin with the same one."""
 UNLABELLED = "self-training"
 NATIVE = "native-spacing"
 _TWICE = ("patient076",)
@@ -52,8 +59,8 @@ ROWS = {
     "hippocampus-14": Row("Task04_Hippocampus", 14, 20, thick=False),
     "hippocampus-all": Row("Task04_Hippocampus", None, 30, thick=False),
     # Two frames a patient.
-    "acdc-4": Row("Task101_ACDC", 8, 20, exclude=_TWICE),
-    "sunnybrook-5": Row("Task104_SunnybrookLV", 10, 20),
+    "acdc-4": Row("Task101_ACDC", 8, 20, exclude=_TWICE, begin_with="sunnybrook-all"),
+    "sunnybrook-5": Row("Task104_SunnybrookLV", 10, 20, begin_with="acdc-all"),
     "acdc-all": Row("Task101_ACDC", None, 30, exclude=_TWICE),
     "sunnybrook-all": Row("Task104_SunnybrookLV", None, 30),
 }
@@ -66,6 +73,7 @@ TABLES = {
 """The rows of each preset's table."""
 ARMS = {
     "block": Arm(),
+    f"block{BEGUN}": Arm(begun=True),
     "random-block": Arm(overrides={"network.block.weights": "random"}),
     "no-block": Arm(overrides={"network.insert": "none", "network.gate": "none"}),
     "no-tokens": Arm(overrides={"network.tokens": False}),
@@ -83,12 +91,15 @@ ARMS = {
     "no-context": Arm(overrides={"network.tokens": False, "network.context_channels": None}),
     **{
         f"{name}-{width}{ending}": Arm(
-            name, {"network.base_channels": width, "train.members": members}, ending == TUNED
+            name,
+            {"network.base_channels": width, "train.members": members},
+            tuned=ending == TUNED,
+            begun=ending.endswith(BEGUN),
         )
         for name, widths in RIVALS.items()
         for width in widths
         # A slow network is better alone, in all of the steps.
-        for ending, members in (("", 2), (ONE, 1), (TUNED, 1))
+        for ending, members in (("", 2), (ONE, 1), (TUNED, 1), (f"{ONE}{BEGUN}", 1))
     },
 }
 
@@ -98,5 +109,6 @@ def says_nothing(row: Row, arm: str, preset: str) -> bool:
     return (
         (arm == UNLABELLED and row.cases is None)
         or (arm == NATIVE and not row.thick)
+        or (arm in ARMS and ARMS[arm].begun and row.begin_with is None)
         or (arm in _OF_SMALL and preset != "small")
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from few_shot_arms import ARMS, NNUNET, RATES, ROWS, TUNING_SHARE
+from few_shot_arms import ARMS, NNUNET, RATES, ROWS, START_MINUTES, TUNING_SHARE
 from few_shot_summary import machine_slug, unused_table
 from few_shot_unused import score_unused
 
@@ -71,7 +71,9 @@ def train_ours(
         probe = path.with_name(f"{path.name}-rate{rate:g}")
         settings = {"train.learning_rate": rate}
         rates[rate] = best_dice(train_run(arguments, row, arm, seed, probe, TUNING_SHARE * minutes, settings))
-    chosen = {"train.learning_rate": max(rates, key=rates.__getitem__)} if rates else {}
+    chosen: dict[str, Any] = {"train.learning_rate": max(rates, key=rates.__getitem__)} if rates else {}
+    if ARMS[arm].begun:
+        chosen["train.start_from"] = str(earlier_run(arguments, row, arm).path)
     run = train_run(arguments, row, arm, seed, path, minutes, chosen)
     # As nnU-Net does: components are removed where that pays on the validation cases.
     api.evaluate(run.path, split="validation", choose_cleaning=True, progress=TerminalProgress())
@@ -84,6 +86,7 @@ def train_ours(
         "validation_dice": best_dice(run),
         "unused_dice": None if unused.empty else round(mean_dice(unused), 4),
         **({"rates": rates} if rates else {}),
+        **({"begun_with": begun_facts(manifest["started_from"], row)} if ARMS[arm].begun else {}),
         "steps": history[-1]["step"],
         "seconds": history[-1]["seconds"],
         "gate_rms": history[-1].get("gate_rms"),
@@ -95,6 +98,20 @@ def train_ours(
         # Of a run that was cut off and went on they may differ.
         "trained_at": revisions(manifest),
     }
+
+
+def earlier_run(arguments: argparse.Namespace, row: str, arm: str) -> "RunDir":
+    """Train what an arm begins with, if it is not there yet: itself, on all cases of another hospital."""
+    other = ROWS[row].begin_with
+    assert other is not None, "rows without one are left out"
+    name = f"few-shot-start-{other}-{START_MINUTES:g}min-{arguments.preset}-{arm}"
+    return train_run(arguments, other, arm, 0, machine_folder(arguments) / name, START_MINUTES, {})
+
+
+def begun_facts(started_from: dict[str, Any], row: str) -> dict[str, Any]:
+    """What a cell tells of the run that it began with; whom that saw is no row's patient."""
+    kept = {key: started_from[key] for key in ("weights_sha256", "kept_parameters")}
+    return {"row": ROWS[row].begin_with, "minutes": START_MINUTES, **kept}
 
 
 def train_run(
@@ -226,7 +243,13 @@ def cell_path(arguments: argparse.Namespace, row: str, arm: str, seed: int) -> P
 def run_folder(arguments: argparse.Namespace, row: str, arm: str, seed: int) -> Path:
     """Run folder of a cell; it stays, so that a cell that was cut off goes on, on the machine that began it."""
     name = f"few-shot-{table_name(arguments, row)}-{arm}-s{seed}"
-    return arguments.runs.resolve() / arguments.machine / name
+    return machine_folder(arguments) / name
+
+
+def machine_folder(arguments: argparse.Namespace) -> Path:
+    """Where the runs of a machine lie."""
+    folder: Path = arguments.runs.resolve() / arguments.machine
+    return folder
 
 
 def table_name(arguments: argparse.Namespace, row: str) -> str:

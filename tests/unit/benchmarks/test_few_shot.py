@@ -38,6 +38,14 @@ def write_cell(where: Path, arm: str, seed: int, dice: float, hardware: dict) ->
     path.write_text(json.dumps(facts | {"mean_cores_used": 1.9, "hardware": hardware}))
 
 
+def trained_run(path: Path, dice: float, **facts) -> SimpleNamespace:
+    network = {"trainable_parameters": 1, "frozen_parameters": 0}
+    manifest = {"network": network, "precision": "no", "splits_sha256": "", "cases": {"train": []}}
+    manifest |= {"git_revision": "a", **facts}
+    record = {"step": 1, "seconds": 1.0, "dice": dice}
+    return SimpleNamespace(path=path, read_history=lambda: [record], read_manifest=lambda: manifest)
+
+
 def test_arms_are_compared_on_one_machine_only(module, tmp_path):
     write_cell(tmp_path, "no-tokens", 0, 0.8, FAST)
     write_cell(tmp_path, "block", 0, 0.75, FAST)
@@ -60,7 +68,11 @@ def test_cells_that_would_repeat_another_are_left_out(module):
             if few_shot.says_nothing(few_shot.ROWS[row], arm, preset)
         }
 
+    # No other hospital's hippocampi are at hand to begin with.
+    begun = {arm for arm, spec in few_shot.ARMS.items() if spec.begun}
+    assert "block-begun" in begun
     assert left_out("small") == {
+        *((row, arm) for row in ("hippocampus-14", "hippocampus-all") for arm in begun),
         ("hippocampus-14", "native-spacing"),
         ("hippocampus-all", "native-spacing"),
         ("hippocampus-all", "self-training"),
@@ -71,6 +83,7 @@ def test_cells_that_would_repeat_another_are_left_out(module):
         "one-network",
         "half",
         "fine-16",
+        *begun,
     }
 
 
@@ -107,11 +120,9 @@ def test_a_tuned_rival_takes_the_rate_that_validates_best(module, monkeypatch, t
 
     def train_run(arguments, row, arm, seed, path, minutes, more):
         trained.append((path.name, minutes, more.get("train.learning_rate")))
-        record = {"step": 1, "seconds": 1.0, "dice": dice.get(more.get("train.learning_rate"), 0.5)}
-        network = {"trainable_parameters": 1, "frozen_parameters": 0}
-        manifest = {"network": network, "precision": "no", "splits_sha256": "", "cases": {"train": []}}
-        manifest |= {"git_revision": "a", "resumed": [{"git_revision": "b"}]}
-        return SimpleNamespace(path=path, read_history=lambda: [record], read_manifest=lambda: manifest)
+        return trained_run(
+            path, dice.get(more.get("train.learning_rate"), 0.5), resumed=[{"git_revision": "b"}]
+        )
 
     monkeypatch.setattr(few_shot, "train_run", train_run)
     monkeypatch.setattr(api, "evaluate", lambda *_, **__: pd.DataFrame())
@@ -123,6 +134,34 @@ def test_a_tuned_rival_takes_the_rate_that_validates_best(module, monkeypatch, t
     assert trained[-1][2] == (7e-4 if "tuned" in arm else None)
     assert facts.get("rates", {}) == (dice if "tuned" in arm else {})
     assert facts["trained_at"] == ["a", "b"], "a run that went on at another revision says so"
+
+
+def test_an_arm_may_begin_with_a_run_on_another_hospitals_scans(module, monkeypatch, tmp_path):
+    few_shot, trained = module("few_shot_cell"), []
+
+    def train_run(arguments, row, arm, seed, path, minutes, more):
+        trained.append((row, seed, path, minutes, more))
+        started = {"weights_sha256": "ab", "kept_parameters": 1, "seen": {"train": {"SC-1": "SC-1"}}}
+        return trained_run(path, 0.5, started_from=started)
+
+    monkeypatch.setattr(few_shot, "train_run", train_run)
+    monkeypatch.setattr(api, "evaluate", lambda *_, **__: pd.DataFrame())
+    monkeypatch.setattr(few_shot, "score_unused", lambda *_: pd.DataFrame())
+    arguments = argparse.Namespace(runs=tmp_path, preset="small", minutes=None, machine="here")
+    _, facts = few_shot.train_ours(arguments, "acdc-4", "block-begun", 1)
+    few_shot.train_ours(arguments, "acdc-4", "block-begun", 2)
+    first, own, again, other = trained
+    assert first[:2] == ("sunnybrook-all", 0)
+    assert again == first, "all seeds begin with the same run"
+    assert own[:2] == ("acdc-4", 1)
+    assert own[2] != other[2]
+    assert own[4] == other[4] == {"train.start_from": str(first[2])}
+    assert facts["begun_with"] == {
+        "row": "sunnybrook-all",
+        "minutes": 15,
+        "weights_sha256": "ab",
+        "kept_parameters": 1,
+    }
 
 
 @pytest.mark.parametrize("arm", ["no-tokens", "unet-16-tuned"])

@@ -34,20 +34,21 @@ def test_the_script_that_times_our_preprocessing_runs(module, phantoms, tmp_path
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_each_part_of_a_prediction_takes_time(module, phantoms, slim, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fast", [False, True])
+def test_each_part_of_a_prediction_takes_time(module, phantoms, slim, tmp_path, monkeypatch, fast):
     run = api.train(phantoms, out=tmp_path / "run", epochs=1, overrides=slim, test=False).path
     benchmark = module("io_predict")
     # Functions that the benchmark replaces are put back after the test.
     for owner, name in ((Predictor, "prepare"), (Member, "planes"), (batch, "write_mask")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     # It tells tenths of a second of a scan that takes minutes, so clocks run a thousand times as fast here.
-    fast = SimpleNamespace(
+    quick = SimpleNamespace(
         perf_counter=lambda: 1000 * time.perf_counter(), monotonic=lambda: 1000 * time.monotonic()
     )
-    monkeypatch.setattr(benchmark, "time", fast)
-    monkeypatch.setattr(batch, "time", fast)
+    monkeypatch.setattr(benchmark, "time", quick)
+    monkeypatch.setattr(batch, "time", quick)
     scan = phantoms / "imagesTr" / "phantom_000.nii.gz"
-    facts = benchmark.timed_prediction(run, scan, tmp_path / "masks")
+    facts = benchmark.timed_prediction(run, scan, tmp_path / "masks", fast=fast)
     assert facts["seconds"].keys() == {
         "read_and_resample",
         "network",
