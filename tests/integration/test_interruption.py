@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from medvisionllama import api
 from medvisionllama.run_dir import RunDir, revisions
+from medvisionllama.training import fit as module
 
-from .conftest import settings, wait_for
+from .conftest import TINY, settings, wait_for
 
 EPOCHS = 40
 
@@ -84,3 +85,31 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(number, undisturbed,
     # Nothing is left to train, so this is no session of it.
     api.train(phantoms, out=run.path, resume=True, test=False)
     assert run.read_manifest()["resumed"] == after["resumed"]
+
+
+def test_ctrl_c_is_heard_in_a_validation_which_the_run_that_goes_on_makes(phantoms, tmp_path, monkeypatch):
+    validate, calls = module.validate_cases, []
+
+    def interrupted_once(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return validate(*arguments, **options)
+
+    def train(name, *, resume=False):
+        overrides = {**TINY, "train.max_steps": 6, "train.num_validations": 3}
+        out = tmp_path / name
+        return api.train(phantoms, out=out, overrides=overrides, resume=resume, test=False)
+
+    whole = RunDir(train("whole").path)
+    monkeypatch.setattr(module, "validate_cases", interrupted_once)
+    stopped = train("stopped")
+    assert (stopped.finished, stopped.steps) == (False, 4)
+    run = RunDir(stopped.path)
+    assert len(run.read_history()) == 1
+    assert train("stopped", resume=True).finished
+    for path in ("best", "state"):
+        ours, theirs = (load_file(getattr(which, path)) for which in (run, whole))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    steps = [(record["step"], record["dice"]) for record in run.read_history()]
+    assert steps == [(record["step"], record["dice"]) for record in whole.read_history()]

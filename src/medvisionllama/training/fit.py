@@ -143,8 +143,14 @@ def _fit(
             network, num_outputs=data.plan.num_outputs, auxiliary_weight=config.train.auxiliary_weight
         ),
         make_sampler(config, data, accelerator),
-        lambda module, patience: validate_cases(
-            module, data.validation, data.plan, config, accelerator, patience_seconds=patience
+        lambda module, patience, interrupted: validate_cases(
+            module,
+            data.validation,
+            data.plan,
+            config,
+            accelerator,
+            patience_seconds=patience,
+            interrupted=interrupted,
         ),
         config.train,
         run_dir,

@@ -47,10 +47,10 @@ from medvisionllama.training.timetable import MOST_MASKS, LoopState, Timetable, 
 _ECHO_SECONDS = 2.0
 """Within it a launcher passes on to its processes a Ctrl-C that the terminal has sent them already."""
 
-Validate = Callable[[TokenSegmenter, float | None], dict[str, Any]]
+Validate = Callable[[TokenSegmenter, float | None, Callable[[], bool]], dict[str, Any]]
 """Segments the validation cases and returns a record with the key `dice`; that is None if there are none, and then
 the latest weights are kept. If it would take longer than so many seconds, it may give up and return
-`would_take_seconds` alone."""
+`would_take_seconds` alone; once interrupted, it gives up and returns `interrupted`."""
 
 
 class TrainingLoop:
@@ -106,7 +106,13 @@ class TrainingLoop:
                 self._tick()
                 self.timetable.begin()
             while not self.timetable.is_over:
-                # Before a step: a run that ended while it made masks was saved without them, and begins here.
+                # Before a step: a run that was interrupted in one of these was saved without it, and begins here.
+                if self.state.step and self.timetable.validation_due():
+                    validated = self._validate(progress, interrupted)
+                    self.save()
+                    if not validated:
+                        return False
+                    continue
                 if self.timetable.masks_due(self.self_training.due):
                     advance(self.timetable.progress, "segmenting the scans without labels")
                     if not self._relabel(progress, interrupted):
@@ -116,9 +122,6 @@ class TrainingLoop:
                 self.state.loss_sum += loss
                 self._tick()
                 advance(self.timetable.progress, self._note(loss))
-                if self.timetable.validation_due():
-                    self._validate(progress)
-                    self.save()
                 if time.monotonic() - self._saved_at > self.config.save_seconds:
                     self.save()
                 if self.processes.any(interrupted()):
@@ -211,13 +214,16 @@ class TrainingLoop:
         self.state.step += 1
         return total
 
-    def _validate(self, progress: Progress) -> None:
+    def _validate(self, progress: Progress, interrupted: Callable[[], bool]) -> bool:
+        """Validate; False if interrupted, and then the run that goes on makes it anew."""
         before = time.monotonic()
         with self._averaged_weights():
-            record = self.validate(self.network, self.timetable.validation_patience)
+            record = self.validate(self.network, self.timetable.validation_patience, interrupted)
+            if record.get("interrupted"):
+                return False
             if (seconds := record.get("would_take_seconds")) is not None:
                 self._put_off_validation(seconds, progress)
-                return
+                return True
             # Without validation cases there never is a best one, and each save takes the place of the last.
             dice, best = record["dice"], self.state.best
             if dice is not None:
@@ -237,6 +243,7 @@ class TrainingLoop:
                     **record,
                 }
             )
+        return True
 
     def _put_off_validation(self, seconds: float, progress: Progress) -> None:
         self._tick()

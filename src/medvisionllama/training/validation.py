@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ def validate_cases(
     accelerator: Accelerator,
     *,
     patience_seconds: float | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Segment every case and return mean Dice over cases and classes, and per class; none if there are no cases.
 
@@ -68,6 +69,8 @@ def validate_cases(
     Args:
         patience_seconds: give up after the first two cases if all of them, by their voxels, would take longer; then
             the record holds `would_take_seconds` alone.
+        interrupted: asked between cases, of which there may be many minutes' worth; then the record says
+            `interrupted`.
     """
     opened = {} if (opening := network.gate_rms) is None else {"gate_rms": opening}
     if not cases:
@@ -100,7 +103,12 @@ def validate_cases(
         if would_take > patience_seconds:
             return {"would_take_seconds": would_take}
     for number in numbers[2:]:
+        # Processes that share cases have not equally many, and agree below; others work on each together.
+        if interrupted() if shared else processes.any(interrupted()):
+            break
         score(number)
+    if processes.any(interrupted()):
+        return {"interrupted": True}
     if shared:
         # Each row stands in one process and is zero in the others, so the sum is exact.
         table = processes.sum(table)

@@ -24,13 +24,17 @@ def loop(monkeypatch):
     return made
 
 
+def never():
+    return False
+
+
 def validate_in(loop, seconds):
-    def validate(network, patience):
+    def validate(network, patience, interrupted):
         loop.now += seconds
         return {"dice": 0.5}
 
     loop.validate = validate
-    loop._validate(Silent())
+    assert loop._validate(Silent(), never)
 
 
 def test_a_quick_validation_after_a_slow_one_is_not_repeated(loop):
@@ -65,7 +69,7 @@ class Lines(Silent):
 def test_a_validation_that_would_eat_the_run_is_made_at_its_end_alone(loop):
     patience, lines = [], Lines()
 
-    def validate(network, seconds):
+    def validate(network, seconds, interrupted):
         patience.append(seconds)
         loop.now += 1.0 if seconds else 20.0
         return {"would_take_seconds": 20.0} if seconds else {"dice": 0.5}
@@ -74,7 +78,7 @@ def test_a_validation_that_would_eat_the_run_is_made_at_its_end_alone(loop):
     loop.now = 15.1
     loop._tick()
     assert loop.timetable.validation_due()
-    loop._validate(lines)
+    loop._validate(lines, never)
     assert (loop.state.validated_step, loop.state.best) == (0, None)
     assert "takes about 0.33 of the 1 minutes, so it is done once, at the end" in lines.said[0]
     for loop.now in (16.2, 30.1, 39.9):
@@ -87,7 +91,7 @@ def test_a_validation_that_would_eat_the_run_is_made_at_its_end_alone(loop):
     loop.now = 40.1
     loop._tick()
     assert loop.timetable.validation_due()
-    loop._validate(lines)
+    loop._validate(lines, never)
     assert patience == [pytest.approx(0.25 * 60 / 4), None]
     assert loop.state.best == 0.5
     assert len(lines.said) == 1
@@ -95,14 +99,23 @@ def test_a_validation_that_would_eat_the_run_is_made_at_its_end_alone(loop):
 
 def test_a_validation_longer_than_the_run_leaves_time_to_train(loop):
     lines = Lines()
-    loop.validate = lambda network, seconds: {"would_take_seconds": 200.0}
+    loop.validate = lambda *_: {"would_take_seconds": 200.0}
     loop.now = 20.0
     loop._tick()
-    loop._validate(lines)
+    loop._validate(lines, never)
     # Half of the 40 seconds that were left.
     assert loop.state.validation_seconds == 20.0
     assert loop.timetable.progress == pytest.approx(0.5)
     assert "once, at the end, 3 minutes longer than that" in lines.said[0]
+
+
+def test_an_interrupted_validation_leaves_the_run_where_it_was(loop):
+    loop.validate = lambda network, patience, interrupted: {"interrupted": interrupted()}
+    loop.now = 15.1
+    loop._tick()
+    assert not loop._validate(Silent(), lambda: True)
+    assert loop.timetable.validation_due()
+    assert (loop.state.validated_step, loop.state.dices) == (0, [])
 
 
 def test_preparing_scans_uses_up_marks_that_an_untrained_network_would_have(loop):

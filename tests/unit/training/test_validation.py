@@ -106,6 +106,27 @@ def test_it_is_given_up_where_it_would_take_too_long(cases, monkeypatch):
     assert len(seen) > given_up
 
 
+def test_ctrl_c_ends_it_between_two_cases(cases):
+    found, plan = cases
+    seen = []
+
+    class Counting(Everywhere):
+        def forward(self, image):
+            seen.append(1)
+            return super().forward(image)
+
+    def record(found, interrupted):
+        seen.clear()
+        network, config = Counting(1, 4), load_config("small")
+        return validate_cases(network, found, plan, config, Accelerator(cpu=True), interrupted=interrupted)
+
+    many = [found[0]] * 6
+    assert "dice" in record(many, lambda: False)
+    whole = len(seen)
+    assert record(many, lambda: len(seen) >= whole / 2) == {"interrupted": True}
+    assert len(seen) == whole / 2
+
+
 def test_how_long_it_takes_goes_by_voxels_and_not_by_the_second_case(cases, monkeypatch):
     found, plan = cases
     seconds = iter(range(100))
