@@ -124,6 +124,16 @@ def run_p(differences: ArrayLike) -> float:
     return float(ttest_1samp(values, 0).pvalue)
 
 
+def t_reach(sd: float, number: int) -> float:
+    """How far the 95 % interval of a mean of so many runs reaches either way, by the t distribution.
+
+    Infinite for one run, which does not say how much runs vary.
+    """
+    from scipy.stats import t
+
+    return math.inf if number < 2 else float(t.ppf(0.975, number - 1) * sd / math.sqrt(number))
+
+
 def patients_needed(sd: float, *, difference: float = 0.01, alpha: float = 0.05, power: float = 0.8) -> float:
     """Patients with which Wilcoxon's test finds a mean difference with this power, if differences are normal.
 

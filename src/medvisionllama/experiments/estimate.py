@@ -278,7 +278,7 @@ def _describe(row: Row, members: Sequence[PlannedRun], known: _Known, *, timed: 
     known.prepare(members, config, plan)
     sizes = known.sizes(config, plan)
     row.trainable, row.frozen, row.gflops = sizes.trainable, sizes.frozen, sizes.gflops
-    row.gigabytes = len(members) * _bytes(sizes.trainable) / 1e9
+    row.gigabytes = len(members) * _bytes(config.train.members * sizes.trainable) / 1e9
     if not timed:
         return
     timing = known.timing(config, plan)
@@ -295,13 +295,15 @@ def _seconds(config: Config, scans: Scans, timing: Timing, further: int) -> floa
     train = config.train
     steps = total_steps(train, steps_per_epoch(scans.train_cases, train.batch_size))
     validation = train.num_validations * scans.validation_cases * scans.windows * timing.forward
-    training = math.inf if steps is None else steps * timing.step + validation
+    # Networks side by side share the threads that one was timed with.
+    training = math.inf if steps is None else train.members * (steps * timing.step + validation)
     if train.max_minutes:
         training = min(training, 60 * train.max_minutes)
     plan = scans.plan
     # A crop stands for the scans, whose shapes are as many as they are.
     views = len(views_of(plan, plan.crop_size, axis=2, flip=config.inference.flip, turn=config.turns_views))
-    test = (1 + further) * scans.test_cases * scans.windows * views * timing.forward
+    looks = train.members * (1 + further) * views
+    test = looks * scans.test_cases * scans.windows * timing.forward
     return START_SECONDS + training + test
 
 

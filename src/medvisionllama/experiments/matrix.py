@@ -363,6 +363,11 @@ def _check_runnable(matrix: Matrix, arm: Arm, settings: Settings, config: Config
         raise ConfigError(
             f"{where}: split_per_seed draws the splits; leave data.splits and data.split_seed out"
         )
+    fractions = arm.spec.fractions or matrix.fractions
+    if config.unlabelled.scans == "unused" and max(fractions) == 1.0:
+        raise ConfigError(
+            f"{where}: of all training cases none is left for unlabelled.scans=unused; give the arm `fractions` below 1"
+        )
     if config.data.splits is None and max(matrix.folds) >= NUM_FOLDS:
         raise ConfigError(f"{where}: fold {max(matrix.folds)} does not exist; folds are 0 to {NUM_FOLDS - 1}")
 

@@ -125,7 +125,7 @@ class Experiment:
             out: by default experiments/NAME.
 
         Raises:
-            ConfigError: a matrix that cannot be used, or a folder and another one as `out`.
+            ConfigError: a matrix that cannot be used, a folder and another one as `out`, or another experiment's.
         """
         if matrix_file.is_dir():
             if out is not None and Path(out).resolve() != matrix_file.resolve():
@@ -135,6 +135,7 @@ class Experiment:
             return cls.open(matrix_file, data_root=data_root)
         matrix = read_matrix(matrix_file)
         folder = Path("experiments") / matrix.name if out is None else Path(out)
+        _check_same_name(folder / "matrix.yaml", matrix, matrix_file)
         return cls(folder, matrix, _root(folder, data_root))
 
     @classmethod
@@ -194,7 +195,8 @@ class Experiment:
             return "done"
         if "lock" in names and is_locked(files.lock):
             return "running"
-        if "failures.jsonl" in names:
+        # A worker that went on after a failure has taken the lock since.
+        if "failures.jsonl" in names and not _is_older(files.failures, files.lock):
             return "failed"
         return "interrupted" if "config.yaml" in names else "planned"
 
@@ -229,6 +231,14 @@ def phantom_folder(number: int) -> Path:
             if not (folder / "dataset.json").is_file():
                 write_phantoms(folder, num_cases=number)
     return folder
+
+
+def _is_older(path: Path, other: Path) -> bool:
+    """Whether a file was changed before another one; not if either is missing."""
+    try:
+        return path.stat().st_mtime_ns < other.stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
 
 
 def _names(folder: Path) -> set[str]:

@@ -85,11 +85,13 @@ def run(
     _check_backend(backend, address=address, slots=slots, gpus_per_run=gpus_per_run)
     experiment = Experiment.look(matrix, out=out, data_root=root)
     chosen = select_runs(expand(experiment.matrix), only)
-    # A dataset, a division or an earlier run that is not there would fail a hundred runs one by one.
-    datasets = {one.task: experiment.data_of(one) for one in {one.task: one for one in chosen}.values()}
-    for file in {splits for one in chosen if (splits := one.settings.get("data.splits"))}:
-        read_splits(Path(file).expanduser())
-    starts = _earlier_runs(experiment, chosen)
+    # A dataset, a division or an earlier run that is not there would fail a hundred runs one by one. Of what is
+    # done nothing is needed any more.
+    states = experiment.states(chosen)
+    left = [one for one in chosen if states[one.run_id] != "done"]
+    datasets = {one.task: experiment.data_of(one) for one in {one.task: one for one in left}.values()}
+    _check_splits(left)
+    starts = _earlier_runs(experiment, left)
     if not matrix.is_dir():
         experiment = Experiment.create(experiment.path, matrix, data_root=root)
     elif root is not None:
@@ -104,6 +106,25 @@ def run(
         folders=[*datasets.values(), *starts],
     )
     return launch(experiment, chosen, workers, retries=retries, progress=progress or Silent())
+
+
+def _check_splits(runs: Sequence[PlannedRun]) -> None:
+    """Read the divisions that runs name.
+
+    Raises:
+        ConfigError: one has fewer folds than a run needs.
+        DataError: one cannot be read.
+    """
+    folds: dict[str, int] = {}
+    for one in runs:
+        if file := one.settings.get("data.splits"):
+            folds[file] = max(folds.get(file, 0), one.fold)
+    for file, fold in folds.items():
+        number = len(read_splits(Path(file).expanduser()).folds)
+        if fold >= number:
+            raise ConfigError(
+                f"{file} has {number} folds, and the matrix asks for fold {fold}; drop it from folds"
+            )
 
 
 def _earlier_runs(experiment: Experiment, chosen: Sequence[PlannedRun]) -> list[Path]:
@@ -198,13 +219,15 @@ def report(
 
     Raises:
         DataError: runs that must not be compared: other splits, or patients both in training and test.
-        CheckpointError: damaged runs.
+        CheckpointError: damaged runs, or a folder without an experiment.
     """
     from medvisionllama.experiments.reporting import report_experiment
 
-    found = status(matrix, out=out)
+    experiment = Experiment.look(Path(matrix), out=out)
+    # A page of nothing, in a folder that nobody meant, would hide a forgotten --out.
+    Experiment.open(experiment.path)
     return report_experiment(
-        found.experiment, reference=reference, family=family, pages=pages, progress=progress or Silent()
+        experiment, reference=reference, family=family, pages=pages, progress=progress or Silent()
     )
 
 

@@ -77,6 +77,8 @@ def _work(folder: Path, run_id: str, data_root: Path | None, seconds_to_wait: fl
             return TAKEN
         if experiment.is_done(run):
             return DONE
+        # Tells failures of before from those of this attempt.
+        os.utime(experiment.files(run_id).lock)
         from medvisionllama.experiments.execute import execute
         from medvisionllama.progress import Lines
 

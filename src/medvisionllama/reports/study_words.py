@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from medvisionllama.evaluation.statistics import smallest_p
+from medvisionllama.evaluation.statistics import smallest_p, t_reach
 from medvisionllama.reports.study import Metric, Study, metric_of, percent, source
 
 ALPHA = 0.05
@@ -27,6 +27,8 @@ class Statement:
     verdict: str
     """better, worse or open."""
     source: str
+    is_made: bool = True
+    """Whether any pair of runs is done; else nothing is open that was looked at."""
 
 
 def number(value: float, decimals: int) -> str:
@@ -82,7 +84,7 @@ def statement(row: Mapping[Any, Any]) -> Statement:
     origin = source("comparisons.csv", row, *KEY)
     patients, runs = int(row["num_patients"]), int(row["num_runs"])
     if not patients:
-        return Statement(where, "not compared: no pair of runs is done", found, origin)
+        return Statement(where, "not compared: no pair of runs is done", found, origin, is_made=False)
     text = (
         f"difference {signed(row['difference'], metric.decimals)} "
         f"({number(row['low'], metric.decimals)} to {number(row['high'], metric.decimals)}), "
@@ -133,7 +135,9 @@ def _limits(row: Mapping[Any, Any]) -> Iterable[str]:
             yield f"enough patients to detect {MARGIN}, were this the only comparison ({int(needed)} needed)"
     enough = row["num_patients"] >= TRUSTED_PATIENTS
     if row["metric"] == "dice" and enough and row["low"] > -MARGIN and row["high"] < MARGIN:
-        yield f"the interval leaves no room for a mean difference of {MARGIN} either way"
+        rules_out = f"the interval leaves no room for a mean difference of {MARGIN} either way"
+        runs_agree = abs(row["difference"]) + t_reach(row["seed_sd"], int(row["num_runs"])) < MARGIN
+        yield rules_out + ("" if runs_agree else ", for these trainings; others may differ by more")
     if row["low"] > 0 or row["high"] < 0:
         yield "the interval leaves out 0, but is not corrected for the number of comparisons"
 
@@ -157,18 +161,23 @@ def statements(study: Study, *, metric: str = "dice") -> dict[str, list[Statemen
 
 
 def count_words(lines: list[Statement], arm: str, reference: str) -> str:
-    """How many comparisons show what."""
-    count = {word: sum(line.verdict == word for line in lines) for word in ("better", "worse", "open")}
-    if len(lines) == 1:
+    """How many comparisons show what, of those that could be made."""
+    made = [line for line in lines if line.is_made]
+    if not made:
+        return f"There is no answer yet: no comparison of {arm} with {reference} could be made."
+    missing = len(lines) - len(made)
+    more = f" {missing} more could not be made: no pair of runs is done." if missing else ""
+    count = {word: sum(line.verdict == word for line in made) for word in ("better", "worse", "open")}
+    if len(made) == 1:
         shown = {
             "better": f"{arm} is shown to be better than {reference}",
             "worse": f"{arm} is shown to be worse than {reference}",
             "open": f"no difference between {arm} and {reference} is shown",
         }
-        return f"In the one comparison by Dice, {shown[lines[0].verdict]}."
+        return f"In the one comparison by Dice, {shown[made[0].verdict]}.{more}"
     return (
-        f"Of {len(lines)} comparisons by Dice, {count['better']} show {arm} to be better than {reference}, "
-        f"{count['worse']} show it to be worse, and {count['open']} show no difference."
+        f"Of {len(made)} comparisons by Dice, {count['better']} show {arm} to be better than {reference}, "
+        f"{count['worse']} show it to be worse, and {count['open']} show no difference.{more}"
     )
 
 

@@ -62,6 +62,20 @@ def test_hours_follow_from_steps_and_timings(made, monkeypatch):
     assert rows["block"].hours - rows["none"].hours == pytest.approx(2 * 4 / 3600)
 
 
+def test_two_networks_take_twice_the_time_and_the_disk(made, write_matrix, monkeypatch):
+    monkeypatch.setattr(estimating, "time_steps", lambda config, shapes: Timing(step=10.0, forward=1.0))
+    one = table(made, timed=True)["none"]
+    settings = made.matrix.set | {"train.members": 2}
+    path = write_matrix(
+        set=settings, arms={"none": {"set": {"network.insert": "none"}}}, fractions=[0.5, 1.0]
+    )
+    two = table(Experiment.create(made.path, path, data_root=None), timed=True)["none"]
+    start = 2 * START_SECONDS / 3600
+    assert two.hours - start == pytest.approx(2 * (one.hours - start))
+    assert two.trainable == one.trainable
+    assert two.gigabytes - one.gigabytes == pytest.approx(2 * 4 * one.trainable / 1e9)
+
+
 def test_sizes_are_those_of_the_networks_and_a_matched_arm_says_how_near_it_comes(made):
     rows = table(made, timed=False)
     run = next(run for run in expand(made.matrix) if run.arm == "block")

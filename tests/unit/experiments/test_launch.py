@@ -5,7 +5,8 @@ import time
 import pytest
 
 from medvisionllama._files import lock_if_free
-from medvisionllama.errors import CheckpointError, DataError
+from medvisionllama.data.splits import make_splits, write_splits
+from medvisionllama.errors import CheckpointError, ConfigError, DataError
 from medvisionllama.experiments import launch as launching
 from medvisionllama.experiments import local_backend, ray_backend, verbs, worker
 from medvisionllama.experiments.launch import Ended, launch
@@ -202,6 +203,29 @@ def test_a_division_that_is_not_there_is_found_before_the_first_run(tmp_path, wr
     with pytest.raises(DataError, match=r"splits\.json does not exist"):
         verbs.run(matrix, out=tmp_path / "out", data=tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_division_of_too_few_folds_is_found_before_the_first_run(tmp_path, write_matrix):
+    (tmp_path / "Task_A").mkdir()
+    splits = tmp_path / "splits.json"
+    patients = {f"p{number}": f"p{number}" for number in range(5)}
+    write_splits(make_splits(patients), splits)
+    matrix = write_matrix(set={"train.max_steps": 5, "data.splits": str(splits)}, folds=[0, 4])
+    with pytest.raises(ConfigError, match=r"splits\.json has 4 folds, and the matrix asks for fold 4"):
+        verbs.run(matrix, out=tmp_path / "out", data=tmp_path)
+
+
+def test_the_dataset_of_what_is_done_is_not_needed_any_more(tmp_path, write_matrix, monkeypatch):
+    tasks = {"a": {"data": "Task_A"}, "b": {"data": "Task_B"}}
+    experiment = Experiment.create(tmp_path / "out", write_matrix(tasks=tasks), data_root=tmp_path)
+    (tmp_path / "Task_B").mkdir()
+    monkeypatch.setattr(verbs, "launch", lambda experiment, chosen, *_, **__: len(chosen))
+    with pytest.raises(DataError, match="Task_A does not exist"):
+        verbs.run(experiment.path)
+    for run_id in run_ids(experiment):
+        if run_id.startswith("a-"):
+            finish(experiment, run_id)
+    assert verbs.run(experiment.path) == 4
 
 
 def test_an_earlier_run_that_is_not_there_is_found_before_the_first_run(tmp_path, write_matrix, monkeypatch):

@@ -142,6 +142,10 @@ BROKEN = {
     "no model at all": ({"arms": {"none": {"models": []}}}, "models"),
     "a setting without a value": ({"arms": {"none": {}, "x": {"each": {"train.batch_size": []}}}}, "each"),
     "a fold that does not exist": ({"folds": [1, 5]}, "fold 5 does not exist"),
+    "what a fraction leaves over, of all cases": (
+        {"arms": {"none": {}, "self": {"set": {"unlabelled.scans": "unused"}}}, "fractions": [0.1, 1.0]},
+        "give the arm `fractions` below 1",
+    ),
     "splits beside a split for each seed": (
         {"split_per_seed": True, "set": {"data.splits": "s.json"}},
         "split_per_seed draws the splits",

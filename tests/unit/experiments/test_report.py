@@ -49,6 +49,13 @@ def finish(experiment, run, dice, **facts):
     write_json(files.done, told | facts)
 
 
+def test_a_report_of_no_experiment_writes_nothing(tmp_path, write_matrix):
+    """As where --out of `run` is forgotten."""
+    with pytest.raises(CheckpointError, match="holds no experiment"):
+        verbs.report(write_matrix(**FOLDS), out=tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def report(experiment):
     page = verbs.report(experiment.path, pages=False)
     ranks = page.parent / "ranks.csv"

@@ -1,5 +1,6 @@
 """The state of every run is read from files and locks, whatever was killed when."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,18 @@ def test_a_run_is_running_while_a_process_holds_its_lock_and_not_a_moment_longer
     assert not is_locked(lock)
     with lock_if_free(lock) as free:
         assert free
+
+
+def test_a_run_that_goes_on_after_a_failure_has_not_failed(experiment):
+    run_id = run_ids(experiment)[0]
+    files = experiment.files(run_id)
+    with lock_if_free(files.lock):
+        files.add_failure("no disk", "Traceback ...", where="node")
+    (files.path / "config.yaml").touch()
+    assert states(experiment)[0] == "failed"
+    later = files.failures.stat().st_mtime_ns + 10**9
+    os.utime(files.lock, ns=(later, later))
+    assert states(experiment)[0] == "interrupted"
 
 
 def test_a_failure_cut_short_by_a_kill_loses_no_other(experiment):
@@ -133,6 +146,8 @@ def test_a_folder_is_not_taken_over_by_another_matrix(experiment, write_matrix):
     before = (experiment.path / "matrix.yaml").read_text()
     with pytest.raises(ConfigError, match=r"holds the experiment 'mine'.* is 'other'; .*--out"):
         Experiment.create(experiment.path, write_matrix(name="other"), data_root=None)
+    with pytest.raises(ConfigError, match="holds the experiment 'mine'"):
+        Experiment.look(write_matrix(name="other"), out=experiment.path)
     assert (experiment.path / "matrix.yaml").read_text() == before
 
 

@@ -10,7 +10,7 @@ import pytest
 from medvisionllama.reports import study_plots
 from medvisionllama.reports.study import Study
 from medvisionllama.reports.study_page import write_study
-from medvisionllama.reports.study_words import statement
+from medvisionllama.reports.study_words import count_words, statement
 
 ARMS = {"none": "no insert", "pretrained": "frozen block", "random": "random block"}
 GAIN = {"none": 0.0, "pretrained": 0.0122, "random": -0.03}
@@ -302,8 +302,12 @@ def test_the_answer_says_what_is_shown_and_no_more(written):
             "no difference shown; the patients of these trainings differ, but most of them go one way",
         ),
         (
-            {**OPEN, "num_patients": 30},
+            {**OPEN, "num_patients": 30, "num_runs": 5, "seed_p": 0.3},
             "the interval leaves no room for a mean difference of 0.01 either way",
+        ),
+        (
+            {**OPEN, "num_patients": 30, "seed_p": 0.3},
+            "mean difference of 0.01 either way, for these trainings; others may differ by more",
         ),
         ({**OPEN, "num_patients": 30, "wins": 0, "losses": 0}, "no difference shown; no patient differs"),
         ({"difference": -0.0125, "low": -0.02, "high": -0.004, "effect": -0.7}, "worse than none"),
@@ -317,6 +321,23 @@ def test_the_answer_says_what_is_shown_and_no_more(written):
 )
 def test_a_comparison_in_words(changes, words):
     assert words in statement(comparison("Task04", "pretrained", 0.1, **changes)).text
+
+
+def test_what_no_run_has_answered_is_not_counted_as_no_difference():
+    none = {"num_patients": 0, "num_runs": 0, "p_holm": float("nan"), "seed_p": float("nan")}
+    missing, better, still_open = (
+        statement(comparison(task, "pretrained", 0.1, **changes))
+        for task, changes in (("a", none), ("b", {}), ("c", OPEN))
+    )
+    nothing = "There is no answer yet: no comparison of pretrained with none could be made."
+    assert count_words([missing], "pretrained", "none") == nothing
+    assert count_words([missing, missing], "pretrained", "none") == nothing
+    more = " 1 more could not be made: no pair of runs is done."
+    shown = count_words([missing, better], "pretrained", "none")
+    assert shown == f"In the one comparison by Dice, pretrained is shown to be better than none.{more}"
+    shown = count_words([better, missing, still_open], "pretrained", "none")
+    assert shown.startswith("Of 2 comparisons by Dice, 1 show pretrained to be better than none, 0 show it")
+    assert shown.endswith(f"and 1 show no difference.{more}")
 
 
 def test_fewer_patients_than_six_never_show_a_difference():
