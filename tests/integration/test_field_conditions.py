@@ -45,6 +45,25 @@ def test_cases_named_by_digits_keep_their_names(run):
     assert f"<td>{test}</td>" in run.report.read_text()
 
 
+def test_patients_who_came_into_the_folder_since_are_none_of_the_run_s(plain, tmp_path, cli):
+    data = shutil.copytree(plain, tmp_path / "data")
+    overrides = {**TINY, "network.insert": "none", "train.max_steps": 4}
+    run = api.train(data, out=tmp_path / "run", overrides=overrides).path
+    before = RunDir(run).evaluation.read_text()
+    for part in ("images", "labels"):
+        shutil.copy(data / part / "001.nii.gz", data / part / "099.nii.gz")
+    assert cli("evaluate", run).code == 0
+    assert RunDir(run).evaluation.read_text() == before
+    again = cli("train", data, "--out", run, "--resume", "--set", "train.max_steps=6")
+    assert again.code == 0, again.err
+    named = {name for part in RunDir(run).read_manifest()["cases"].values() for name in part}
+    assert "099" not in named
+    assert len(named) == 8
+    assert (
+        cli("train", data, "--out", tmp_path / "new", "--set", f"data.splits={run / 'splits.json'}").code == 2
+    )
+
+
 def test_one_test_patient_gives_valid_json_without_an_interval(run, cli):
     content = json.loads(cli("evaluate", run.path, "--json").out)
     assert content["classes"][0]["dice_low"] is None

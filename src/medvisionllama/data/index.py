@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,6 +86,10 @@ class Dataset:
     def patients(self) -> dict[str, str]:
         """Patient of each case."""
         return {case.case_id: case.patient_id for case in self.cases}
+
+    def only(self, patients: Collection[str]) -> "Dataset":
+        """The same without the cases of others."""
+        return replace(self, cases=tuple(case for case in self.cases if case.patient_id in patients))
 
 
 def open_configured(data: DataConfig) -> Dataset:

@@ -8,7 +8,7 @@ import pandas as pd
 from medvisionllama._files import write_json
 from medvisionllama.config import Config, read_config
 from medvisionllama.data.index import Case, Dataset, open_configured
-from medvisionllama.data.splits import read_splits, select
+from medvisionllama.data.splits import patients_of, read_splits, select
 from medvisionllama.errors import CheckpointError, command
 from medvisionllama.evaluation.calibrate import CalibrationTally
 from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
@@ -169,6 +169,8 @@ def _cases(run_dir: RunDir, config: Config, split: Split) -> tuple[Dataset, list
         instead=f"score a run of a fold by its number, or masks of new scans: {masks}",
     )
     dataset = open_configured(config.data)
-    chosen = select(read_splits(run_dir.splits), dataset.patients, fold=config.data.fold)
+    splits = read_splits(run_dir.splits)
+    # Who came into the folder since is no patient of this run.
+    chosen = select(splits, dataset.only(patients_of(splits)).patients, fold=config.data.fold)
     names = set(chosen.test if split == "test" else chosen.validation)
     return dataset, [case for case in dataset.cases if case.case_id in names]

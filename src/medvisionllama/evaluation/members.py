@@ -3,11 +3,12 @@
 import hashlib
 from collections.abc import Collection, Sequence
 
+from medvisionllama.config import read_config
 from medvisionllama.data.index import Case, Dataset
 from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.evaluation.evaluate import Split
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.seen import patients_by_part
+from medvisionllama.training.seen import names_under, patients_by_part
 
 _LONGEST_NAME = 100
 
@@ -36,12 +37,16 @@ def check_unseen(
         DataError: a member has seen a patient.
         CheckpointError: its manifest does not say whom it has seen.
     """
-    patients = {case.patient_id for case in scored}
+    patients: dict[str, dict[str, str]] = {}
+    for case in scored:
+        patients.setdefault(case.patient_id, {})[case.case_id] = case.patient_id
     parts = ("train", "validation") if split == "test" else ("train",)
     for member in members:
         seen = patients_by_part(member, (*dataset.cases, *dataset.excluded))
+        pattern = read_config(member.config).data.patient_pattern
+        names = {patient: names_under(cases, pattern) for patient, cases in patients.items()}
         for part in parts:
-            both = sorted(patients & seen[part])
+            both = sorted(patient for patient in patients if names[patient] & seen[part])
             if both:
                 raise DataError(
                     f"{member.path} has {len(both)} of the {len(patients)} {split} patients among its {part} patients (the first is {both[0]!r}), so the result would leak; give runs of the same splits{' and fold' if split == 'validation' else ''}"

@@ -86,19 +86,41 @@ def fit(config: Config, *, resume: bool = False, progress: Progress | None = Non
 
 
 def fit_since(
-    config: Config, *, started: float, resume: bool = False, progress: Progress | None = None
+    config: Config,
+    *,
+    started: float,
+    resume: bool = False,
+    progress: Progress | None = None,
+    echo_seconds: float = 0.0,
 ) -> RunResult:
-    """Do what `fit` does in a run whose minutes began at `started`, as `time.monotonic` counts."""
+    """Do what `fit` does in a run whose minutes began at `started`, as `time.monotonic` counts.
+
+    Args:
+        echo_seconds: see `interruptible`.
+    """
     if config.data.path is None or config.out is None:
         raise ConfigError("fit needs data.path (the dataset) and out (the run folder)")
     config = with_absolute_paths(config)
     check_launcher()
     with joined_processes(lambda: make_accelerator(config)) as accelerator:
-        return _fit(config, accelerator, resume=resume, progress=progress or Silent(), started=started)
+        return _fit(
+            config,
+            accelerator,
+            resume=resume,
+            progress=progress or Silent(),
+            started=started,
+            echo_seconds=echo_seconds,
+        )
 
 
 def _fit(
-    config: Config, accelerator: Accelerator, *, resume: bool, progress: Progress, started: float
+    config: Config,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    progress: Progress,
+    started: float,
+    echo_seconds: float,
 ) -> RunResult:
     assert config.out is not None, "checked above"
     run_dir = RunDir(config.out)
@@ -124,7 +146,7 @@ def _fit(
             None if start is None else partial(check_strangers, start.run_dir, start.seen, config.data)
         )
         drawn = run_dir.splits if resume else config.data.splits
-        data = prepare_data(config, drawn=drawn, progress=progress, check_division=strangers)
+        data = prepare_data(config, drawn=drawn, resumed=resume, progress=progress, check_division=strangers)
         if resume:
             check_unchanged(run_dir, data)
     if not run_dir.state.is_file():
@@ -172,7 +194,7 @@ def _fit(
                 f"{config.train.members} networks train side by side; predictions are the mean of theirs"
             )
         with others_beside(config, resume=resume, started=started, progress=progress) as others:
-            finished = loop.run(progress)
+            finished = loop.run(progress, echo_seconds=echo_seconds)
             if finished:
                 say_never_found(run_dir, len(data.validation), progress)
                 finished = others.finish()

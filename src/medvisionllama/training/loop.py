@@ -94,9 +94,13 @@ class TrainingLoop:
         """Where the run is."""
         return self.timetable.state
 
-    def run(self, progress: Progress) -> bool:
-        """Train to the end; return False if interrupted, with everything saved."""
-        echo = _ECHO_SECONDS if self.processes.num > 1 else 0.0
+    def run(self, progress: Progress, *, echo_seconds: float = 0.0) -> bool:
+        """Train to the end; return False if interrupted, with everything saved.
+
+        Args:
+            echo_seconds: see `interruptible`; at least as long as a launcher takes, if there is one.
+        """
+        echo = max(echo_seconds, _ECHO_SECONDS) if self.processes.num > 1 else echo_seconds
         with (
             self.batches,
             interruptible(echo_seconds=echo) as interrupted,

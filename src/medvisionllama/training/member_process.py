@@ -16,7 +16,7 @@ from io import FileIO
 from medvisionllama.config import Config
 from medvisionllama.errors import MedVisionLlamaError
 from medvisionllama.training.fit import fit_since
-from medvisionllama.training.interrupts import INTERRUPTED, sigterm_as_ctrl_c
+from medvisionllama.training.interrupts import INTERRUPTED, SECONDS_TO_SAVE, sigterm_as_ctrl_c
 
 
 def main() -> int:
@@ -33,6 +33,9 @@ def main() -> int:
             Config.model_validate(request["config"]),
             started=time.monotonic() - max(0.0, time.time() - request["began"]),
             resume=request["resume"],
+            # A queue may tell every process of a job to end; that whoever started this then closes the input is no
+            # second wish.
+            echo_seconds=SECONDS_TO_SAVE,
         )
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -16,7 +16,7 @@ from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.index import Case, Dataset, open_configured, patient_of_stranger
 from medvisionllama.data.places import fit_places
 from medvisionllama.data.planning import Plan, make_plan
-from medvisionllama.data.splits import Selection, Splits, make_splits, read_splits, select
+from medvisionllama.data.splits import Selection, Splits, make_splits, patients_of, read_splits, select
 from medvisionllama.errors import ConfigError, DataError, command
 from medvisionllama.inference.inputs import Scan, collect_scans
 from medvisionllama.progress import Progress
@@ -46,19 +46,20 @@ def prepare_data(
     config: Config,
     *,
     drawn: Path | None,
+    resumed: bool = False,
     progress: Progress,
     check_division: Callable[[Dataset, Splits, Selection], None] | None = None,
 ) -> PreparedData:
     """Divide, plan from the cases that are not kept for the test, and preprocess this run's.
 
     Args:
-        drawn: a splits file to obey; without one, splits are drawn by `data.split_seed`.
+        drawn, resumed: see `divide`.
         check_division: may refuse who trains, validates and tests, before a scan is read.
 
     Raises:
         DataError: the dataset cannot be used as it is.
     """
-    dataset, splits, selection = divide(config, drawn=drawn)
+    dataset, splits, selection = divide(config, drawn=drawn, resumed=resumed)
     if check_division is not None:
         check_division(dataset, splits, selection)
     seen = [case for case in dataset.cases if case.case_id not in set(selection.test)]
@@ -67,7 +68,7 @@ def prepare_data(
     plan = plan_of(dataset, found, config)
     wanted = {*selection.train, *selection.validation}
     chosen = [case for case in seen if case.case_id in wanted]
-    unlabelled = unlabelled_cases(config, dataset, selection, found.facts)
+    unlabelled = unlabelled_cases(config, dataset, selection, found.facts, progress)
     chosen += unlabelled
     progress.say(_say_division(dataset, selection))
     if unlabelled:
@@ -125,11 +126,12 @@ def plan_from_headers(config: Config) -> Plan:
     return plan_of(dataset, found, config)
 
 
-def divide(config: Config, *, drawn: Path | None) -> tuple[Dataset, Splits, Selection]:
+def divide(config: Config, *, drawn: Path | None, resumed: bool = False) -> tuple[Dataset, Splits, Selection]:
     """Open the dataset and say who trains, validates and is kept for the test.
 
     Args:
         drawn: a splits file to obey; without one, splits are drawn by `data.split_seed`.
+        resumed: the file is that of a run that goes on: who came into the dataset since is none of its patients.
 
     Raises:
         ConfigError: channels that are not the dataset's, or more training cases than there are.
@@ -143,8 +145,10 @@ def divide(config: Config, *, drawn: Path | None) -> tuple[Dataset, Splits, Sele
                 f"data.modality names {len(config.data.modality)} channels, the dataset has {len(dataset.channels)}; name each"
             )
         dataset = replace(dataset, channels=config.data.modality)
+    splits = read_splits(drawn) if drawn else make_splits(dataset.patients, seed=config.data.split_seed)
+    if resumed:
+        dataset = dataset.only(patients_of(splits))
     patients = dataset.patients
-    splits = read_splits(drawn) if drawn else make_splits(patients, seed=config.data.split_seed)
     wanted = config.data.num_cases
     if wanted is not None and config.data.fraction < 1:
         raise ConfigError(
@@ -159,7 +163,11 @@ def divide(config: Config, *, drawn: Path | None) -> tuple[Dataset, Splits, Sele
 
 
 def unlabelled_cases(
-    config: Config, dataset: Dataset, selection: Selection, facts: Sequence[CaseFacts]
+    config: Config,
+    dataset: Dataset,
+    selection: Selection,
+    facts: Sequence[CaseFacts],
+    progress: Progress,
 ) -> list[Case]:
     """Scans that train without labels: those of a folder, or of the fold's patients whom the run leaves out.
 
@@ -183,6 +191,12 @@ def unlabelled_cases(
             )
         return [replace(case, label=None) for case in dataset.cases if case.case_id in rest]
     found = collect_scans([scans], channels=dataset.channels)
+    # Studies hold series that make no volume, and those have no size.
+    if unusable := [scan for scan in found if not scan.num_voxels]:
+        progress.say(
+            f"{len(unusable)} of {len(found)} scans without labels are left out, since their headers make no volume like the others (the first is {unusable[0].images[0]})"
+        )
+        found = [scan for scan in found if scan.num_voxels]
     known = {case.case_id for case in (*dataset.cases, *dataset.excluded)}
     kept = {dataset.patients[name] for name in (*selection.validation, *selection.test)}
     # Whoever is excluded may be kept for a test of one's own, or be a double of somebody who validates.

@@ -76,13 +76,15 @@ def check_strangers(
     Raises:
         DataError: it has seen one of them, by the case's name or by the patient's.
     """
-    known = {part: _names(cases, config.patient_pattern) for part, cases in seen.items()}
+    known = {part: names_under(cases, config.patient_pattern) for part, cases in seen.items()}
     either = known["train"] | known["validation"]
 
-    def names_of(cases: Iterable[str]) -> set[str]:
-        return {name for case in cases for name in (case, dataset.patients[case])}
+    theirs = read_config(before.config).data.patient_pattern
 
-    excluded = {name for case in dataset.excluded for name in (case.case_id, case.patient_id)}
+    def names_of(cases: Iterable[str]) -> set[str]:
+        return names_under({case: dataset.patients[case] for case in cases}, theirs)
+
+    excluded = names_under({case.case_id: case.patient_id for case in dataset.excluded}, theirs)
     clashes = {
         "validates": known["train"] & names_of(selection.validation),
         "tests": either & names_of(selection.test),
@@ -98,8 +100,8 @@ def check_strangers(
             )
 
 
-def _names(cases: Mapping[str, str], pattern: str | None) -> set[str]:
-    """Cases, their patients, and their patients as another run's pattern has them."""
+def names_under(cases: Mapping[str, str], pattern: str | None) -> set[str]:
+    """Cases, their patients, and their patients as another run's pattern has them: by either, two may be one."""
     names = {*cases, *cases.values()}
     for case in cases:
         # A pattern is made for one dataset's names.
@@ -117,7 +119,7 @@ def _division_of(before: RunDir, config: DataConfig, name: str, splits: Splits) 
         kept = patients_of(read_splits(before.splits))
     except DataError:
         return []
-    if not kept & _names({name: name}, config.patient_pattern):
+    if not kept & names_under({name: name}, config.patient_pattern):
         return []
     where = f"--set {shlex.quote(f'data.splits={before.splits}')}"
     if patients_of(splits) - kept:

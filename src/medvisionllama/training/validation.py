@@ -67,8 +67,8 @@ def validate_cases(
     each segments every case.
 
     Args:
-        patience_seconds: give up after the first two cases if all of them, by their voxels, would take longer; then
-            the record holds `would_take_seconds` alone.
+        patience_seconds: give up after one case or two if all of them, by their voxels, would take longer; then the
+            record holds `would_take_seconds` alone.
         interrupted: asked between cases, of which there may be many minutes' worth; then the record says
             `interrupted`.
     """
@@ -95,19 +95,28 @@ def validate_cases(
             table[1, number, column] = float(wanted.any())
         return time.monotonic() - started
 
-    # The first one is slower than the others: what is needed is loaded, and kernels are chosen.
-    seconds = [score(number) for number in numbers[:2]]
-    if patience_seconds is not None:
-        sizes = [math.prod(cases[number].image.shape) for number in numbers]
-        would_take = processes.first(seconds[-1] * sum(sizes) / sizes[1] if len(numbers) > 2 else 0.0)
-        if would_take > patience_seconds:
+    side_by_side = processes.num if shared else 1
+    voxels = [math.prod(cases[number].image.shape) for number in numbers]
+    for place in range(2):
+        # On trial. Processes agree after each of the two, whether they have one or not.
+        would_take = 0.0
+        if place < len(numbers):
+            seconds = score(numbers[place])
+            # The first one is slower than the others: what is needed is loaded, and kernels are chosen.
+            tells = place == 1 or len(numbers) == 2 or seconds > (patience_seconds or math.inf)
+            if tells and place + 1 < len(numbers):
+                would_take = seconds * sum(voxels) / voxels[place]
+        if patience_seconds is not None and (would_take := processes.first(would_take)) > patience_seconds:
             return {"would_take_seconds": would_take}
+        if len(cases) > (place + 1) * side_by_side and processes.any(interrupted()):
+            return {"interrupted": True}
+    stopped = False
     for number in numbers[2:]:
         # Processes that share cases have not equally many, and agree below; others work on each together.
-        if interrupted() if shared else processes.any(interrupted()):
+        if stopped := interrupted() if shared else processes.any(interrupted()):
             break
         score(number)
-    if processes.any(interrupted()):
+    if processes.any(stopped):
         return {"interrupted": True}
     if shared:
         # Each row stands in one process and is zero in the others, so the sum is exact.

@@ -21,6 +21,7 @@ from medvisionllama.data.splits import Fold, Splits
 from medvisionllama.errors import DataError
 from medvisionllama.inference.dicom_seg import write_seg
 from medvisionllama.inference.writers import write_mask
+from medvisionllama.progress import Silent
 from medvisionllama.training.prepare import divide, prepare_data, unlabelled_cases
 
 
@@ -322,9 +323,25 @@ def test_a_scan_without_a_label_is_no_test_patients_under_another_name(persons, 
         with pytest.raises(
             DataError, match=r"zulu\) has the PatientID of a patient who validates, tests or is excluded"
         ):
-            unlabelled_cases(config, found, selection, facts)
+            unlabelled_cases(config, found, selection, facts, Silent())
     else:
-        assert [case.case_id for case in unlabelled_cases(config, found, selection, facts)] == ["zulu"]
+        cases = unlabelled_cases(config, found, selection, facts, Silent())
+        assert [case.case_id for case in cases] == ["zulu"]
+
+
+def test_a_series_without_a_label_that_makes_no_volume_is_left_out_and_said(
+    persons, tmp_path_factory, capsys
+):
+    root = persons(alpha="ID-1", bravo="ID-2", charlie="ID-3")
+    extra = tmp_path_factory.mktemp("extra")
+    save(classic(np.zeros((6, 8, 5), np.int16)), extra / "whole")
+    save(classic(np.zeros((6, 8, 5), np.int16))[:1], extra / "scout")
+    config = load_config("small", {"data.path": root, "unlabelled.scans": extra})
+    found, _, selection = divide(config, drawn=None)
+    facts = fingerprint(found).facts
+    cases = unlabelled_cases(config, found, selection, facts, TerminalProgress())
+    assert [case.case_id for case in cases] == ["whole"]
+    assert "1 of 2 scans without labels are left out" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -348,7 +365,7 @@ def test_a_scan_of_an_excluded_patient_does_not_train_without_its_label(
     config = load_config("small", settings)
     found, _, selection = divide(config, drawn=None)
     with pytest.raises(DataError, match=why):
-        unlabelled_cases(config, found, selection, fingerprint(found).facts)
+        unlabelled_cases(config, found, selection, fingerprint(found).facts, Silent())
 
 
 @pytest.mark.parametrize("number", ["", "ANONYMOUS"])

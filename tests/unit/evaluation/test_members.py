@@ -61,6 +61,16 @@ def test_patients_of_a_case_that_the_dataset_lacks_are_known_by_its_name(write_r
         check_unseen([member], dataset, dataset.cases[2:], split="test")
 
 
+def test_a_member_s_own_pattern_tells_whom_it_has_seen(write_run):
+    """A later visit that the pattern of the first run's dataset takes for a patient of its own."""
+    cases = tuple(Case(name, name, (), None) for name in ("1001_10003", "1002_10001"))
+    dataset = Dataset("d", Path("d"), cases, ("MRI",), {1: "one"})
+    member = write_run("member", train=["1001_10001"], pattern="^(.{4})")
+    with pytest.raises(DataError, match="the first is '1001_10003'"):
+        check_unseen([member], dataset, cases, split="test")
+    check_unseen([member], dataset, cases[1:], split="test")
+
+
 def test_validation_patients_may_have_validated_but_not_trained(write_run, dataset):
     member = write_run("member", validation=["c"])
     check_unseen([member], dataset, dataset.cases[2:], split="validation")

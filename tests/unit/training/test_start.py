@@ -235,8 +235,13 @@ def test_patients_are_known_under_another_pattern_too(tmp_path):
         {"cases": {"train": ["1001_10001"], "validation": []}},
         **{"data.patient_pattern": "^(.{4})"},
     )
-    with pytest.raises(DataError, match="would leak"):
-        check(run, validation=["1001_10001"])
+    # A later visit of whom the earlier run saw is told by its pattern alone.
+    for name in ("1001_10001", "1001_10003"):
+        with pytest.raises(DataError, match="would leak"):
+            check(run, validation=[name])
+        with pytest.raises(DataError, match="would leak"):
+            check(run, excluded=[name])
+    check(run, validation=["1002_10001"])
     run = run_of(tmp_path, {"cases": {"train": ["1001_10001"], "validation": []}})
     with pytest.raises(DataError, match="would leak"):
         check(run, validation=["1001"], **{"data.patient_pattern": "^(.{4})"})

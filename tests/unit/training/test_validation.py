@@ -125,6 +125,11 @@ def test_ctrl_c_ends_it_between_two_cases(cases):
     whole = len(seen)
     assert record(many, lambda: len(seen) >= whole / 2) == {"interrupted": True}
     assert len(seen) == whole / 2
+    # What is finished is not thrown away.
+    assert "dice" in record(many, lambda: len(seen) >= whole)
+    assert record(many[:2], lambda: True) == {"interrupted": True}
+    assert len(seen) == whole / 6
+    assert "dice" in record(many[:1], lambda: True)
 
 
 def test_how_long_it_takes_goes_by_voxels_and_not_by_the_second_case(cases, monkeypatch):
@@ -138,6 +143,38 @@ def test_how_long_it_takes_goes_by_voxels_and_not_by_the_second_case(cases, monk
     network, config = Everywhere(1, 4), load_config("small")
     record = validate_cases(network, sized, plan, config, Accelerator(cpu=True), patience_seconds=4)
     assert record == {"would_take_seconds": 5.0}
+
+
+@pytest.mark.parametrize(("number", "given_up_after"), [(2, 1), (3, 2)])
+def test_two_cases_are_judged_by_the_first(cases, monkeypatch, number, given_up_after):
+    found, plan = cases
+    seconds, scored = iter(range(100)), []
+    monkeypatch.setattr(validation, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+
+    def mask(network, case, plan, shape, **_):
+        scored.append(case)
+        return np.zeros(shape)
+
+    monkeypatch.setattr(validation, "case_mask", mask)
+    config = load_config("small")
+    network, accelerator = Everywhere(1, 4), Accelerator(cpu=True)
+    record = validate_cases(
+        network, [found[0]] * number, plan, config, accelerator, patience_seconds=number - 0.5
+    )
+    assert record == {"would_take_seconds": number}
+    assert len(scored) == given_up_after
+
+
+def test_a_first_case_longer_than_all_may_take_is_the_last(cases, monkeypatch):
+    found, plan = cases
+    seconds = iter(range(100))
+    monkeypatch.setattr(validation, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(validation, "case_mask", lambda network, case, plan, shape, **_: np.zeros(shape))
+    network, config = Everywhere(1, 4), load_config("small")
+    many = [found[0]] * 4
+    record = validate_cases(network, many, plan, config, Accelerator(cpu=True), patience_seconds=0.5)
+    assert record == {"would_take_seconds": 4}
+    assert next(seconds) == 2
 
 
 class Sized:
