@@ -173,7 +173,10 @@ def test_a_member_that_has_seen_a_test_patient_is_refused(runs, cli, part):
 def test_validation_patients_are_scored_by_runs_of_the_same_fold_only(runs):
     with pytest.raises(DataError, match="same splits and fold"):
         api.evaluate(runs / "fold0", split="validation", also=[runs / "fold1"])
-    api.evaluate(runs / "fold0", split="validation", also=[runs / "again"])
+    listed = api.evaluate(runs / "fold0", split="validation", also=[runs / "again"])
+    # One run needs no list, and is not one of letters.
+    alone = api.evaluate(runs / "fold0", split="validation", also=str(runs / "again"))
+    assert alone.equals(listed)
     assert (runs / "fold0" / "evaluation-validation-with-again.csv").is_file()
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from medvisionllama import api
-from medvisionllama.config import read_config
+from medvisionllama.config import read_config, write_config
 from medvisionllama.data.planning import read_plan
 from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.evaluation.explain.targets import scans_to_explain
@@ -333,3 +333,34 @@ def test_a_scan_that_trained_the_run_of_before_is_told(run, scan, tmp_path):
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | began))
     found = api.explain(later, scan, control="none", maps=False, out=tmp_path / "out")
     assert any("stranger: a case or patient of this name trained the run" in line for line in found.warnings)
+
+
+def test_a_copy_of_a_training_scan_is_told_by_its_name(run, phantoms, tmp_path):
+    trained = RunDir(run).read_manifest()["cases"]["train"][0]
+    copy = tmp_path / f"{trained}.nii.gz"
+    shutil.copy(phantoms / "imagesTr" / copy.name, copy)
+    found = api.explain(run, copy, control="none", maps=False, out=tmp_path / "out")
+    assert any(
+        f"{trained}: a case or patient of this name trained this run" in line for line in found.warnings
+    )
+
+
+def test_a_dataset_that_has_grown_still_tells_who_trained(run, phantoms, tmp_path):
+    data = shutil.copytree(phantoms, tmp_path / "data")
+    later = RunDir(shutil.copytree(run, tmp_path / "later"))
+    write_config(read_config(later.config, {"data.path": str(data)}), later.config)
+    description = json.loads((data / "dataset.json").read_text())
+    new = {
+        part: f"./{folder}/phantom_777.nii.gz"
+        for part, folder in (("image", "imagesTr"), ("label", "labelsTr"))
+    }
+    for place in new.values():
+        shutil.copy(data / place.replace("777", "000"), data / place)
+    description["training"].append(new)
+    (data / "dataset.json").write_text(json.dumps(description))
+    trained = later.read_manifest()["cases"]["train"][0]
+    images = [data / "imagesTr" / f"{name}.nii.gz" for name in (trained, "phantom_777")]
+    plan, config = read_plan(later), read_config(later.config)
+    known, new_one = scans_to_explain(later, config, plan, images, split=None, label=None)
+    assert (known.part, known.truth) == ("train", "dataset")
+    assert (new_one.part, new_one.truth) == ("", "dataset")

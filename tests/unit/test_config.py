@@ -129,6 +129,10 @@ def test_the_last_override_of_a_key_wins():
     assert load_config("small", ["train.seed=1", "train.seed=2"]).train.seed == 2
 
 
+def test_one_override_needs_no_list():
+    assert load_config("small", "train.seed=7") == load_config("small", ["train.seed=7"])
+
+
 def test_overrides_do_not_leak_into_the_preset():
     load_config("paper", ["network.block.source=other", "data.labels=all"])
     config = load_config("paper")

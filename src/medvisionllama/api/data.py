@@ -23,7 +23,7 @@ def check(
     fast: bool = False,
     splits: Path | str | None = None,
     patient_pattern: str | None = None,
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     html: Path | str | None = None,
     progress: Progress | None = None,
 ) -> "CheckReport":
@@ -55,7 +55,7 @@ def check(
         fast=fast,
         splits=None if splits is None else Path(splits),
         patient_pattern=patient_pattern,
-        exclude=exclude,
+        exclude=[exclude] if isinstance(exclude, str) else exclude,
         look=pictures,
         progress=progress,
     )
@@ -104,7 +104,7 @@ def split(
     seed: int | None = None,
     keep: Path | str | None = None,
     patient_pattern: str | None = None,
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
 ) -> "Splits":
     """Divide the patients into test and five folds, and write them with a hash.
 
@@ -125,7 +125,8 @@ def split(
     if keep is not None and seed is not None:
         raise ConfigError(f"{keep} has its own seed, by which new patients are added; leave --seed out")
     out = Path(out)
-    dataset = open_dataset(Path(data), patient_pattern=patient_pattern, exclude=exclude)
+    excluded = [exclude] if isinstance(exclude, str) else exclude
+    dataset = open_dataset(Path(data), patient_pattern=patient_pattern, exclude=excluded)
     if keep is None:
         splits = make_splits(dataset.patients, seed=seed or 0)
     else:
@@ -143,7 +144,7 @@ def split(
 
 
 def plan(
-    data: Path | str, *, preset: str = "small", overrides: Sequence[str] | Mapping[str, Any] = ()
+    data: Path | str, *, preset: str = "small", overrides: str | Sequence[str] | Mapping[str, Any] = ()
 ) -> "Plan":
     """Decide from headers what a training would decide; `plan.lines` says why.
 

@@ -33,7 +33,7 @@ def train(
     max_minutes: float | None = None,
     epochs: int | None = None,
     members: int | None = None,
-    overrides: Sequence[str] | Mapping[str, Any] = (),
+    overrides: str | Sequence[str] | Mapping[str, Any] = (),
     resume: bool = False,
     test: bool = True,
     progress: Progress | None = None,
@@ -98,7 +98,7 @@ def predict(
     inputs: Path | str | Sequence[Path | str],
     *,
     out: Path | str,
-    also: Sequence[Path | str] = (),
+    also: Path | str | Sequence[Path | str] = (),
     mask_format: str = "auto",
     probabilities: bool = False,
     uncertainty: bool = False,
@@ -150,7 +150,7 @@ def predict(
     _check_choice("device", device, ("auto", "cpu", "cuda"))
     if min_ml is not None and not 0 <= min_ml < float("inf"):
         raise ConfigError(f"min_ml={min_ml} must be 0 or more millilitres")
-    inputs = [inputs] if isinstance(inputs, str | Path) else inputs
+    inputs, also = _several(inputs), _several(also)
     run_dirs = [RunDir(Path(path)) for path in (run, *also)]
     plan = check_alike([run, *also])
     scans = collect_scans([Path(path) for path in inputs], channels=plan.channels)
@@ -194,7 +194,7 @@ def evaluate(
     labels: Path | str | None = None,
     *,
     split: str | None = None,
-    also: Sequence[Path | str] = (),
+    also: Path | str | Sequence[Path | str] = (),
     block_removed: bool = False,
     choose_cleaning: bool = False,
     calibration: bool = False,
@@ -235,6 +235,7 @@ def evaluate(
     _check_choice("split", split or "test", ("test", "validation"))
     if tolerance_mm is not None and not 0 <= tolerance_mm < float("inf"):
         raise ConfigError(f"tolerance_mm={tolerance_mm} must be 0 or more millimetres")
+    also = _several(also)
     of_run = {
         "split": split,
         "also": also,
@@ -322,7 +323,7 @@ def explain(
         _check_choice("split", split, ("test", "validation"))
     return explain_run(
         Path(run),
-        [Path(image) for image in ([images] if isinstance(images, str | Path) else images)],
+        [Path(image) for image in _several(images)],
         split="validation" if split == "validation" else "test" if split else None,
         label=None if label is None else Path(label),
         random_block=control == "random",
@@ -365,6 +366,11 @@ def demo(
     predict(run, [new / "imagesTr"], out=root / "masks", progress=progress)
     evaluate(root / "masks", new / "labelsTr", out=root / "masks" / "evaluation.csv", progress=progress)
     return RunDir(run).report
+
+
+def _several(given: Path | str | Sequence[Path | str]) -> Sequence[Path | str]:
+    """One path is a list of one, and not of its letters."""
+    return [given] if isinstance(given, str | Path) else given
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:

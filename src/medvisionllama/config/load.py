@@ -21,7 +21,7 @@ _NOTHING = {"", "~", "null", "Null", "NULL"}
 _ITEM = re.compile(r"""\s*("[^"]*"|'[^']*'|[^,]*?)\s*(,|$)""")
 
 
-def load_config(preset: str = "small", overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+def load_config(preset: str = "small", overrides: str | Sequence[str] | Mapping[str, Any] = ()) -> Config:
     """Build a configuration from a preset and overrides.
 
     Args:
@@ -60,8 +60,10 @@ def apply_overrides(settings: dict[str, Any], overrides: Sequence[str] | Mapping
     return result
 
 
-def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """Bring both forms of overrides to a mapping from dotted keys to values."""
+def parse_overrides(overrides: str | Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Bring all forms of overrides to a mapping from dotted keys to values; one text is one setting."""
+    if isinstance(overrides, str):
+        overrides = [overrides]
     if isinstance(overrides, Mapping):
         return {key: _plain(value) for key, value in overrides.items()}
     return dict(_split_override(text) for text in overrides)

@@ -77,6 +77,12 @@ class Family:
         package = import_module(f"transformers.models.{self.package}.configuration_{self.package}")
         with self.refusing_nonsense():
             _check_numbers(settings)
+            kind = settings.get("position_embedding_type") or "absolute"
+            if kind != "absolute":
+                # transformers would leave them out of its layers without a word.
+                raise BlockError(
+                    f"config.json asks for position_embedding_type={kind}, positions inside each layer, which is not supported; use a checkpoint with absolute ones"
+                )
             config = getattr(package, self.config_class)(
                 **{key: value for key, value in settings.items() if key not in _OF_HEADS}
             )

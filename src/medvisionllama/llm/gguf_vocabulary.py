@@ -60,7 +60,8 @@ def _byte_level(metadata: Mapping[str, Any], words: list[str], where: str) -> "T
         raise BlockError(f"{where} cuts text up by the rule {rule!r}; known are {', '.join(_PATTERNS)}")
     pattern = _PATTERNS[rule]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(BPE(_numbered(words), merges))
+    # Llama 3's tokenizer.json takes what is a word as it is, whether merges lead there or not.
+    tokenizer = Tokenizer(BPE(_numbered(words), merges, ignore_merges=pattern == _LLAMA_3))
     steps: list[PreTokenizer] = [ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
     if pattern is not None:
         steps.insert(0, Split(Regex(pattern), behavior="isolated"))

@@ -104,9 +104,13 @@ def warnings_on(explained: Explained) -> list[str]:
         lines.append(
             f"{scan.case_id}: no true mask is known, so the maps are scored against the run's own prediction: high scores then say that maps and prediction agree, not that either is right. Give the mask with --label."
         )
-    trained = scan.part == "train" or scan.trained_before
+    trained = scan.part == "train" or scan.trained_here or scan.trained_before
     if scan.part == "train":
         lines.append(f"{scan.case_id} is a training case of this run: the network has seen its mask.")
+    elif scan.trained_here:
+        lines.append(
+            f"{scan.case_id}: a case or patient of this name trained this run, so the network may have seen its mask."
+        )
     elif scan.trained_before:
         lines.append(
             f"{scan.case_id}: a case or patient of this name trained the run that this one began with, so the network may have seen its mask."

@@ -27,7 +27,7 @@ from medvisionllama.evaluation.explain.targets import ScanToExplain, scans_to_ex
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.reports.activations import Heading, warnings_on, write_case_page, write_summary_page
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.seen import patients_by_part, seen_before
+from medvisionllama.training.seen import patients_by_part, seen_before, seen_by
 
 PAGE, SCORES, SUMMARY = "explain.html", "scores.csv", "summary.csv"
 
@@ -75,11 +75,14 @@ def explain_run(
     if against is not None:
         trained = patients_by_part(RunDir(against), ())["train"]
         scans = [replace(scan, trained_other=scan.patient_id in trained) for scan in scans]
-    earlier = _trained_before(run_dir)
-    scans = [
-        replace(scan, trained_before=not earlier.isdisjoint({scan.case_id, scan.patient_id}))
-        for scan in scans
-    ]
+    here, before = _trained(run_dir)
+    for number, scan in enumerate(scans):
+        names = {scan.case_id, scan.patient_id}
+        scans[number] = replace(
+            scan,
+            trained_here=not scan.part and bool(names & here),
+            trained_before=bool(names & before),
+        )
     heading = _heading(networks, run_dir.path, against)
     for note in networks.notes:
         progress.say(note)
@@ -138,12 +141,16 @@ def _heading(networks: Networks, run: Path, against: Path | None) -> Heading:
     return Heading(run.resolve().name, {name: words[name] for name in networks.members}, networks.notes)
 
 
-def _trained_before(run_dir: RunDir) -> set[str]:
-    """Cases and patients who trained a run whose weights this one began with; none where no manifest tells."""
+def _trained(run_dir: RunDir) -> tuple[set[str], set[str]]:
+    """Cases and patients who trained a run, and those who trained one whose weights it began with.
+
+    None where no manifest tells.
+    """
     with suppress(CheckpointError):
-        cases = seen_before(run_dir.read_manifest()).get("train", {})
-        return {*cases, *cases.values()}
-    return set()
+        seen, before = seen_by(run_dir)["train"], seen_before(run_dir.read_manifest()).get("train", {})
+        own = {name: patient for name, patient in seen.items() if name not in before}
+        return {*own, *own.values()}, {*before, *before.values()}
+    return set(), set()
 
 
 def _outputs(folder: Path, scans: Sequence[ScanToExplain], *, alone: bool) -> list[Path]:

@@ -172,6 +172,15 @@ def test_a_config_with_an_impossible_width_is_refused(folder, value):
         FrozenBlock.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("kind", ["relative_key", "relative_key_query"])
+def test_positions_inside_layers_that_transformers_leaves_out_are_refused(folder, kind):
+    _rewrite_config(folder, position_embedding_type=kind)
+    with pytest.raises(BlockError, match=f"position_embedding_type={kind}, positions inside each layer"):
+        FrozenBlock.from_pretrained(folder)
+    _rewrite_config(folder, position_embedding_type="absolute")
+    FrozenBlock.from_pretrained(folder)
+
+
 def test_a_folder_without_config_is_refused(tmp_path):
     with pytest.raises(BlockError, match=r"no config\.json"):
         FrozenBlock.from_pretrained(tmp_path)

@@ -73,6 +73,14 @@ def test_a_byte_level_vocabulary_cuts_text_as_the_models_tokenizer(rule):
     assert ours.encode("heart<|end|>").tokens[-1] == "<|end|>"
 
 
+@pytest.mark.parametrize(("rule", "tokens"), [("llama-bpe", ["Ġzebra"]), ("qwen2", ["Ġ", *"zebra"])])
+def test_llama_3_takes_a_word_of_its_vocabulary_as_it_is(rule, tokens):
+    metadata = _metadata(_trained(_SPLITS[rule]), rule)
+    metadata["tokenizer.ggml.tokens"].append("Ġzebra")
+    ours = tokenizer_from_metadata(metadata, where="x.gguf")
+    assert ours.encode(" zebra").tokens == tokens
+
+
 def test_rules_differ_in_how_they_cut_numbers():
     tokens = {
         rule: tokenizer_from_metadata(_metadata(_trained(split), rule), where="x.gguf")

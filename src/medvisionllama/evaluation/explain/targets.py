@@ -9,7 +9,7 @@ from medvisionllama.data.index import Case, Dataset, open_configured, patient_of
 from medvisionllama.data.labels import label_on_grid
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.readers import ScanSource, read_label
-from medvisionllama.data.splits import read_splits, select
+from medvisionllama.data.splits import patients_of, read_splits, select
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.evaluation.evaluate import Split, check_has_cases, merged_foreground
@@ -35,6 +35,8 @@ class ScanToExplain:
     """The label was given by the user, and is not the dataset's."""
     part: str = ""
     """`train`, `validation` or `test` of the run; empty for a scan that is not of its dataset."""
+    trained_here: bool = False
+    """A case or patient of this name trained the run, as far as names tell: the scan is none of its dataset's."""
     trained_other: bool = False
     """The run that it is compared with was trained on a patient of this name."""
     trained_before: bool = False
@@ -122,9 +124,11 @@ def _of_dataset(case: Case, part: str) -> ScanToExplain:
 
 def _parts(run_dir: RunDir, config: Config, dataset: Dataset) -> dict[str, str]:
     """Part of the run that each case belongs to; empty for training patients that a fraction left out."""
+    splits = read_splits(run_dir.splits)
+    # Who came into the folder since is in no part.
     chosen = select(
-        read_splits(run_dir.splits),
-        dataset.patients,
+        splits,
+        dataset.only(patients_of(splits)).patients,
         fold=config.data.fold,
         fraction=config.data.fraction,
         num_cases=config.data.num_cases,
