@@ -32,10 +32,10 @@ from medvisionllama.data.channels import (
     relabel,
     split,
 )
-from medvisionllama.data.folder import is_nnunet, read_names
+from medvisionllama.data.folder import is_nnunet, read_names, scans_of
 from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.index import Case, Dataset, open_dataset
-from medvisionllama.data.readers import is_scan, read_label, stem_of
+from medvisionllama.data.readers import read_label, stem_of
 from medvisionllama.errors import DataError
 from medvisionllama.progress import Progress, Silent
 
@@ -103,7 +103,7 @@ def _plan(dataset: Dataset, to: Layout, *, renumber: bool) -> _Plan:
         dataset,
         to,
         _new_values(dataset, renumber=renumber) if to == "nnunet" else {},
-        _test_cases(dataset, content),
+        _test_cases(dataset, content, with_folders=is_plain),
         {"name": dataset.name, **about},
     )
 
@@ -119,16 +119,22 @@ def _new_values(dataset: Dataset, *, renumber: bool) -> dict[int, int]:
     return {value: number for number, value in enumerate(values, start=1)}
 
 
-def _test_cases(dataset: Dataset, content: dict[str, Any]) -> tuple[Case, ...]:
-    """Unlabelled scans: those in imagesTs, and those an MSD folder lists elsewhere."""
-    root, per_channel = dataset.root, any(len(case.images) > 1 for case in dataset.cases)
-    per_channel |= is_nnunet(root, content)
+def _test_cases(dataset: Dataset, content: dict[str, Any], *, with_folders: bool) -> tuple[Case, ...]:
+    """Unlabelled scans: those in imagesTs, and those an MSD folder lists elsewhere.
+
+    Args:
+        with_folders: a folder in imagesTs is a scan too, one DICOM series, as in images/.
+    """
+    root = dataset.root
+    # One channel may have its number in the file's name too.
+    numbered = any(len(case.images) > 1 or _has_number(case) for case in dataset.cases)
+    per_channel = numbered or is_nnunet(root, content)
     listed = content.get("test")
     names = [entry.get("image") if isinstance(entry, dict) else entry for entry in listed or []]
     paths = {msd.inside(root, name) for name in names if isinstance(name, str)}
     folder = root / "imagesTs"
     if folder.is_dir():
-        paths |= {path for path in folder.iterdir() if is_scan(path)}
+        paths |= set(scans_of(folder, series=with_folders))
     groups: dict[str, list[Path]] = {}
     for path in sorted(path for path in paths if path.exists()):
         stem = stem_of(path)
@@ -140,6 +146,10 @@ def _test_cases(dataset: Dataset, content: dict[str, Any]) -> tuple[Case, ...]:
                 f"{images[0].parent}: the unlabelled case {case_id!r} has {len(images)} files where {expected} are expected; add or remove files"
             )
     return tuple(Case(case_id, case_id, tuple(images), None) for case_id, images in groups.items())
+
+
+def _has_number(case: Case) -> bool:
+    return stem_of(case.images[0]) == f"{case.case_id}_0000"
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def is_nnunet(root: Path, content: dict[str, Any]) -> bool:
     if not numbered or not all((root / name).is_dir() for name in ("imagesTr", "labelsTr")):
         return False
     return any(
-        _one_of(root / "imagesTr", f"{stem_of(path)}_0000").is_file() for path in _scans(root / "labelsTr")
+        _one_of(root / "imagesTr", f"{stem_of(path)}_0000").is_file() for path in scans_of(root / "labelsTr")
     )
 
 
@@ -60,7 +60,7 @@ def index_nnunet(root: Path, content: dict[str, Any], patient_pattern: str | Non
         classes[value] = name
     num_channels = len(names)
     cases = []
-    for label in _scans(root / "labelsTr"):
+    for label in scans_of(root / "labelsTr"):
         case_id = stem_of(label)
         images = tuple(
             _one_of(root / "imagesTr", f"{case_id}_{channel:04d}") for channel in range(num_channels)
@@ -93,8 +93,8 @@ def index_plain(
     Raises:
         DataError: no image has a label of its name, or cases have different channel files.
     """
-    labels, alone = _by_stem(_scans(root / "labels"))
-    images, twice = _by_stem(_scans(root / "images", series=True))
+    labels, alone = _by_stem(scans_of(root / "labels"))
+    images, twice = _by_stem(scans_of(root / "images", series=True))
     case_ids = _case_ids(images, labels)
     alone += [replace(finding, cases=(case_ids[finding.cases[0]],)) for finding in twice]
     groups: dict[str, list[Path]] = {}
@@ -224,7 +224,7 @@ def _channels_of_first(cases: Sequence[Case]) -> int:
     return 1
 
 
-def _scans(folder: Path, *, series: bool = False) -> list[Path]:
+def scans_of(folder: Path, *, series: bool = False) -> list[Path]:
     """Scans in a folder; with `series`, folders of DICOM slices too."""
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist; the layout of {folder.parent} needs it")

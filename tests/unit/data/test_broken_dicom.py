@@ -16,6 +16,7 @@ from medvisionllama.data.formats.dicom import read_header
 from medvisionllama.data.formats.dicom_series import find_series
 from medvisionllama.data.readers import read_header as read_any_header
 from medvisionllama.errors import DataError
+from medvisionllama.inference.inputs import collect_scans
 
 NUM = 20
 
@@ -194,6 +195,18 @@ def refusal(source, function=read_voxels):
     assert "\n" not in message
     assert not any(word in message for word in (*PATIENT[0].split("^"), PATIENT[1]))
     return message
+
+
+def test_frames_without_places_do_not_hide_the_other_series_of_a_study(tmp_path):
+    """As nuclear medicine and cine have it beside a CT."""
+    save(classic(stored(4)), tmp_path / "ct")
+    loose = [None]
+    frames_without_places(loose)
+    save(loose, tmp_path / "spect")
+    assert len(find_series(tmp_path)) == 2
+    good, bad = sorted(collect_scans([tmp_path], channels=("CT",)), key=lambda scan: -scan.num_voxels)
+    assert (good.case_id, bad.num_voxels) == ("ct", 0)
+    assert "holds 4 frames but says the place of 0" in refusal(bad.images[0])
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from dicom_files import classic, save
 from medvisionllama.data.convert import convert
 from medvisionllama.data.index import Dataset, open_dataset
 from medvisionllama.data.readers import read_image, read_label
@@ -377,6 +378,28 @@ def test_unlabelled_channels_come_along(brats, tmp_path):
         np.testing.assert_array_equal(a.dataobj, b.dataobj)
     (nnunet / "imagesTs/case_000_0001.nii.gz").unlink()
     assert "has 1 files where 2 are expected" in refusal(nnunet, tmp_path / "again", to="msd")
+
+
+@pytest.mark.parametrize(("to", "name"), [("nnunet", "t_0000"), ("msd", "t"), ("plain", "t")])
+def test_an_unlabelled_scan_of_one_numbered_channel_keeps_its_case(tmp_path, write_nifti, to, name):
+    source = tmp_path / "source"
+    for case in ("a", "b", "c"):
+        write_nifti(source / f"images/{case}_0000.nii.gz", np.ones((4, 5, 6), np.int16))
+        write_nifti(source / f"labels/{case}.nii.gz", np.ones((4, 5, 6), np.uint8))
+    write_nifti(source / "imagesTs/t_0000.nii.gz", np.ones((4, 5, 6), np.int16))
+    out = convert(source, tmp_path / "Dataset004_H", to=to)
+    assert set(open_dataset(out).patients) == {"a", "b", "c"}
+    assert files(out / "imagesTs") == [f"{name}.nii.gz"]
+
+
+def test_an_unlabelled_series_comes_along(tmp_path, write_nifti):
+    source = tmp_path / "source"
+    for case in ("a", "b", "c"):
+        write_nifti(source / f"images/{case}.nii.gz", np.ones((4, 5, 6), np.int16))
+        write_nifti(source / f"labels/{case}.nii.gz", np.ones((4, 5, 6), np.uint8))
+    save(classic(np.ones((6, 8, 5), np.int16)), source / "imagesTs" / "t")
+    out = convert(source, tmp_path / "Dataset004_H", to="nnunet")
+    assert files(out / "imagesTs") == ["t_0000.nii.gz"]
 
 
 def test_refusals_name_the_way_out(hippocampus, tmp_path):

@@ -65,8 +65,10 @@ def patient_name_findings(cases: Sequence[Case]) -> list[Finding]:
 def person_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
     """Scans that say to be one person's and count as several patients.
 
-    Nothing is told by a number that all cases have, as some programs write for the anonymous.
+    Nothing is told by a number that all cases with one have, as some programs write for the anonymous.
     """
+    # Of two that share a number beside files of other formats, which have none, one person is likelier.
+    num_numbered = max(3, sum(bool(case.persons) for case in cases))
     by_person: dict[str, list[CaseFacts]] = defaultdict(list)
     for case in cases:
         for person in case.persons:
@@ -74,7 +76,7 @@ def person_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
     findings = []
     for group in by_person.values():
         patients = sorted({case.patient_id for case in group})
-        if len(patients) < 2 or len(group) == len(cases):
+        if len(patients) < 2 or len(group) >= min(num_numbered, len(cases)):
             continue
         names = tuple(case.case_id for case in group)
         message = f"{' and '.join(names[:2])}{' and others' if len(names) > 2 else ''} have one PatientID but count as {len(patients)} patients, so one person can be trained on and tested; {_STEP}, or rename the scans"

@@ -54,6 +54,8 @@ def grid_of(series: Series) -> Header:
 
 
 def _check_image(piece: Slice) -> None:
+    if piece.fault:
+        raise DataError(piece.fault)
     if piece.colour:
         raise DataError(
             f"{piece.file} is a colour image; allowed: one grey value per pixel, as CT and MR have"

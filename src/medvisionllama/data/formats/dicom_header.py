@@ -12,7 +12,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -86,6 +86,8 @@ class Slice:
     bits: int
     signed: bool
     marks: tuple[str, ...]
+    fault: str = ""
+    """Why its file makes no volume: said when the series' turn comes, since a study may hold others."""
 
 
 @dataclass(frozen=True)
@@ -277,9 +279,10 @@ def _slices(path: Path, dataset: Any) -> Iterator[Slice]:
         yield _slice(common, 0, dataset, dataset, dataset, dataset)
         return
     if len(groups) != num_frames:
-        raise DataError(
-            f"{path} holds {num_frames} frames but says the place of {len(groups)}; convert it to enhanced multi-frame or to one file per slice"
-        )
+        # As nuclear medicine and cine have it.
+        fault = f"{path} holds {num_frames} frames but says the place of {len(groups)}; convert it to enhanced multi-frame or to one file per slice"
+        yield replace(_slice(common, 0, {}, {}, {}, {}), fault=fault)
+        return
     shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
     for frame, own in enumerate(groups):
 
