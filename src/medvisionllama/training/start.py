@@ -2,7 +2,7 @@
 
 A weight fits that has the same name and shape. Some fit in shape and not in meaning, and begin anew: outputs for
 other classes, blocks of a transformer that is cut otherwise, an insert of another kind. Channels are found by their
-names, positions of another grid of tokens are interpolated, and kernels for slices become kernels for volumes.
+names, and positions of another grid of tokens are interpolated.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,6 @@ from medvisionllama.networks.factory import build_meta_network
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.networks.vit import LearnedPositions
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.kernels import Convolution, reshaped
 from medvisionllama.training.seen import Seen, seen_by
 
 _MEANING = {
@@ -60,7 +59,6 @@ class _Layout:
     """Names of those that see the scan's channels."""
     outputs: set[str]
     positions: Mapping[str, LearnedPositions]
-    convolutions: Mapping[str, Convolution]
 
 
 def read_start(run_dir: RunDir) -> Start:
@@ -98,12 +96,10 @@ def begin_with(network: TokenSegmenter, start: Start, *, config: Config, plan: P
         )
     for name, tensor in kept.items():
         parameters[name].copy_(tensor)
-    reshaped_ones = [name for name, tensor in kept.items() if _is_reshaped(tensor, start.tensors[name])]
     return {
         "run": str(start.run_dir.path),
         "weights_sha256": start.weights_sha256,
         "kept_parameters": sum(tensor.numel() for tensor in kept.values()),
-        "reshaped": _layers(reshaped_ones, of=parameters),
         "fresh": _layers([name for name in parameters if name not in kept], of=parameters),
         "unused": _layers(sorted(start.tensors.keys() - kept.keys()), of=start.tensors),
         "seen": start.seen,
@@ -115,13 +111,10 @@ def started_words(facts: Mapping[str, Any], network: TokenSegmenter) -> str:
     num_parameters = sum(parameter.numel() for parameter in trainable(network).values())
     share = facts["kept_parameters"] / num_parameters
     kept = f"begins with {share:.0%} of its {num_parameters / 1e6:.2f} million weights from {facts['run']}"
-    other = (
-        f"; {len(facts['reshaped'])} layers' kernels reshaped for other strides" if facts["reshaped"] else ""
-    )
     fresh = f"; anew: {', '.join(facts['fresh'])}" if facts["fresh"] else ""
     # What is anew here is mostly what is left there.
     left = [part for part in facts["unused"] if part not in facts["fresh"]]
-    return kept + other + fresh + (f"; not used: {', '.join(left)}" if left else "")
+    return kept + fresh + (f"; not used: {', '.join(left)}" if left else "")
 
 
 def _fitting(network: TokenSegmenter, start: Start, config: Config, plan: Plan) -> dict[str, Tensor]:
@@ -141,8 +134,6 @@ def _fitting(network: TokenSegmenter, start: Start, config: Config, plan: Plan) 
             found[name] = found[name][:, order]
     for name in found.keys() & ours.positions.keys() & theirs.positions.keys():
         found[name] = ours.positions[name].interpolated(found[name], theirs.positions[name].grid)
-    for name in found.keys() & ours.convolutions.keys() & theirs.convolutions.keys():
-        found[name] = reshaped(found[name], theirs.convolutions[name], ours.convolutions[name])
     shapes = {name: parameter.shape for name, parameter in trainable(network).items()}
     kept = {name: tensor for name, tensor in found.items() if shapes.get(name) == tensor.shape}
     if any(name.startswith("insert.") and name not in kept for name in shapes):
@@ -201,7 +192,6 @@ def _layout(config: NetworkConfig, plan: Plan) -> _Layout:
         inputs=_other_shapes(network, build_meta_network(without, **more_inputs)),
         outputs=_other_shapes(network, build_meta_network(without, **more_outputs)),
         positions=_positions(network),
-        convolutions=_convolutions(network),
     )
 
 
@@ -216,19 +206,6 @@ def _positions(network: nn.Module) -> dict[str, LearnedPositions]:
         f"{name}.table": module
         for name, module in network.named_modules()
         if isinstance(module, LearnedPositions)
-    }
-
-
-def _is_reshaped(now: Tensor, before: Tensor) -> bool:
-    """Whether a kernel spans another box of voxels."""
-    return now.ndim == before.ndim == 5 and now.shape[2:] != before.shape[2:]
-
-
-def _convolutions(network: nn.Module) -> dict[str, Convolution]:
-    return {
-        f"{name}.weight": module
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d)
     }
 
 

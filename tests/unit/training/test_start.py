@@ -30,7 +30,7 @@ TINY = {
 }
 
 
-def plan(channels=("T1", "T2"), classes=None, crop=(32, 32, 16), strides=((2, 2, 2),) * 3, **more):
+def plan(channels=("T1", "T2"), classes=None, crop=(32, 32, 16), **more):
     named = {1: "liver", 2: "spleen"} if classes is None else classes
     return Plan(
         channels=channels,
@@ -38,7 +38,7 @@ def plan(channels=("T1", "T2"), classes=None, crop=(32, 32, 16), strides=((2, 2,
         resize=False,
         spacing_mm=(1, 1, 1),
         crop_size=crop,
-        strides=strides,
+        strides=((2, 2, 2),) * 3,
         flip_axes=(),
         **{"merged": False, **more},
     )
@@ -54,14 +54,14 @@ def built(config, plan, seed):
     return network
 
 
-def begun(before=None, now=None, *, old=None, new=None, first="small", preset="small"):
+def begun(before=None, now=None, *, old=None, new=None, preset="small"):
     """Weights of an earlier run, those of one that began with them, and what the manifest keeps."""
     old, new = old or plan(), new or plan()
-    theirs, ours = load_config(first, TINY | (before or {})), load_config(preset, TINY | (now or {}))
-    earlier, second = built(theirs, old, 1), built(ours, new, 2)
-    tensors = {name: parameter.detach().clone() for name, parameter in trainable(earlier).items()}
+    theirs, ours = load_config("small", TINY | (before or {})), load_config(preset, TINY | (now or {}))
+    first, second = built(theirs, old, 1), built(ours, new, 2)
+    tensors = {name: parameter.detach().clone() for name, parameter in trainable(first).items()}
     own = {name: parameter.detach().clone() for name, parameter in trainable(second).items()}
-    facts = {"frozen_sha256": tensors_sha256(frozen(earlier))}
+    facts = {"frozen_sha256": tensors_sha256(frozen(first))}
     start = Start(
         RunDir(Path("earlier")), theirs, old, tensors, facts, "0" * 64, {"train": {}, "validation": {}}
     )
@@ -163,29 +163,6 @@ def test_positions_are_interpolated():
     before, now = (which[name].unflatten(1, (-1, 8)) for which in (tensors, after))
     assert torch.allclose(now[:, 0], before[:, 0])
     assert torch.allclose(now[:, 1], 0.75 * before[:, 0] + 0.25 * before[:, 1], atol=1e-6)
-
-
-@pytest.mark.parametrize("preset", ["small", "dynunet"])
-@pytest.mark.parametrize("swap", [False, True], ids=["even voxels from slices", "slices from even voxels"])
-def test_kernels_for_slices_become_kernels_for_volumes(preset, swap):
-    slices, even = plan(strides=((2, 2, 1), (2, 2, 2), (2, 2, 2))), plan()
-    old, new = (even, slices) if swap else (slices, even)
-    plain = {"network.tokens": False, "network.insert": "none"}
-    changes = {} if preset == "small" else plain | {"network.base_channels": 4}
-    tensors, after, fresh, told, words = begun(
-        changes, changes, old=old, new=new, preset=preset, first=preset
-    )
-    assert not fresh
-    assert told["kept_parameters"] == sum(tensor.numel() for tensor in after.values())
-    # Tokens lie on another grid too, and their positions are interpolated.
-    changed = {
-        name.rpartition(".")[0]
-        for name, tensor in tensors.items()
-        if tensor.ndim == 5 and after[name].shape != tensor.shape
-    }
-    assert changed
-    assert set(told["reshaped"]) == changed
-    assert f"; {len(changed)} layers' kernels reshaped for other strides" in words
 
 
 def test_a_network_of_other_widths_is_refused_although_biases_fit():
