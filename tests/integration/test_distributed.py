@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from medvisionllama import api
 from medvisionllama.checkpoint import load_tensors
 from medvisionllama.run_dir import RunDir
+from medvisionllama.training.loop import TrainingLoop
 
 from .conftest import TINY
 
@@ -273,19 +273,19 @@ def test_a_session_of_two_processes_trains_one_run_after_the_other(start, phanto
 
 @pytest.mark.slow
 def test_two_processes_go_on_with_the_run_of_one(start, alone, phantoms, tmp_path, monkeypatch):
-    run = RunDir(tmp_path / "run")
-    monkeypatch.setattr("medvisionllama.training.loop.interruptible", _after_five_steps)
+    run, step, taken = RunDir(tmp_path / "run"), TrainingLoop._step, []
+
+    @contextmanager
+    def after_five_steps(*, echo_seconds):
+        yield lambda: len(taken) == 5
+
+    monkeypatch.setattr(TrainingLoop, "_step", lambda loop: taken.append(1) or step(loop))
+    monkeypatch.setattr("medvisionllama.training.loop.interruptible", after_five_steps)
     assert api.train(phantoms, out=run.path, epochs=STEPS, overrides=SETTINGS, test=False).steps == 5
     process = start(ACCELERATE, ["-m", "medvisionllama"], phantoms, run.path, "--resume", "--no-test")
     _, errors = finish(process)
     assert process.returncode == 0, errors
     assert_same_run(run, alone)
-
-
-@contextmanager
-def _after_five_steps(*, echo_seconds):
-    questions = count(1)
-    yield lambda: next(questions) == 5
 
 
 @pytest.mark.slow
