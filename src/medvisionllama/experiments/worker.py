@@ -77,8 +77,8 @@ def _work(folder: Path, run_id: str, data_root: Path | None, seconds_to_wait: fl
             return TAKEN
         if experiment.is_done(run):
             return DONE
-        # Tells failures of before from those of this attempt.
-        os.utime(experiment.files(run_id).lock)
+        # Tells failures of before from those of this attempt; where nothing is locked, there is no file yet.
+        experiment.files(run_id).lock.touch()
         from medvisionllama.experiments.execute import execute
         from medvisionllama.progress import Lines
 

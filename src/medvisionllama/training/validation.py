@@ -101,11 +101,7 @@ def validate_cases(
         # On trial. Processes agree after each of the two, whether they have one or not.
         would_take = 0.0
         if place < len(numbers):
-            seconds = score(numbers[place])
-            # The first one is slower than the others: what is needed is loaded, and kernels are chosen.
-            tells = place == 1 or len(numbers) == 2 or seconds > (patience_seconds or math.inf)
-            if tells and place + 1 < len(numbers):
-                would_take = seconds * sum(voxels) / voxels[place]
+            would_take = _would_take(score(numbers[place]), place, voxels, patience_seconds)
         if patience_seconds is not None and (would_take := processes.first(would_take)) > patience_seconds:
             return {"would_take_seconds": would_take}
         if len(cases) > (place + 1) * side_by_side and processes.any(interrupted()):
@@ -132,3 +128,14 @@ def validate_cases(
         **({"never_found": never_found} if never_found else {}),
         **opened,
     }
+
+
+def _would_take(seconds: float, place: int, voxels: Sequence[int], patience_seconds: float | None) -> float:
+    """Seconds of all cases, judged by one that took so long; 0 where it tells nothing, or none is left.
+
+    The first one is slower than the others: what is needed is loaded, and kernels are chosen. So it tells only as
+    one of two, or if it has used up the time of all.
+    """
+    tells = place > 0 or len(voxels) == 2 or seconds > (patience_seconds or math.inf)
+    is_last = place + 1 == len(voxels)
+    return seconds * sum(voxels) / voxels[place] if tells and not is_last else 0.0

@@ -253,6 +253,14 @@ def test_a_worker_records_what_fails_before_its_run_begins(experiment, monkeypat
     assert "Traceback" in failures[0]["traceback"]
 
 
+def test_a_worker_runs_where_nothing_can_be_locked(experiment, monkeypatch):
+    """As on Windows, where a lock leaves no file."""
+    monkeypatch.setattr(worker, "_end_with_parent", lambda: None)
+    monkeypatch.setattr("medvisionllama._files.fcntl", None)
+    monkeypatch.setattr("medvisionllama.experiments.execute.execute", lambda *_, **__: True)
+    assert worker.main([str(experiment.path), run_ids(experiment)[0]]) == worker.DONE
+
+
 def test_workers_look_where_their_own_launcher_has_the_data(experiment, tmp_path, monkeypatch):
     first, *_ = run_ids(experiment)
     backend = LocalBackend(experiment, slots=1, threads=1)

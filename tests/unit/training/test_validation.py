@@ -34,6 +34,18 @@ class Everywhere(torch.nn.Module):
         return logits
 
 
+class Counting(Everywhere):
+    """Notes each window that it sees."""
+
+    def __init__(self, number, num_outputs):
+        super().__init__(number, num_outputs)
+        self.seen = []
+
+    def forward(self, image):
+        self.seen.append(1)
+        return super().forward(image)
+
+
 @pytest.fixture
 def cases(dataset_folder, write_nifti, tmp_path):
     """Three phantoms of two classes, the last of the first class alone, and a plan that knows a third class."""
@@ -87,17 +99,13 @@ def test_the_network_works_in_the_runs_precision_and_nothing_else_does(cases, mo
 
 def test_it_is_given_up_where_it_would_take_too_long(cases, monkeypatch):
     found, plan = cases
-    seen = []
-
-    class Slow(Everywhere):
-        def forward(self, image):
-            seen.append(1)
-            return super().forward(image)
+    network = Counting(1, 4)
+    seen = network.seen
 
     def record(patience):
         seen.clear()
         return validate_cases(
-            Slow(1, 4), found, plan, load_config("small"), Accelerator(cpu=True), patience_seconds=patience
+            network, found, plan, load_config("small"), Accelerator(cpu=True), patience_seconds=patience
         )
 
     assert record(1e-9)["would_take_seconds"] > 1e-9
@@ -108,16 +116,11 @@ def test_it_is_given_up_where_it_would_take_too_long(cases, monkeypatch):
 
 def test_ctrl_c_ends_it_between_two_cases(cases):
     found, plan = cases
-    seen = []
-
-    class Counting(Everywhere):
-        def forward(self, image):
-            seen.append(1)
-            return super().forward(image)
+    network, config = Counting(1, 4), load_config("small")
+    seen = network.seen
 
     def record(found, interrupted):
         seen.clear()
-        network, config = Counting(1, 4), load_config("small")
         return validate_cases(network, found, plan, config, Accelerator(cpu=True), interrupted=interrupted)
 
     many = [found[0]] * 6
