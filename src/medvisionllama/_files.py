@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from medvisionllama.errors import ConfigError
+
 try:
     import fcntl
 except ImportError:  # Windows does without locks
@@ -128,6 +130,16 @@ def _is_still(path: Path, file: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(file))
     except FileNotFoundError:
         return False
+
+
+def check_file_name(path: Path, example: str) -> None:
+    """Refuse to begin what would end by writing a file where a folder is.
+
+    Raises:
+        ConfigError: with the name of a file in that folder.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, and a file is written; name one, as {path / example}")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

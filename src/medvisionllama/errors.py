@@ -18,7 +18,8 @@ class MedVisionLlamaError(ValueError):
 
 
 OUT_OF_MEMORY = (
-    "out of memory: use smaller scans, a smaller --set data.max_crop_voxels, or a machine with more"
+    "out of memory: use smaller scans or a machine with more; a training takes less with --members 1,"
+    " --set train.batch_size=1 or smaller crops (data.max_crop_voxels, data.crop_size)"
 )
 
 

@@ -222,17 +222,29 @@ def test_a_folder_that_cannot_be_listed_is_told_in_one_line(run, tmp_path, cli, 
 def test_the_mask_of_before_goes_when_it_was_the_other_kind_of_file(run, tmp_path, monkeypatch, old):
     save(classic(np.random.default_rng(0).integers(0, 500, (8, 16, 16)).astype(np.int16)), tmp_path / "CT")
     before = tmp_path / "m" / f"CT{old}"
-    before.parent.mkdir()
-    before.touch()
-    if old == ".dcm":
 
-        def refuse(*_):
-            raise DataError("a header that the standard does not like")
+    def refuse(*_):
+        raise DataError("a header that the standard does not like")
 
-        monkeypatch.setattr("medvisionllama.inference.batch.write_seg", refuse)
-    [record] = api.predict(run, tmp_path / "CT", out=tmp_path / "m", overwrite=True)
+    for suffix in (old, {".dcm": ".nii.gz", ".nii.gz": ".dcm"}[old]):
+        with monkeypatch.context() as patch:
+            if suffix != ".dcm":
+                patch.setattr("medvisionllama.inference.batch.write_seg", refuse)
+            [record] = api.predict(run, tmp_path / "CT", out=tmp_path / "m", overwrite=True)
+        assert Path(record["mask"]).name == f"CT{suffix}"
     beside = {"labels.txt", "predictions.jsonl"}
     assert {path for path in before.parent.iterdir() if path.name not in beside} == {Path(record["mask"])}
     assert Path(record["mask"]) != before
     # What stands in place of a DICOM mask that cannot be is kept, and so is a DICOM mask.
     assert api.predict(run, tmp_path / "CT", out=tmp_path / "m", resume=True) == []
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_a_file_of_the_user_named_as_a_mask_might_be_stays(run, tmp_path, maps):
+    save(classic(np.random.default_rng(0).integers(0, 500, (8, 16, 16)).astype(np.int16)), tmp_path / "CT")
+    own = tmp_path / "m" / "CT.nii.gz"
+    own.parent.mkdir()
+    own.write_bytes(b"drawn by hand")
+    [record] = api.predict(run, tmp_path / "CT", out=tmp_path / "m", overwrite=True, uncertainty=maps)
+    assert Path(record["mask"]).name == "CT.dcm"
+    assert own.read_bytes() == b"drawn by hand"

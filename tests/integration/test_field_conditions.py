@@ -1,6 +1,7 @@
 """What datasets and habits look like in the field: names of digits, odd files, options that do not go together."""
 
 import json
+import re
 import shutil
 
 import nibabel as nib
@@ -11,7 +12,7 @@ from medvisionllama import api
 from medvisionllama.checkpoint import load_tensors, save_tensors
 from medvisionllama.config import read_config
 from medvisionllama.data.index import patient_of
-from medvisionllama.errors import DataError
+from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.evaluation.evaluate import read_table
 from medvisionllama.inference.cleaning import Choice, write_choice
 from medvisionllama.inference.inputs import collect_scans
@@ -306,6 +307,47 @@ def test_wrong_kinds_of_paths_are_one_line(run, plain, tmp_path, cli):
         assert outcome.code == 2, arguments
         assert "Traceback" not in outcome.err
         assert "medvisionllama: " in outcome.err
+
+
+def test_a_folder_in_place_of_a_file_is_told_before_the_work(run, plain, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, "."):
+        for arguments in (
+            ["evaluate", run.path, "--out", folder],
+            ["evaluate", run.path / "predictions" / "absent", plain / "labels", "--out", folder],
+            ["data", "check", plain / "absent", "--html", folder],
+        ):
+            outcome = cli(*arguments)
+            assert outcome.code == 2, arguments
+            assert f"medvisionllama: {folder} is a folder, and a file is written; name one" in outcome.err
+
+
+def test_a_dataset_that_has_moved_is_named_with_what_to_do(run, tmp_path, cli):
+    moved = shutil.copytree(run.path, tmp_path / "run")
+    config = moved / "config.yaml"
+    config.write_text(
+        re.sub(r"  path: .*plain.*", f"  path: {tmp_path / 'gone'}", config.read_text(), count=1)
+    )
+    for verb in ("evaluate", "explain"):
+        outcome = cli(verb, moved, "--split", "test")
+        assert outcome.code == 2
+        assert f"the dataset of {moved} is no longer at {tmp_path / 'gone'}" in outcome.err
+        assert f"correct data.path in {config}" in outcome.err
+
+
+def test_seeds_and_minutes_that_cannot_be_leave_nothing(plain, tmp_path, cli):
+    for arguments in (
+        ["data", "split", plain, "--out", tmp_path / "s.json", "--seed", -1],
+        ["demo", "--out", tmp_path / "demo", "--seed", -1],
+        ["demo", "--out", tmp_path / "demo", "--seed", 10**19],
+        ["demo", "--out", tmp_path / "demo", "--minutes", "nan"],
+    ):
+        outcome = cli(*arguments)
+        assert outcome.code == 2, arguments
+        assert "Traceback" not in outcome.err
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="0 or more"):
+        api.split(plain, out=tmp_path / "s.json", seed=-1)
 
 
 def test_version_is_printed(cli):

@@ -129,6 +129,28 @@ def test_the_last_override_of_a_key_wins():
     assert load_config("small", ["train.seed=1", "train.seed=2"]).train.seed == 2
 
 
+def test_several_values_are_not_forgotten_where_a_key_is_repeated():
+    with pytest.raises(ConfigError, match=r"data.exclude is given twice .* --set data.exclude=a,b"):
+        load_config("small", ["data.exclude=patient076", "data.exclude=patient012"])
+    assert load_config("small", ["data.exclude=a,b"] * 2).data.exclude == ("a", "b")
+
+
+@pytest.mark.parametrize("name", ["2024-01-05", "20240105", "2024-02-30", "my splits #2.json"])
+@pytest.mark.parametrize("key", ["data.splits", "train.start_from", "unlabelled.scans"])
+def test_names_of_files_are_not_read_as_dates_or_numbers(key, name):
+    section, field = key.split(".")
+    assert str(getattr(getattr(load_config("small", [f"{key}={name}"]), section), field)) in {
+        name,
+        f"('{name}',)",
+    }
+
+
+@pytest.mark.parametrize("value", ["2024-02-30", "0x_"])
+def test_what_yaml_cannot_read_is_one_line(value):
+    with pytest.raises(ConfigError, match="the value is not readable"):
+        load_config("small", [f"train.batch_size={value}"])
+
+
 def test_one_override_needs_no_list():
     assert load_config("small", "train.seed=7") == load_config("small", ["train.seed=7"])
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from medvisionllama._files import check_file_name
 from medvisionllama.config import load_config
 from medvisionllama.config.load import parse_overrides
 from medvisionllama.errors import ConfigError, DataError
@@ -41,11 +42,13 @@ def check(
 
     Raises:
         DataError: there is nothing to check.
+        ConfigError: `html` is a folder.
     """
     from medvisionllama.data.check.run import check_dataset
 
     pictures = None
     if html is not None:
+        check_file_name(Path(html), "check.html")
         from medvisionllama.reports.check_page import write_check_page
         from medvisionllama.reports.thumbnails import Thumbnails
 
@@ -117,13 +120,15 @@ def split(
 
     Raises:
         DataError: a dataset that cannot be divided, or `out` is there and holds anything else.
-        ConfigError: a seed for splits that are kept, which have their own.
+        ConfigError: a seed below zero, or one for splits that are kept, which have their own.
     """
     from medvisionllama.data.index import open_dataset
     from medvisionllama.data.splits import extend_splits, make_splits, read_splits, write_splits
 
     if keep is not None and seed is not None:
         raise ConfigError(f"{keep} has its own seed, by which new patients are added; leave --seed out")
+    if seed is not None and seed < 0:
+        raise ConfigError(f"seed={seed}: a seed is 0 or more")
     out = Path(out)
     excluded = [exclude] if isinstance(exclude, str) else exclude
     dataset = open_dataset(Path(data), patient_pattern=patient_pattern, exclude=excluded)

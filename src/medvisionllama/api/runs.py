@@ -5,6 +5,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medvisionllama._files import check_file_name
 from medvisionllama.config import ONE_VIEW, Config, load_config, read_config
 from medvisionllama.config.load import limits_as_asked, parse_overrides
 from medvisionllama.devices import device_words
@@ -249,6 +250,8 @@ def evaluate(
     for name, given in {"merged": merged, "patient_pattern": patient_pattern}.items():
         if labels is None and given:
             raise ConfigError(f"{name} is for masks and labels, a run has its own; leave it out")
+    if out is not None:
+        check_file_name(Path(out), "evaluation.csv")
     if labels is None:
         if Path(predictions).is_dir() and not RunDir(Path(predictions)).config.is_file():
             raise CheckpointError(
@@ -349,6 +352,8 @@ def demo(
     """
     from medvisionllama.data.phantom import write_phantoms
 
+    settings = {"train.num_validations": 4, "train.seed": seed, "train.members": 1}
+    load_config("small", {"train.max_minutes": minutes, **settings})  # before phantoms lie there for nothing
     root = _next_folder(Path(out))
     data = write_phantoms(root / "phantoms", num_cases=30, seed=seed)
     run = root / "run"
@@ -357,7 +362,7 @@ def demo(
         out=run,
         preset="small",
         max_minutes=minutes,
-        overrides={"train.num_validations": 4, "train.seed": seed, "train.members": 1},
+        overrides=settings,
         progress=progress,
     )
     if not result.finished:

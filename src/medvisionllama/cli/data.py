@@ -34,7 +34,7 @@ def fingerprint(data: Data, as_json: Json = False) -> None:
 def split(
     data: Data,
     out: Annotated[Path, typer.Option(help="Where to write the splits file.")],
-    seed: Annotated[int | None, typer.Option(help="Seed of the draw; 0 by default.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the draw; 0 by default.")] = None,
     keep: Annotated[
         Path | None,
         typer.Option(

@@ -9,7 +9,7 @@ import typer
 def demo(
     out: Annotated[Path, typer.Option(help="Folder that gets one numbered folder per demo.")] = Path("demo"),
     minutes: Annotated[float, typer.Option(min=0.1, help="Minutes of training.")] = 1.25,
-    seed: Annotated[int, typer.Option(help="Seed of phantoms and training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of phantoms and training.")] = 0,
 ) -> None:
     """Do the whole job on artificial scans: train, predict, evaluate, report; about two minutes on a CPU.
 

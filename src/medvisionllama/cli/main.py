@@ -80,7 +80,9 @@ def main() -> None:
     except OSError as error:
         if debug or error.errno not in _FIXABLE:
             raise
-        where = f" ({error.filename})" if error.filename else ""
+        # Of a file that was to be renamed, the first name is a hidden one of ours.
+        name = error.filename2 or error.filename
+        where = f" ({name})" if name else ""
         _fail(f"{_FIXABLE[error.errno]}{where}; nothing was half written", 2)
 
 

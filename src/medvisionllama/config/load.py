@@ -66,7 +66,13 @@ def parse_overrides(overrides: str | Sequence[str] | Mapping[str, Any]) -> dict[
         overrides = [overrides]
     if isinstance(overrides, Mapping):
         return {key: _plain(value) for key, value in overrides.items()}
-    return dict(_split_override(text) for text in overrides)
+    parsed: dict[str, Any] = {}
+    for key, value in map(_split_override, overrides):
+        # Of numbers and words the last one holds; of patients to leave out, forgetting one would be a leak.
+        if isinstance(value, list) and parsed.get(key, value) != value:
+            raise ConfigError(f"{key} is given twice and takes several values at once; write --set {key}=a,b")
+        parsed[key] = value
+    return parsed
 
 
 def limits_as_asked(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def read_config(path: Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -
         raise ConfigError(
             f"{path} does not exist; a run folder made by `medvisionllama train` has one"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not readable YAML: {_one_line(error)}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds no settings")
@@ -142,7 +148,7 @@ def _split_override(text: str) -> tuple[str, Any]:
     if kind is str:
         return key, value.strip()
     # YAML would make a number of the case 001, a date of 2024-01-05 and a list of the pattern [0-9]{3}.
-    if kind == str | None:
+    if kind == str | None or kind is Path or key == "unlabelled.scans":
         return key, _text_or_none(value)
     if kind == tuple[str, ...]:
         return key, _texts_or_none(text, value)
@@ -154,7 +160,7 @@ def _split_override(text: str) -> tuple[str, Any]:
             value = f"[{value}]"
     try:
         return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter of 2024-02-30, which YAML takes for a date
         raise ConfigError(f"--set {text!r}: the value is not readable: {_one_line(error)}") from None
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from medvisionllama._files import write_text
 from medvisionllama.config import Config
-from medvisionllama.data.index import patient_of
+from medvisionllama.data.index import Dataset, open_configured, patient_of
 from medvisionllama.data.labels import FOREGROUND, may_be_cropped, on_one_grid, whole_label
 from medvisionllama.data.readers import read_label
 from medvisionllama.data.volume import Volume, same_place, shear_fault, to_ras
@@ -54,12 +54,23 @@ def evaluate_files(
     return pd.DataFrame(rows)
 
 
-def check_has_cases(run_dir: RunDir, config: Config, split: Split, *, instead: str) -> None:
-    """Raise ConfigError if a run trained on every case, so that none is left for a split."""
+def open_dataset_of(run_dir: RunDir, config: Config, split: Split, *, instead: str) -> Dataset:
+    """Open the dataset of a run that has cases of a split.
+
+    Raises:
+        ConfigError: a run that trained on every case, so that none is left; with what to do instead.
+        DataError: the dataset has moved, or cannot be read.
+    """
     if config.data.fold == "all":
         raise ConfigError(
             f"{run_dir.path} trained on all labelled cases (data.fold=all), so it has no {split} cases; {instead}"
         )
+    assert config.data.path is not None, "fit wrote it"
+    if not config.data.path.is_dir():
+        raise DataError(
+            f"the dataset of {run_dir.path} is no longer at {config.data.path}; put it back there, or correct data.path in {run_dir.config}"
+        )
+    return open_configured(config.data)
 
 
 def read_pair(pair: Pair, classes: dict[int, str], *, merged: bool = False) -> tuple[Volume, Volume]:

@@ -7,12 +7,12 @@ import pandas as pd
 
 from medvisionllama._files import write_json
 from medvisionllama.config import Config, read_config
-from medvisionllama.data.index import Case, Dataset, open_configured
+from medvisionllama.data.index import Case, Dataset
 from medvisionllama.data.splits import patients_of, read_splits, select
 from medvisionllama.errors import CheckpointError, command
 from medvisionllama.evaluation.calibrate import CalibrationTally
 from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
-from medvisionllama.evaluation.evaluate import Split, check_has_cases, evaluate_files, write_table
+from medvisionllama.evaluation.evaluate import Split, evaluate_files, open_dataset_of, write_table
 from medvisionllama.evaluation.masks import Pair
 from medvisionllama.evaluation.members import check_distinct, check_unseen, name_ensemble
 from medvisionllama.inference.cleaning import Cleaning, cleaning_of, write_choice
@@ -160,15 +160,13 @@ def _part(run_dir: RunDir, split: Split, *, also: Sequence[Path | str], block_re
 
 def _cases(run_dir: RunDir, config: Config, split: Split) -> tuple[Dataset, list[Case]]:
     """The run's dataset, and its cases of a split."""
-    assert config.data.path is not None, "fit wrote it"
     masks = command("evaluate", "MASKS", "LABELS")
-    check_has_cases(
+    dataset = open_dataset_of(
         run_dir,
         config,
         split,
         instead=f"score a run of a fold by its number, or masks of new scans: {masks}",
     )
-    dataset = open_configured(config.data)
     splits = read_splits(run_dir.splits)
     # Who came into the folder since is no patient of this run.
     chosen = select(splits, dataset.only(patients_of(splits)).patients, fold=config.data.fold)

@@ -86,7 +86,13 @@ class Outputs:
             for kind, path in there.items()
             if any(line.has(kind) for line in lines) and path.resolve() not in sources
         ]
-        return [*maps, *(self.masks(scan) if len(files) > 1 else ())]
+        return [*maps, *((files["mask"], *self.made_masks(scan)) if len(files) > 1 else ())]
+
+    def made_masks(self, scan: Scan) -> list[Path]:
+        """Masks of a scan that lie there and are ours by the ledger; others of such a name are the user's own."""
+        there = [mask for mask in self.masks(scan) if mask.exists()]
+        made = {line.mask for line in self.ledger.lines()} if there else set()
+        return [mask for mask in there if mask.name in made]
 
     def missing(self, scans: Sequence[Scan], *, overwrite: bool, resume: bool) -> list[Scan]:
         """Scans that are still to be segmented.
@@ -302,9 +308,9 @@ def _finish(
     instead = files["mask"] == outputs.fallback(scan)
     outputs.ledger.add(record, scan_sha256, outputs.made_by, instead=instead)
     # Whoever overwrites may have had the other of the two before, and two masks of one scan are one too many.
-    for other in outputs.masks(scan):
+    for other in outputs.made_masks(scan):
         if other != files["mask"]:
-            other.unlink(missing_ok=True)
+            other.unlink()
     if not outputs.has_table(names):
         write_text(outputs.table, label_table(names))
     return record

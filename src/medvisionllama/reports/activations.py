@@ -171,7 +171,7 @@ def _picture(explained: Explained, name: MapName) -> str:
     margins = {"left": 0.05, "right": 0.94, "bottom": 0.12 / len(shown), "top": 1 - 0.1 / len(shown)}
     ratios = {"width_ratios": [1, 1, 1, 0.04], "hspace": 0.25, "wspace": 0.12, **margins}
     grid = figure.subplots(len(shown), 4, squeeze=False, gridspec_kw=ratios)
-    centre = plots.centre_of(explained.truth > 0)
+    centre = plots.fullest(explained.truth > 0)
     for row, (network, values) in zip(grid, shown.items(), strict=True):
         # A few tokens of huge norm would leave the rest of the map in one colour.
         low, high = (float(value) for value in np.percentile(values, [1, 99.5]))

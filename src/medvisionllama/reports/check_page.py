@@ -61,6 +61,7 @@ def write_check_page(report: CheckReport, path: Path, pictures: Thumbnails) -> N
         rows=rows,
         figure=_figure(report.facts, report.channels) if report.facts else None,
         classes=_class_colours(report),
+        any_picture=any(row.picture for row in rows),
         max_pictures=MAX_PICTURES,
         version=__version__,
     )
@@ -68,14 +69,9 @@ def write_check_page(report: CheckReport, path: Path, pictures: Thumbnails) -> N
 
 
 def _class_colours(report: CheckReport) -> list[tuple[str, str]]:
-    """Name and colour of each class, where all cases hold the same ones; else colours differ between cases."""
-    values = {tuple(sorted(facts.mask.voxels)) for facts in report.facts if facts.mask and facts.mask.voxels}
-    if len(values) != 1:
-        return []
-    return [
-        (report.classes.get(value, f"class {value}"), colour_of(index))
-        for index, value in enumerate(values.pop())
-    ]
+    """Name and colour of each class that a label holds."""
+    values = {value for facts in report.facts if facts.mask for value in facts.mask.voxels}
+    return [(report.classes.get(value, f"class {value}"), colour_of(value - 1)) for value in sorted(values)]
 
 
 def _figure(facts: tuple[CaseFacts, ...], channels: tuple[str, ...]) -> str:

@@ -118,9 +118,8 @@ def _pictures(run_dir: RunDir, config: Config, table: pd.DataFrame) -> list[Pict
     except DataError:
         return []
     ranked = mean_class_dice(table).sort_values(ascending=False)
-    places = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
     pictures = []
-    for title, place in places.items():
+    for title, place in places_of(len(ranked)).items():
         case_id = str(ranked.index[place])
         mask = run_dir.path / "predictions" / "test" / f"{case_id}.nii.gz"
         if case_id not in cases or not mask.is_file():
@@ -129,6 +128,17 @@ def _pictures(run_dir: RunDir, config: Config, table: pd.DataFrame) -> list[Pict
         caption = ", ".join(f"{row['class']} {row['dice']:.3f}" for row in rows.to_dict(orient="records"))
         pictures.append(Picture(title, f"{case_id}: Dice {caption}", _overlay(run_dir, cases[case_id], mask)))
     return pictures
+
+
+def places_of(number: int) -> dict[str, int]:
+    """Which of a number of ranked cases to show, by title; each once.
+
+    >>> places_of(1), places_of(2), places_of(5)
+    ({'the only case': 0}, {'better': 0, 'worse': 1}, {'best': 0, 'median': 2, 'worst': 4})
+    """
+    if number < 3:
+        return [{}, {"the only case": 0}, {"better": 0, "worse": 1}][number]
+    return {"best": 0, "median": number // 2, "worst": number - 1}
 
 
 def _overlay(run_dir: RunDir, case: Case, mask: Path) -> str:

@@ -94,12 +94,12 @@ def dice_by_case(table: pd.DataFrame) -> str:
 
 
 def overlay(image: Volume, truth: LabelArray, predicted: LabelArray, classes: dict[int, str]) -> str:
-    """Three planes through the middle of the structure: true outline dashed, predicted outline solid.
+    """The three planes that show most of the structure: true outline dashed, predicted outline solid.
 
     All arrays are in RAS; pixels keep the scan's proportions in millimetres.
     """
     figure = Figure(figsize=(10, 3.9), layout="constrained")
-    centre = centre_of((truth > 0) | (predicted > 0))
+    centre = fullest((truth > 0) | (predicted > 0))
     for axes, plane in zip(figure.subplots(1, 3), PLANES, strict=True):
         pixel = draw_scan(axes, image, plane, centre)
         for index, value in enumerate(classes):
@@ -110,11 +110,14 @@ def overlay(image: Volume, truth: LabelArray, predicted: LabelArray, classes: di
     return png(figure)
 
 
-def centre_of(marked: np.ndarray) -> np.ndarray:
-    """Voxel in the middle of a structure, or of the scan if there is none."""
+def fullest(marked: np.ndarray) -> np.ndarray:
+    """For each axis of `[x, y, z]` the plane with most marked voxels; the middle one if none is marked.
+
+    A plane through the middle of two kidneys would show neither.
+    """
     if not marked.any():
         return np.array(marked.shape) // 2
-    return np.round(np.argwhere(marked).mean(axis=0)).astype(int)
+    return np.array([np.count_nonzero(marked, axis=others).argmax() for others in ((1, 2), (0, 2), (0, 1))])
 
 
 def draw_scan(axes: Any, image: Volume, plane: Plane, centre: np.ndarray) -> tuple[float, float]:

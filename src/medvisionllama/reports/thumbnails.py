@@ -64,10 +64,11 @@ def draw_slice(
     pixels = np.repeat((255 * grey[rows][:, columns])[..., None], 3, axis=2).astype(np.uint8)
     if label is not None:
         marks = label[:, :, depth].T[::-1][rows][:, columns]
-        for index, value in enumerate(values):
+        for value in values:
             inside = marks == value
             edge = inside & ~ndimage.binary_erosion(inside)
-            pixels[edge] = rgb_of(index)
+            # By value and not by place: a case may lack a class.
+            pixels[edge] = rgb_of(value - 1)
     return pixels
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -246,3 +248,12 @@ def test_scans_are_files_we_read_and_folders_of_slices(tmp_path):
     found = {path.relative_to(tmp_path).as_posix() for path in scans_in(tmp_path)}
     assert found == {"a.nii.gz", "b/c.mha", "study/one", "study/two"}
     assert scans_in(tmp_path / "a.nii.gz") == [tmp_path / "a.nii.gz"]
+
+
+def test_a_finding_on_a_channel_names_the_file_that_holds_it(case_facts):
+    one, two = case_facts("a"), case_facts("b", image=np.full((6, 7, 8), np.nan))
+    both = replace(one, images=(*one.images, *two.images), channels=(*one.channels, *two.channels))
+    (finding,) = value_findings(both, ("T1", "T2"), {})
+    assert finding.code == "image-not-finite"
+    assert str(finding.file).endswith("b.nii.gz")
+    assert "b.nii.gz channel 1 (T2): 336 voxels are NaN" in finding.message

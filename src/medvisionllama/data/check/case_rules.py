@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from medvisionllama.data.check.facts import CaseFacts, ChannelFacts
 from medvisionllama.data.check.findings import Finding
+from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.planning import is_ct
 
 
@@ -19,50 +20,54 @@ def value_findings(case: CaseFacts, channels: Sequence[str], classes: Mapping[in
 
 def image_findings(case: CaseFacts, channels: Sequence[str]) -> list[Finding]:
     """NaN, constant and suspicious images."""
-    path, findings = case.images[0].path, []
+    findings: list[Finding] = []
 
-    def add(code: str, message: str) -> None:
-        findings.append(Finding(code, message, (case.case_id,), path))
+    def add(code: str, message: str, path: ScanSource) -> None:
+        findings.append(Finding(code, f"{path}{message}", (case.case_id,), path))
 
     named = _named(case, channels)
-    for name, channel in named:
+    first_path, several_files = case.images[0].path, len(case.images) > 1
+    for path, name, channel in named:
         if channel.num_bad:
             voxels = "voxels are" if channel.num_bad > 1 else "voxel is"
             add(
                 "image-not-finite",
-                f"{path}{name}: {channel.num_bad} {voxels} NaN or infinite, the first at {channel.first_bad} (in RAS order); repair the file or leave the case out",
+                f"{name}: {channel.num_bad} {voxels} NaN or infinite, the first at {channel.first_bad} (in RAS order); repair the file or leave the case out",
+                path,
             )
-    constant = [name for name, channel in named if channel.constant]
+    constant = [(path, name) for path, name, channel in named if channel.constant]
     if case.channels and len(constant) == len(case.channels):
         value = case.channels[0].low
-        add(
-            "image-constant", f"{path}: every voxel is {value:g}; export the scan again or leave the case out"
-        )
+        message = f": every voxel is {value:g}; export the scan again or leave the case out"
+        add("image-constant", message, first_path)
     else:
-        for name in constant:
-            add("channel-constant", f"{path}{name}: every voxel is equal; is the channel missing?")
-        for name, channel in named:
+        for path, name in constant:
+            add("channel-constant", f"{name}: every voxel is equal; is the channel missing?", path)
+        for path, name, channel in named:
             if channel.mostly_one_value and not channel.constant and not channel.num_bad:
                 add(
                     "image-nearly-constant",
-                    f"{path}{name}: at least 99 % of the voxels have one value ({channel.low:g} to {channel.high:g}); look at the scan",
+                    f"{name}: at least 99 % of the voxels have one value ({channel.low:g} to {channel.high:g}); look at the scan",
+                    path,
                 )
     first: dict[str, str] = {}
-    for name, channel in named:
+    for path, name, channel in named:
         if channel.sha256 in first and not channel.constant:
             add(
                 "duplicate-channel",
-                f"{path}:{name} and{first[channel.sha256]} hold the same voxels; was one exported twice?",
+                f":{name} and{first[channel.sha256]} hold the same voxels; was one exported twice?",
+                path,
             )
         first.setdefault(channel.sha256, name)
     if case.image_is_mask:
         add(
             "image-is-mask",
-            f"{path} has the few values of a mask; are image and label exchanged, or is the label an image?",
+            f"{' or another of its channels' if several_files else ''} has the few values of a mask; are image and label exchanged, or is the label an image?",
+            first_path,
         )
-    for name, channel in zip(channels, case.channels, strict=False):
-        if is_ct(name) and not channel.num_bad and not channel.constant:
-            findings += _ct_findings(case, channel)
+    for declared, (path, _, channel) in zip(channels, named, strict=False):
+        if is_ct(declared) and not channel.num_bad and not channel.constant:
+            findings += _ct_findings(case, channel, path)
     return findings
 
 
@@ -118,21 +123,21 @@ def label_findings(case: CaseFacts, classes: Mapping[int, str]) -> list[Finding]
     return findings
 
 
-def _ct_findings(case: CaseFacts, channel: ChannelFacts) -> list[Finding]:
+def _ct_findings(case: CaseFacts, channel: ChannelFacts, path: ScanSource) -> list[Finding]:
     """Air is -1000, metal a few thousand: a CT that starts at 0 was shifted, one in the ten thousands scaled."""
     if -5000 <= channel.low < 0 and channel.high <= 50_000:
         return []
-    path = case.images[0].path
     message = f"{path}: values from {channel.low:g} to {channel.high:g} are no Hounsfield units (air is -1000); apply slope and intercept, or declare the channel as something other than CT"
     return [Finding("ct-not-hu", message, (case.case_id,), path)]
 
 
-def _named(case: CaseFacts, channels: Sequence[str]) -> list[tuple[str, ChannelFacts]]:
-    """Each channel with the words that name it in a message; none where there is one channel only."""
+def _named(case: CaseFacts, channels: Sequence[str]) -> list[tuple[ScanSource, str, ChannelFacts]]:
+    """Each channel with its file and the words that name it in a message; none where there is one channel only."""
+    paths = [file.path for file in case.images for _ in range(file.header.num_channels)]
     if len(case.channels) == 1:
-        return [("", case.channels[0])]
+        return [(paths[0], "", case.channels[0])]
     names = channels if len(channels) == len(case.channels) else [str(n) for n in range(len(case.channels))]
     return [
-        (f" channel {number} ({name})", channel)
-        for number, (name, channel) in enumerate(zip(names, case.channels, strict=True))
+        (path, f" channel {number} ({name})", channel)
+        for number, (path, name, channel) in enumerate(zip(paths, names, case.channels, strict=True))
     ]

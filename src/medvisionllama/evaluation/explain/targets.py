@@ -12,7 +12,7 @@ from medvisionllama.data.readers import ScanSource, read_label
 from medvisionllama.data.splits import patients_of, read_splits, select
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import ConfigError, DataError
-from medvisionllama.evaluation.evaluate import Split, check_has_cases, merged_foreground
+from medvisionllama.evaluation.evaluate import Split, merged_foreground, open_dataset_of
 from medvisionllama.evaluation.masks import read_mask
 from medvisionllama.inference.inputs import collect_scans, files_of_scan
 from medvisionllama.run_dir import RunDir
@@ -76,9 +76,7 @@ def scans_to_explain(
     if split:
         if label is not None:
             raise ConfigError("--label is the mask of one image; a split has the dataset's labels")
-        check_has_cases(run_dir, config, split, instead="give images to explain")
-        assert config.data.path is not None, "fit wrote it"
-        dataset = open_configured(config.data)
+        dataset = open_dataset_of(run_dir, config, split, instead="give images to explain")
         parts = _parts(run_dir, config, dataset)
         return [
             _of_dataset(case, parts[case.case_id]) for case in dataset.cases if parts[case.case_id] == split
