@@ -1,5 +1,6 @@
 """Files that are either whole or absent: written to a temporary name, flushed to disk, then renamed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,9 @@ try:
     import fcntl
 except ImportError:  # Windows does without locks
     fcntl = None  # type: ignore[assignment]
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+"""What a disk says that has no locks."""
 
 
 @contextmanager
@@ -72,7 +76,7 @@ def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterato
 def lock_if_free(path: Path, *, seconds: float = 0.0) -> Iterator[bool]:
     """Hold a lock file if no other process does within so many seconds, and say whether; the file stays.
 
-    The system frees the lock when the process ends, however it ends. Windows does without.
+    The system frees the lock when the process ends, however it ends. Windows and disks without locks do without.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
@@ -81,7 +85,7 @@ def lock_if_free(path: Path, *, seconds: float = 0.0) -> Iterator[bool]:
     file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         deadline = time.monotonic() + seconds
-        while not (free := _take(file, fcntl.LOCK_EX)) and time.monotonic() < deadline:
+        while not (free := _take_if_possible(file)) and time.monotonic() < deadline:
             time.sleep(0.05)
         yield free
     finally:
@@ -93,11 +97,14 @@ def is_locked(path: Path) -> bool:
     if fcntl is None:
         return False
     try:
-        file = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
+        # To be read by whoever may read alone: a shared lock needs no more.
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
         return False
     try:
         return not _take(file, fcntl.LOCK_SH)
+    except OSError:  # a disk without locks
+        return False
     finally:
         os.close(file)
 
@@ -123,6 +130,16 @@ def _take(file: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _take_if_possible(file: int) -> bool:
+    """The same, and True on a disk that has no locks, which must not keep anybody from working."""
+    try:
+        return _take(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return True
+        raise
 
 
 def _is_still(path: Path, file: int) -> bool:

@@ -248,3 +248,4 @@ def test_a_file_of_the_user_named_as_a_mask_might_be_stays(run, tmp_path, maps):
     [record] = api.predict(run, tmp_path / "CT", out=tmp_path / "m", overwrite=True, uncertainty=maps)
     assert Path(record["mask"]).name == "CT.dcm"
     assert own.read_bytes() == b"drawn by hand"
+    assert api.predict(run, tmp_path / "CT", out=tmp_path / "m", resume=True, uncertainty=maps) == []

@@ -176,6 +176,17 @@ def test_scans_that_trained_the_other_run_are_told(run, phantoms, tmp_path):
     assert told
 
 
+def test_a_patient_of_another_pattern_who_trained_the_other_run_is_told(run, phantoms, tmp_path):
+    # By the other run's pattern each scan is a patient of its own, and by another name.
+    pattern = {"data.split_seed": 1, "data.patient_pattern": "[0-9]+$"}
+    other = train(phantoms, tmp_path / "other", **pattern)
+    mine, theirs = (RunDir(one).read_manifest()["cases"] for one in (run, other))
+    found = api.explain(run, split="test", against=other, control="none", maps=False, out=tmp_path / "out")
+    told = {line.partition(":")[0] for line in found.warnings if "the other run was trained on" in line}
+    assert told == set(mine["test"]) & set(theirs["train"])
+    assert told
+
+
 def test_stages_that_an_mlp_run_lacks_are_named(mlp_run, scan, tmp_path, cli):
     outcome = cli("explain", mlp_run, scan, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.err

@@ -55,6 +55,21 @@ def test_patients_who_came_into_the_folder_since_are_none_of_the_run_s(plain, tm
         shutil.copy(data / part / "001.nii.gz", data / part / "099.nii.gz")
     assert cli("evaluate", run).code == 0
     assert RunDir(run).evaluation.read_text() == before
+    # Nor is a scan that one of its patients has had since, nor does one that is gone go unnoticed.
+    [test] = RunDir(run).read_manifest()["cases"]["test"]
+    for part in ("images", "labels"):
+        shutil.copy(data / part / f"{test}.nii.gz", data / part / f"{test}_visit2.nii.gz")
+    assert cli("evaluate", run).code == 0
+    assert RunDir(run).evaluation.read_text() == before
+    for part in ("images", "labels"):
+        (data / part / f"{test}.nii.gz").rename(tmp_path / part)
+    gone = cli("evaluate", run)
+    assert gone.code == 2
+    assert f"no longer holds '{test}', one of the 1 test cases" in gone.err
+    assert RunDir(run).evaluation.read_text() == before
+    for part in ("images", "labels"):
+        (tmp_path / part).rename(data / part / f"{test}.nii.gz")
+        (data / part / f"{test}_visit2.nii.gz").unlink()
     again = cli("train", data, "--out", run, "--resume", "--set", "train.max_steps=6")
     assert again.code == 0, again.err
     named = {name for part in RunDir(run).read_manifest()["cases"].values() for name in part}

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -225,6 +226,30 @@ def test_a_member_that_joins_later_obeys_the_run_s_division(phantoms, tmp_path):
     api.train(phantoms, out=run.path, members=2, resume=True, test=False)
     assert run.member(2).splits.read_text() == run.splits.read_text()
     assert run.member(2).read_manifest()["cases"] == run.read_manifest()["cases"]
+
+
+@pytest.mark.parametrize("fold", ["all", "0"])
+def test_a_member_that_joins_later_knows_no_newcomer(phantoms, tmp_path, fold):
+    data = shutil.copytree(phantoms, tmp_path / "data")
+    run = train(data, tmp_path / "run", "--fold", fold)
+    content = json.loads((data / "dataset.json").read_text())
+    for part in ("image", "label"):
+        shutil.copy(data / content["training"][0][part], data / f"{part}sTr" / "phantom_099.nii.gz")
+    new = {part: f"{part}sTr/phantom_099.nii.gz" for part in ("image", "label")}
+    content["training"].append(new)
+    content["numTraining"] = len(content["training"])
+    (data / "dataset.json").write_text(json.dumps(content))
+    api.train(data, out=run.path, members=2, resume=True, test=False)
+    assert run.member(2).read_manifest()["cases"] == run.read_manifest()["cases"]
+
+
+def test_a_member_has_no_part_in_a_launcher_s_job_of_one(phantoms, tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    assert (train(phantoms, tmp_path / "run", members=2).member(2).best).is_file()
 
 
 def test_weights_without_a_state_to_go_on_from_are_not_trained_over(pair, phantoms, tmp_path):

@@ -20,7 +20,7 @@ from medvisionllama.data.readers import read_image
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import CheckpointError, ConfigError, DataError
 from medvisionllama.inference import batch
-from medvisionllama.inference.predictor import check_alike
+from medvisionllama.inference.predictor import Prediction, check_alike
 from medvisionllama.inference.writers import label_table, write_mask
 from medvisionllama.run_dir import RunDir
 
@@ -281,6 +281,60 @@ def test_resume_takes_no_map_of_another_prediction(runs, scans, tmp_path, cli):
     expected = Predictor.from_run(runs[0]).predict(scan, uncertainty=True).uncertainty / 255
     np.testing.assert_allclose(nib.load(doubt).get_fdata(), expected, atol=1e-6)
     assert "1 of 1 scans have their masks" in cli(*resume).err
+
+
+def test_resume_takes_no_map_that_came_with_a_mask_of_another_format(runs, scans, tmp_path):
+    scan, folder = scans / "phantom_000.nii.gz", tmp_path / "m"
+    for run, kind in ((runs[0], "nrrd"), (runs[1], "nifti")):
+        api.predict(run, scan, out=folder, mask_format=kind, uncertainty=True, overwrite=True)
+    asked = {"out": folder, "mask_format": "nrrd", "uncertainty": True, "resume": True}
+    [record] = api.predict(runs[0], scan, **asked)
+    expected = Predictor.from_run(runs[0]).predict(scan, uncertainty=True).uncertainty / 255
+    np.testing.assert_allclose(nib.load(record["uncertainty"]).get_fdata(), expected, atol=1e-6)
+    assert api.predict(runs[0], scan, **asked) == []
+
+
+def test_an_overwrite_that_is_stopped_after_a_mask_leaves_none_under_the_line_of_before(
+    runs, scans, tmp_path, monkeypatch
+):
+    scan, folder = scans / "phantom_000.nii.gz", tmp_path / "m"
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    api.predict(runs[1], scan, out=folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "write_mask", stop)
+        with pytest.raises(KeyboardInterrupt):
+            api.predict(runs[0], scan, out=folder, overwrite=True)
+    assert not list(folder.glob("*.nii.gz"))
+    assert len(api.predict(runs[1], scan, out=folder, resume=True)) == 1
+
+
+def test_volumes_are_counted_before_there_is_a_mask_without_a_line(runs, scans, tmp_path, monkeypatch):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Prediction, "volumes_ml", property(stop))
+        with pytest.raises(KeyboardInterrupt):
+            api.predict(runs[0], scans, out=tmp_path / "m")
+    assert not list((tmp_path / "m").glob("*.nii.gz"))
+
+
+def test_maps_lie_where_a_scan_without_a_place_lies(runs, scans, tmp_path):
+    image = nib.load(scans / "phantom_000.nii.gz")
+    unplaced = nib.Nifti1Image(image.get_fdata(), None)
+    unplaced.header.set_zooms((1.0, 1.0, 1.0))
+    nib.save(unplaced, tmp_path / "scan.nii.gz")
+    [record] = api.predict(
+        runs[0], tmp_path / "scan.nii.gz", out=tmp_path / "m", probabilities=True, uncertainty=True
+    )
+    for kind in ("mask", "probabilities", "uncertainty"):
+        header = nib.load(record[kind]).header
+        assert (header["sform_code"], header["qform_code"]) == (0, 0), kind
+        assert header.get_zooms()[:3] == (1, 1, 1)
+    assert 0.1 < nib.load(record["uncertainty"]).get_fdata().max() <= 1 + 1e-6
 
 
 def test_maps_of_every_earlier_prediction_go_with_its_mask(runs, scans, tmp_path):

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from medvisionllama.config import PRESETS, load_config, read_config, write_config
 from medvisionllama.errors import ConfigError
+from medvisionllama.training.optim import plateau_drops
 
 
 def refusal(*overrides: str, preset: str = "small") -> str:
@@ -382,3 +383,10 @@ def test_a_window_survives_the_file(tmp_path):
 )
 def test_only_a_network_that_has_seen_turned_crops_is_asked_about_turned_scans(settings, turns):
     assert load_config("small", settings).turns_views is turns
+
+
+def test_a_schedule_that_validations_drive_has_enough_of_them():
+    with pytest.raises(ConfigError, match=r"train.num_validations=4 are over before; set at least 5"):
+        load_config("small", ["train.schedule=plateau"])
+    config = load_config("small", ["train.schedule=plateau", "train.num_validations=5"])
+    assert plateau_drops([0.5] * (config.train.num_validations - 1)) == 1, "one drop before the end"

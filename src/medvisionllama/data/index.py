@@ -19,8 +19,8 @@ from medvisionllama.errors import DataError
 if TYPE_CHECKING:
     from medvisionllama.data.check.findings import Finding
 
-# BIDS: the label of the subject ends at the next underscore.
-_BIDS = re.compile(r"sub-[a-z0-9]+(?=_|$)", re.IGNORECASE)
+# BIDS: the label of the subject ends at the next underscore. ADNI: site, S, number.
+_SUBJECT = re.compile(r"(?:sub-[a-z0-9]+|(?:ADNI_)?\d{3}_S_\d{4,5})(?=_|$)", re.IGNORECASE)
 # What may follow a patient's name in a file name: cardiac frames and phases, visits, sessions, time points, scans
 # of one study. Volumes that differ only from there on are one patient.
 _MARK = re.compile(
@@ -31,10 +31,11 @@ _MARK = re.compile(
 # What may follow a mark that is a common word or a sequence of MR too: words, none of them a patient's number.
 _WORDS = re.compile(r"(?:[_. -](?:[a-z]+|t[12][a-z]*))*", re.IGNORECASE)
 # A day, which ends a name as a visit does: P001_20200115, P001_2020-01-15_ct. With the time to the second it names
-# an acquisition, and what follows counts within that: P001_CT_20200115103045_3, as dcm2niix has it.
+# an acquisition, and what follows counts within that: P001_CT_20200115103045_3, as dcm2niix has it. Some archives
+# write parts of the second too.
 _DATED = re.compile(
     r"(?P<stem>.+?)[_. -](?:19|20)\d\d(?P<between>[-_.]?)(?:0[1-9]|1[0-2])(?P=between)(?:0[1-9]|[12]\d|3[01])"
-    rf"(?:{_WORDS.pattern}|[_. -]?t?(?:[01]\d|2[0-3])(?:[0-5]\d){{2}}(?P<rest>(?:[_. -].*)?))",
+    rf"(?:{_WORDS.pattern}|[_. -]?t?(?:[01]\d|2[0-3])(?:[0-5]\d){{2}}\d{{0,6}}(?P<rest>(?:[_. -].*)?))",
     re.IGNORECASE,
 )
 _PERSON = re.compile(r"[_. -](?:patient|pat|pt|subject|subj|sub|case|p|s)[_. -]?\d", re.IGNORECASE)
@@ -212,7 +213,7 @@ def patient_of_stranger(case_id: str, pattern: str | None) -> str:
 
 def _patient_by_rule(case_id: str) -> str:
     """The part before the first mark of a frame, phase, visit, time point or day; else the whole name."""
-    if subject := _BIDS.match(case_id):
+    if subject := _SUBJECT.match(case_id):
         return subject[0]
     cuts = (found.start() for found in _MARK.finditer(case_id) if _ends_patient(case_id, found))
     patient = case_id[: next(cuts, len(case_id))]

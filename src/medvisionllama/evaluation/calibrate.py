@@ -48,12 +48,12 @@ class CalibrationTally:
 
         return on_slab
 
-    def facts(self, members: Sequence[RunDir], split: str) -> dict[str, Any]:
-        """What calibration.json holds."""
+    def facts(self, members: Sequence[RunDir], weights: Sequence[str], split: str) -> dict[str, Any]:
+        """What calibration.json holds; `weights` are their hashes when they were loaded."""
         total = sum(self.sums.values(), Reliability.empty())
         return {
             "runs": [member.path.resolve().name for member in members],
-            "weights_sha256": [member.weights_sha256() for member in members],
+            "weights_sha256": list(weights),
             "split": split,
             "voxels": "true or likeliest class is foreground",
             "num_scans": len(self.sums),
@@ -63,8 +63,8 @@ class CalibrationTally:
             "scans": [{"case_id": case_id, **_scores(sums)} for case_id, sums in self.sums.items()],
         }
 
-    def write(self, path: Path, members: Sequence[RunDir], split: str) -> None:
-        write_json(path, self.facts(members, split))
+    def write(self, path: Path, members: Sequence[RunDir], weights: Sequence[str], split: str) -> None:
+        write_json(path, self.facts(members, weights, split))
 
     def _truth(self, case: Case, scan: PreparedScan) -> np.ndarray:
         """Index of the true class of each voxel, on the scan's grid in RAS; values of no class are background."""

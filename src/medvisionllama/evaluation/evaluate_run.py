@@ -9,7 +9,7 @@ from medvisionllama._files import write_json
 from medvisionllama.config import Config, read_config
 from medvisionllama.data.index import Case, Dataset
 from medvisionllama.data.splits import patients_of, read_splits, select
-from medvisionllama.errors import CheckpointError, command
+from medvisionllama.errors import CheckpointError, DataError, command
 from medvisionllama.evaluation.calibrate import CalibrationTally
 from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
 from medvisionllama.evaluation.evaluate import Split, evaluate_files, open_dataset_of, write_table
@@ -72,7 +72,7 @@ def evaluate_run(
     if also:
         check_unseen(members, dataset, cases, split=split)
     # Of the weights that are about to be loaded: a run that goes on beside this may replace them meanwhile.
-    weights = run_dir.weights_sha256()
+    weights = [member.weights_sha256() for member in members]
     predictor = Predictor.from_run(
         *(member.path for member in members),
         # A run that was kept off the GPU is scored off it; one of a GPU may be scored where there is none.
@@ -89,10 +89,10 @@ def evaluate_run(
         )
     if tally is not None:
         file = calibration_file(run_dir, split, also=also, block_removed=block_removed)
-        tally.write(file, members, split)
+        tally.write(file, members, weights, split)
     if choose:
         choice = choose_cleaning(run_dir, pairs, predictor.plan, progress)
-        if choice.weights_sha256 != weights:
+        if choice.weights_sha256 != weights[0]:
             raise CheckpointError(
                 f"{run_dir.path} was trained further meanwhile; choose again when it has ended"
             )
@@ -108,7 +108,7 @@ def evaluate_run(
     file = table_file(run_dir, split, also=also, block_removed=block_removed)
     write_table(table, file)
     if file == run_dir.evaluation:
-        write_json(run_dir.scored, {"weights_sha256": weights, "cleaning": cleaning.model_dump()})
+        write_json(run_dir.scored, {"weights_sha256": weights[0], "cleaning": cleaning.model_dump()})
     return table
 
 
@@ -171,4 +171,12 @@ def _cases(run_dir: RunDir, config: Config, split: Split) -> tuple[Dataset, list
     # Who came into the folder since is no patient of this run.
     chosen = select(splits, dataset.only(patients_of(splits)).patients, fold=config.data.fold)
     names = set(chosen.test if split == "test" else chosen.validation)
+    # Nor is a scan that a patient has had since, nor may a bad one disappear from the result.
+    listed = run_dir.read_manifest()["cases"].get(split)
+    if listed is not None:
+        if gone := sorted(set(listed) - names):
+            raise DataError(
+                f"{config.data.path} no longer holds {gone[0]!r}, one of the {len(listed)} {split} cases of {run_dir.path}; put it back, or train a run without it"
+            )
+        names = set(listed)
     return dataset, [case for case in dataset.cases if case.case_id in names]

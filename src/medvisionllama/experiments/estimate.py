@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from medvisionllama._files import canonical_hash
 from medvisionllama.config import Config
 from medvisionllama.data.fingerprint import Fingerprint, fingerprint
@@ -17,7 +15,7 @@ from medvisionllama.data.planning import Plan
 from medvisionllama.data.resample import shape_at
 from medvisionllama.data.sampling import steps_per_epoch
 from medvisionllama.data.splits import Splits, make_splits, select
-from medvisionllama.errors import DataError, MedVisionLlamaError
+from medvisionllama.errors import DataError, MedVisionLlamaError, is_out_of_memory
 from medvisionllama.experiments.fair import match_run
 from medvisionllama.experiments.matrix import PlannedRun
 from medvisionllama.experiments.probe import Timing, time_steps
@@ -115,7 +113,9 @@ def estimate(
                 _describe(row, members, known, timed=timed)
             except MedVisionLlamaError as error:
                 row.problem = str(error)
-            except (MemoryError, torch.OutOfMemoryError):
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 row.problem = f"{row.model}, {row.arm}: a step does not fit the memory of this machine"
             found.rows.append(row)
             advance(number, row.arm)

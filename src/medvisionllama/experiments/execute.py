@@ -60,7 +60,7 @@ def _train(experiment: Experiment, run: PlannedRun, files: RunFiles, progress: P
         # with minutes of training for what all of them use.
         check_insert(config.network)
         drawn = run_dir.splits if begun else config.data.splits
-        prepare_data(config, drawn=drawn, resumed=begun, progress=progress)
+        prepare_data(config, drawn=drawn, begun=begun, progress=progress)
     return fit(config, resume=begun, progress=progress)
 
 

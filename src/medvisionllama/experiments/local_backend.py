@@ -1,5 +1,6 @@
 """Workers as processes of this machine, one for each slot, each on cores or a GPU of its own."""
 
+import math
 import os
 import platform
 import re
@@ -17,6 +18,8 @@ from medvisionllama.experiments.worker import CORES, command
 from medvisionllama.training.interrupts import wait_or_kill
 
 _BYTES_PER_RUN = 4 * 2**30
+_CGROUP = Path("/sys/fs/cgroup")
+"""Where the system tells of the container (cgroups of version 2)."""
 
 
 class LocalBackend:
@@ -104,15 +107,22 @@ def choose_place(*, slots: int | None, threads: int | None) -> tuple[int, int, t
         slots = slots or len(gpus)
         return slots, threads or max(1, cores // slots), gpus
     threads = threads or 1
+    cores = min(cores, cpu_limit())
     return slots or max(1, min(cores // threads, free_memory() // _BYTES_PER_RUN)), threads, ()
 
 
-def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that new processes may take: of the machine, or of a container that has a limit of its own.
+def cpu_limit(cgroup: Path = _CGROUP) -> int:
+    """Cores that a container may use, at least one; as good as endless without a limit."""
+    try:
+        quota, period = (int(number) for number in (cgroup / "cpu.max").read_text().split())
+    except (OSError, ValueError):
+        # No container, or one without a limit, whose cpu.max begins with "max".
+        return sys.maxsize
+    return max(1, math.ceil(quota / period))
 
-    Args:
-        cgroup: where the system tells of the container (cgroups of version 2).
-    """
+
+def free_memory(cgroup: Path = _CGROUP) -> int:
+    """Bytes that new processes may take: of the machine, or of a container that has a limit of its own."""
     import psutil
 
     free = int(psutil.virtual_memory().available)

@@ -68,11 +68,11 @@ class Nodes:
             self._nodes[node_id].alive = False
 
     def selector(self) -> dict[str, str] | None:
-        """Label selector of Ray that leaves out the nodes that are dead or not fit."""
+        """Label selector of Ray that leaves out the nodes that are dead, not fit, or have not said so yet."""
         avoided = [
             node_id
             for node_id in sorted(self._listed)
-            if (node := self._nodes[node_id]).fault or not node.alive
+            if (node := self._nodes[node_id]).fault != "" or not node.alive
         ]
         return {_LABEL: f"!in({','.join(avoided)})"} if avoided else None
 

@@ -90,7 +90,7 @@ def run(
     states = experiment.states(chosen)
     left = [one for one in chosen if states[one.run_id] != "done"]
     datasets = {one.task: experiment.data_of(one) for one in {one.task: one for one in left}.values()}
-    _check_splits(left)
+    _check_splits(experiment, left)
     starts = _earlier_runs(experiment, left)
     if not matrix.is_dir():
         experiment = Experiment.create(experiment.path, matrix, data_root=root)
@@ -108,8 +108,8 @@ def run(
     return launch(experiment, chosen, workers, retries=retries, progress=progress or Silent())
 
 
-def _check_splits(runs: Sequence[PlannedRun]) -> None:
-    """Read the divisions that runs name.
+def _check_splits(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
+    """Read the divisions that runs name; those that have begun have their own.
 
     Raises:
         ConfigError: one has fewer folds than a run needs.
@@ -117,7 +117,8 @@ def _check_splits(runs: Sequence[PlannedRun]) -> None:
     """
     folds: dict[str, int] = {}
     for one in runs:
-        if file := one.settings.get("data.splits"):
+        has_begun = RunDir(experiment.files(one.run_id).path).config.is_file()
+        if (file := one.settings.get("data.splits")) and not has_begun:
             folds[file] = max(folds.get(file, 0), one.fold)
     for file, fold in folds.items():
         number = len(read_splits(Path(file).expanduser()).folds)

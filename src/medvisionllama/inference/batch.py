@@ -71,8 +71,8 @@ class Outputs:
     def outdated(self, scan: Scan) -> list[Path]:
         """What must go before a mask is replaced, since it shows the prediction of before.
 
-        Those are maps that nobody asks for now, if the ledger calls them ours; and where maps are asked for, the
-        mask itself: a crash would leave it beside the new maps.
+        Those are the mask itself, which a crash would leave beside new maps or under the ledger's line of the run
+        before, and maps that nobody asks for now, if the ledger calls them ours.
         """
         files = self.files(scan)
         unasked = {kind: self.map_file(scan, kind) for kind in MAPS if kind not in files}
@@ -86,7 +86,7 @@ class Outputs:
             for kind, path in there.items()
             if any(line.has(kind) for line in lines) and path.resolve() not in sources
         ]
-        return [*maps, *((files["mask"], *self.made_masks(scan)) if len(files) > 1 else ())]
+        return [*maps, files["mask"], *self.made_masks(scan)]
 
     def made_masks(self, scan: Scan) -> list[Path]:
         """Masks of a scan that lie there and are ours by the ledger; others of such a name are the user's own."""
@@ -108,6 +108,7 @@ class Outputs:
             raise DataError(f"--out is a folder for masks, not a file: {self.folder}; give a folder's name")
         sources = {file.resolve() for scan in scans for file in scan.files}
         made = self.ledger.read() if resume else {}
+        owners = self.ledger.owners() if resume else {}
         left = []
         for scan in scans:
             masks = self.masks(scan)
@@ -125,7 +126,9 @@ class Outputs:
                     raise DataError(
                         f"{file} already exists; choose another --out, or give --overwrite to replace it, --resume to keep it"
                     )
+            # Of the two files only the one that is asked for needs to be ours.
             there = [file for file in masks if file.exists()] if resume else []
+            there = [file for file in there if file == masks[0] or file.name in made]
             try:
                 for file in there:
                     self._check_kept(file, scan, made.get(file.name))
@@ -133,9 +136,12 @@ class Outputs:
                 if not overwrite:
                     raise
                 there = []
-            # A map that a mask's own line does not name shows another prediction, whatever its name.
+            # A map that a mask's own line does not name shows another prediction, whatever its name; so does one
+            # that was written last with a mask of another format.
             finished = there and all(
-                path.exists() and all(made[mask.name].has(kind) for mask in there)
+                path.exists()
+                and all(made[mask.name].has(kind) for mask in there)
+                and owners.get((kind, path.name)) in {mask.name for mask in there}
                 for kind, path in maps.items()
             )
             if not finished:
@@ -275,17 +281,18 @@ def _finish(
     """
     mask = clean(prediction.mask, outputs.made_by.cleaning, predictor.plan.places)
     prediction = replace(prediction, mask=mask)
+    volumes = prediction.volumes_ml
     names = predictor.plan.mask_classes
     files = outputs.files(scan)
     warnings = cautions(prepared, prediction, predictor.plan)
-    # It takes a while, and must not stand between a mask and the line that says what made it.
+    # Like counting volumes it takes a while, and must not stand between a mask and the line that says what made it.
     scan_sha256 = files_sha256(scan.files)
     for file in outdated:
         file.unlink(missing_ok=True)
     for kind in MAPS:
         shares = getattr(prediction, kind)
         if shares is not None:
-            write_shares(files[kind], shares, mask.affine)
+            write_shares(files[kind], shares, mask.affine, like=scan.images[0])
     first = scan.images[0]
     if isinstance(first, Series) and outputs.fallback(scan):
         try:
@@ -296,7 +303,6 @@ def _finish(
             warnings.append(f"written as NIfTI: {error}")
     if not files["mask"].name.endswith(".dcm"):
         write_mask(files["mask"], mask.array, mask.affine, like=first, classes=names)
-    volumes = prediction.volumes_ml
     record = {
         "case": scan.case_id,
         "source": _source(first),

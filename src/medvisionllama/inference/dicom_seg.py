@@ -154,10 +154,10 @@ def _share_grid(dataset: Any, first: Slice, distance_mm: float) -> None:
 
     highdicom wants one plane for all slices, the same to the last digit; for frames, in the group that they share.
     """
-    assert first.orientation is not None, "checked by grid_of"
+    orientation = _at_right_angles(first)
     groups = dataset.get("PerFrameFunctionalGroupsSequence")
     if not groups:
-        dataset.ImageOrientationPatient = list(first.orientation)
+        dataset.ImageOrientationPatient = orientation
         # Some scanners write the gap between slices, or nothing; the mask is read by it.
         dataset.SpacingBetweenSlices = distance_mm
         # May be empty in a scan, not in a mask; the distance of the slices is what is known of it.
@@ -168,10 +168,24 @@ def _share_grid(dataset: Any, first: Slice, distance_mm: float) -> None:
         dataset.SharedFunctionalGroupsSequence = [require("pydicom", extra="dicom").Dataset()]
     shared = dataset.SharedFunctionalGroupsSequence[0]
     measures = (groups[first.frame].get("PixelMeasuresSequence") or shared.PixelMeasuresSequence)[0]
-    shared.PlaneOrientationSequence = highdicom.PlaneOrientationSequence("PATIENT", first.orientation)
+    shared.PlaneOrientationSequence = highdicom.PlaneOrientationSequence("PATIENT", orientation)
     shared.PixelMeasuresSequence = highdicom.PixelMeasuresSequence(
         first.spacing, measures.get("SliceThickness") or distance_mm, distance_mm
     )
+
+
+def _at_right_angles(first: Slice) -> list[float]:
+    """Directions of rows and columns, of length 1 and at right angles: a scan of few decimals may miss that by more
+    than a mask may."""
+    assert first.orientation is not None, "checked by grid_of"
+    along, down = np.array(first.orientation, np.float64).reshape(2, 3)
+    if np.allclose([along @ along, down @ down, along @ down], [1, 1, 0], atol=1e-5):
+        return list(first.orientation)
+    along = along / np.linalg.norm(along)
+    down = down - (down @ along) * along
+    valuerep = require("pydicom.valuerep", extra="dicom")
+    numbers = [*along, *(down / np.linalg.norm(down))]
+    return [valuerep.DSfloat(float(number), auto_format=True) for number in numbers]
 
 
 def _sound(keyword: str, text: str) -> bool:

@@ -105,6 +105,15 @@ class Ledger:
         """The last line of each mask file, by its name."""
         return {made.mask: made for made in self.lines()}
 
+    def owners(self) -> dict[tuple[str, str], str]:
+        """With which mask each map was written last, by its kind and the name of its file."""
+        return {
+            (kind, str(made.model_extra[kind])): made.mask
+            for made in self.lines()
+            for kind in MAPS
+            if made.model_extra and made.has(kind)
+        }
+
 
 def check_mask(mask: Path, made: Made | None, scan_files: Sequence[Path], made_by: MadeBy) -> None:
     """Raise DataError unless a mask that is there is what these networks make of this scan.

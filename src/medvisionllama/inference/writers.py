@@ -45,7 +45,7 @@ def write_mask(
     """
     mask = np.ascontiguousarray(mask, dtype=np.uint8 if mask.max(initial=0) < 256 else np.uint16)
     if path.name.endswith(NIFTI):
-        header = _header_like(like) if isinstance(like, Path) and like.name.endswith(NIFTI) else None
+        header = _header_like(like)
         _write_nifti(path, mask, affine, header)
     elif path.name.endswith(ITK):
         _write_itk(path, mask, affine, classes or {})
@@ -57,17 +57,25 @@ def write_map(
     path: Path, values: np.ndarray, affine: AffineMatrix, *, like: ScanSource | None = None
 ) -> None:
     """Write numbers `[x, y, z]` as NIfTI in float32; `like` as for `write_mask`."""
-    header = _header_like(like) if isinstance(like, Path) and like.name.endswith(NIFTI) else None
+    header = _header_like(like)
     _write_nifti(path, np.ascontiguousarray(values, dtype=np.float32), affine, header)
 
 
-def write_shares(path: Path, shares: np.ndarray, affine: AffineMatrix) -> None:
+def write_shares(
+    path: Path, shares: np.ndarray, affine: AffineMatrix, *, like: ScanSource | None = None
+) -> None:
     """Write numbers between 0 and 1, given in 255 steps as `[x, y, z]` or `[k, x, y, z]`, as NIfTI.
 
     A viewer shows them from 0 to 1; a fourth axis, if any, is the class, background first.
+
+    Args:
+        like: the scan, as for `write_mask`.
     """
     array = shares if shares.ndim == 3 else np.moveaxis(shares, 0, -1)
-    header = new_image(array, affine).header
+    header = _header_like(like) or new_image(array, affine).header
+    header.set_data_dtype(array.dtype)
+    header.set_data_shape(array.shape)
+    header["pixdim"][4:] = 1
     header.set_slope_inter(1 / 255, 0)
     first = header.single_vox_offset
     header["vox_offset"] = first
@@ -95,7 +103,10 @@ def read_label_table(text: str) -> dict[int, str]:
     return {int(value): name for value, name in rows if int(value)}
 
 
-def _header_like(scan: Path) -> nib.Nifti1Header:
+def _header_like(scan: ScanSource | None) -> nib.Nifti1Header | None:
+    """Header of a NIfTI scan for what lies on its grid; None of any other."""
+    if not (isinstance(scan, Path) and scan.name.endswith(NIFTI)):
+        return None
     header = load(scan).header.copy()
     header.set_slope_inter(1, 0)
     header["cal_max"] = header["cal_min"] = 0

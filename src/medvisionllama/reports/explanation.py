@@ -27,7 +27,7 @@ from medvisionllama.evaluation.explain.targets import ScanToExplain, scans_to_ex
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.reports.activations import Heading, warnings_on, write_case_page, write_summary_page
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.seen import patients_by_part, seen_before, seen_by
+from medvisionllama.training.seen import names_under, seen_before, seen_by
 
 PAGE, SCORES, SUMMARY = "explain.html", "scores.csv", "summary.csv"
 
@@ -73,8 +73,12 @@ def explain_run(
     _check_free(folder, outputs, scans, overwrite=overwrite)
     networks = open_networks(run_dir.path, random_block=random_block, against=against, device=device)
     if against is not None:
-        trained = patients_by_part(RunDir(against), ())["train"]
-        scans = [replace(scan, trained_other=scan.patient_id in trained) for scan in scans]
+        # Each run has a pattern of its own, and by either two scans may be of one patient.
+        trained = names_under(seen_by(RunDir(against))["train"], config.data.patient_pattern)
+        theirs = read_config(RunDir(against).config).data.patient_pattern
+        for number, scan in enumerate(scans):
+            names = names_under({scan.case_id: scan.patient_id}, theirs)
+            scans[number] = replace(scan, trained_other=bool(names & trained))
     here, before = _trained(run_dir)
     for number, scan in enumerate(scans):
         names = {scan.case_id, scan.patient_id}

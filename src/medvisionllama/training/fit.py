@@ -90,12 +90,14 @@ def fit_since(
     *,
     started: float,
     resume: bool = False,
+    is_member: bool = False,
     progress: Progress | None = None,
     echo_seconds: float = 0.0,
 ) -> RunResult:
     """Do what `fit` does in a run whose minutes began at `started`, as `time.monotonic` counts.
 
     Args:
+        is_member: of a run whose splits file `config.data.splits` is, so with no other patients than it has.
         echo_seconds: see `interruptible`.
     """
     if config.data.path is None or config.out is None:
@@ -107,6 +109,7 @@ def fit_since(
             config,
             accelerator,
             resume=resume,
+            is_member=is_member,
             progress=progress or Silent(),
             started=started,
             echo_seconds=echo_seconds,
@@ -118,6 +121,7 @@ def _fit(
     accelerator: Accelerator,
     *,
     resume: bool,
+    is_member: bool,
     progress: Progress,
     started: float,
     echo_seconds: float,
@@ -146,7 +150,9 @@ def _fit(
             None if start is None else partial(check_strangers, start.run_dir, start.seen, config.data)
         )
         drawn = run_dir.splits if resume else config.data.splits
-        data = prepare_data(config, drawn=drawn, resumed=resume, progress=progress, check_division=strangers)
+        data = prepare_data(
+            config, drawn=drawn, begun=resume or is_member, progress=progress, check_division=strangers
+        )
         if resume:
             check_unchanged(run_dir, data)
     if not run_dir.state.is_file():

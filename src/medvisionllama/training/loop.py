@@ -163,7 +163,8 @@ class TrainingLoop:
                 f"the processes see different saves of the run at {where}; --out must be on a disk that all machines share"
             )
         if self.processes.is_main:
-            self.run_dir.rewind_history(self.state.step)
+            # A validation of this very step may have been noted and not saved; it is made again.
+            self.run_dir.rewind_history(self.state.validated_step)
 
     def _restore(self, where: Path) -> None:
         tensors, facts = load_tensors(where)

@@ -33,6 +33,7 @@ def main() -> int:
             Config.model_validate(request["config"]),
             started=time.monotonic() - max(0.0, time.time() - request["began"]),
             resume=request["resume"],
+            is_member=True,
             # A queue may tell every process of a job to end; that whoever started this then closes the input is no
             # second wish.
             echo_seconds=SECONDS_TO_SAVE,

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO
@@ -28,6 +28,7 @@ from medvisionllama.errors import ConfigError, OtherProcessError
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir
 from medvisionllama.training.interrupts import INTERRUPTED, interruptible, wait_or_kill
+from medvisionllama.training.processes import LAUNCHED
 
 # -P: a random.py in the folder one stands in is not Python's.
 _COMMAND = ("-P", "-m", "medvisionllama.training.member_process")
@@ -177,6 +178,15 @@ def check_members(num_members: int, num_processes: int) -> None:
         )
 
 
+def _without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without the meeting place of a launcher's job of one process, which that process has taken."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in LAUNCHED and not name.startswith("TORCHELASTIC_")
+    }
+
+
 def _start(config: Config, *, resume: bool, age: float, threads: int) -> OtherMember:
     assert config.out is not None, "member_config gave one"
     run_dir = RunDir(config.out)
@@ -186,7 +196,7 @@ def _start(config: Config, *, resume: bool, age: float, threads: int) -> OtherMe
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=errors,
-        env={**os.environ, **thread_limits(threads)},
+        env={**_without_launcher(os.environ), **thread_limits(threads)},
         # Ctrl-C is for the first member, which then lets the others go.
         start_new_session=True,
     )

@@ -46,20 +46,20 @@ def prepare_data(
     config: Config,
     *,
     drawn: Path | None,
-    resumed: bool = False,
+    begun: bool = False,
     progress: Progress,
     check_division: Callable[[Dataset, Splits, Selection], None] | None = None,
 ) -> PreparedData:
     """Divide, plan from the cases that are not kept for the test, and preprocess this run's.
 
     Args:
-        drawn, resumed: see `divide`.
+        drawn, begun: see `divide`.
         check_division: may refuse who trains, validates and tests, before a scan is read.
 
     Raises:
         DataError: the dataset cannot be used as it is.
     """
-    dataset, splits, selection = divide(config, drawn=drawn, resumed=resumed)
+    dataset, splits, selection = divide(config, drawn=drawn, begun=begun)
     if check_division is not None:
         check_division(dataset, splits, selection)
     seen = [case for case in dataset.cases if case.case_id not in set(selection.test)]
@@ -126,12 +126,12 @@ def plan_from_headers(config: Config) -> Plan:
     return plan_of(dataset, found, config)
 
 
-def divide(config: Config, *, drawn: Path | None, resumed: bool = False) -> tuple[Dataset, Splits, Selection]:
+def divide(config: Config, *, drawn: Path | None, begun: bool = False) -> tuple[Dataset, Splits, Selection]:
     """Open the dataset and say who trains, validates and is kept for the test.
 
     Args:
         drawn: a splits file to obey; without one, splits are drawn by `data.split_seed`.
-        resumed: the file is that of a run that goes on: who came into the dataset since is none of its patients.
+        begun: the file is that of a run that has begun: who came into the dataset since is none of its patients.
 
     Raises:
         ConfigError: channels that are not the dataset's, or more training cases than there are.
@@ -146,7 +146,7 @@ def divide(config: Config, *, drawn: Path | None, resumed: bool = False) -> tupl
             )
         dataset = replace(dataset, channels=config.data.modality)
     splits = read_splits(drawn) if drawn else make_splits(dataset.patients, seed=config.data.split_seed)
-    if resumed:
+    if begun:
         dataset = dataset.only(patients_of(splits))
     patients = dataset.patients
     wanted = config.data.num_cases

@@ -80,6 +80,8 @@ PATIENCE = timedelta(days=1)
 """The others wait while the first prepares scans, and the launcher ends them if one dies."""
 _MEETINGS = count()
 _MEETING_PLACE = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+LAUNCHED = {*_MEETING_PLACE, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK"}
+"""Environment variables by which launchers tell a process its place."""
 
 
 def meet(device: torch.device) -> None:

@@ -134,8 +134,8 @@ def _would_take(seconds: float, place: int, voxels: Sequence[int], patience_seco
     """Seconds of all cases, judged by one that took so long; 0 where it tells nothing, or none is left.
 
     The first one is slower than the others: what is needed is loaded, and kernels are chosen. So it tells only as
-    one of two, or if it has used up the time of all.
+    one of two, or if it has used up the time of all, as a single one does that the next time would again.
     """
     tells = place > 0 or len(voxels) == 2 or seconds > (patience_seconds or math.inf)
-    is_last = place + 1 == len(voxels)
-    return seconds * sum(voxels) / voxels[place] if tells and not is_last else 0.0
+    is_last_of_several = place + 1 == len(voxels) > 1
+    return seconds * sum(voxels) / voxels[place] if tells and not is_last_of_several else 0.0

@@ -159,6 +159,8 @@ def cases_of(names, patient=lambda name: name):
         ["OAS30001_MR_d0129", "OAS30001_MR_d0757", "OAS30002_MR_d0371", "OAS30002_MR_d0653"],
         ["BraTS-GLI-00001-000", "BraTS-GLI-00001-001", "BraTS-GLI-00002-000", "BraTS-GLI-00002-001"],
         ["20200115_P001", "20210301_P001", "20200115_P002"],
+        ["4711_20200115_3", "4711_20200720_4", "4712_20200115_1"],
+        ["P001_15.01.2020", "P001_20.07.2020", "P002_15.01.2020"],
     ],
 )
 def test_names_that_differ_in_a_side_or_a_visit_are_rather_one_patient(names):
@@ -188,6 +190,8 @@ def test_names_that_differ_in_a_side_or_a_visit_are_rather_one_patient(names):
         [f"site{site}_{n:03d}" for site in (1, 2, 3) for n in range(3)],
         ["liver_1", "liver_2", "spleen_1", "spleen_2"],
         ["p01_1", "p01_2", *(f"p{n:02d}_1" for n in range(2, 9))],
+        ["site2_20200115_001", "site2_20200720_002", "site3_20200115_003"],
+        [f"LiTS17_20200115_P{n:03d}" for n in range(9)],
     ],
 )
 def test_names_that_number_patients_are_no_sides_or_visits(names):

@@ -43,3 +43,16 @@ def test_other_formats_store_no_such_thing(tmp_path):
     (tmp_path / "a.nrrd").write_bytes(b"NRRD0004")
     assert read_storage(tmp_path / "a.nrrd") is None
     assert read_storage(tmp_path) is None
+
+
+@pytest.mark.parametrize("pixdim", [[0.0, 2.0, 2.0, 3.0], [1.0, -2.0, 2.0, 3.0]])
+def test_signs_that_the_reader_repairs_are_no_crash(tmp_path, pixdim):
+    image = nib.Nifti1Image(np.zeros((3, 4, 5), np.int16), None)
+    image.set_sform(None, code=0)
+    image.set_qform(np.diag([2.0, 2.0, 3.0, 1.0]), code=1)
+    nib.save(image, tmp_path / "a.nii")
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    raw[76:92] = np.array(pixdim, "<f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(raw)
+    storage = read_storage(tmp_path / "a.nii")
+    np.testing.assert_allclose(storage.qform, nib.load(tmp_path / "a.nii").affine)

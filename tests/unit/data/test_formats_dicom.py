@@ -182,6 +182,16 @@ def test_monochrome1_is_inverted(tmp_path, dtype, bits):
     np.testing.assert_array_equal(read_voxels(tmp_path)[0], top - stored.transpose(2, 1, 0).astype(int))
 
 
+def test_what_is_measured_stays_as_it_is_however_it_is_shown(tmp_path):
+    stored = voxels(np.uint16) >> 4
+    datasets = classic(stored)
+    for dataset in datasets:
+        dataset.Modality, dataset.PhotometricInterpretation = "CT", "MONOCHROME1"
+        dataset.RescaleSlope, dataset.RescaleIntercept = "1", "-1024"
+    save(datasets, tmp_path)
+    np.testing.assert_array_equal(read_voxels(tmp_path)[0], stored.transpose(2, 1, 0).astype(int) - 1024)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
 def test_compressed_slices_are_read(tmp_path, syntax, dtype):

@@ -137,3 +137,17 @@ def test_the_probe_trains_the_network_it_is_asked_about(made):
 def test_an_estimate_can_be_written_as_json(made):
     found = estimate(made, expand(made.matrix), timed=False, progress=Silent())
     assert json.dumps([vars(row) for row in found.rows])
+
+
+def test_an_arm_that_does_not_fit_the_memory_leaves_the_others_their_rows(made, monkeypatch):
+    def time_or_fail(config, shapes):
+        if config.network.insert == "mlp":
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+            )
+        return Timing(step=10.0, forward=1.0)
+
+    monkeypatch.setattr(estimating, "time_steps", time_or_fail)
+    rows = table(made, timed=True)
+    assert rows["mlp"].problem == "small, mlp: a step does not fit the memory of this machine"
+    assert rows["block"].hours > rows["none"].hours > 0

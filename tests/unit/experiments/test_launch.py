@@ -1,5 +1,6 @@
 """The launcher's decisions, with a backend that trains nothing."""
 
+import sys
 import time
 
 import pytest
@@ -10,7 +11,13 @@ from medvisionllama.errors import CheckpointError, ConfigError, DataError
 from medvisionllama.experiments import launch as launching
 from medvisionllama.experiments import local_backend, ray_backend, verbs, worker
 from medvisionllama.experiments.launch import Ended, launch
-from medvisionllama.experiments.local_backend import LocalBackend, choose_place, free_memory, visible_gpus
+from medvisionllama.experiments.local_backend import (
+    LocalBackend,
+    choose_place,
+    cpu_limit,
+    free_memory,
+    visible_gpus,
+)
 from medvisionllama.experiments.matrix import expand, read_matrix
 from medvisionllama.experiments.store import Experiment
 from medvisionllama.progress import Silent
@@ -182,8 +189,21 @@ def test_slots_take_turns_in_the_gpus_that_were_allotted(experiment):
 def test_slots_and_threads_follow_from_each_other_and_the_machine(gpus, slots, threads, chosen, monkeypatch):
     monkeypatch.setattr(local_backend, "available_cores", lambda: list(range(8)))
     monkeypatch.setattr(local_backend, "free_memory", lambda: 15 * 2**30)
+    monkeypatch.setattr(local_backend, "cpu_limit", lambda: 8)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     assert choose_place(slots=slots, threads=threads)[:2] == chosen
+
+
+def test_a_container_has_the_cores_of_its_limit(tmp_path, monkeypatch):
+    assert cpu_limit(tmp_path) > 1000, "no container"
+    for text, cores in (("max 100000", sys.maxsize), ("200000 100000", 2), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(text + "\n")
+        assert cpu_limit(tmp_path) == cores
+    monkeypatch.setattr(local_backend, "available_cores", lambda: list(range(64)))
+    monkeypatch.setattr(local_backend, "free_memory", lambda: 64 * 2**30)
+    monkeypatch.setattr(local_backend, "cpu_limit", lambda: 2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert choose_place(slots=None, threads=None)[:2] == (2, 1)
 
 
 def test_a_container_has_the_memory_of_its_limit(tmp_path):
@@ -203,6 +223,17 @@ def test_a_division_that_is_not_there_is_found_before_the_first_run(tmp_path, wr
     with pytest.raises(DataError, match=r"splits\.json does not exist"):
         verbs.run(matrix, out=tmp_path / "out", data=tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_that_have_begun_need_no_division_but_their_own(tmp_path, write_matrix, monkeypatch):
+    (tmp_path / "Task_A").mkdir()
+    matrix = write_matrix(set={"train.max_steps": 5, "data.splits": str(tmp_path / "gone.json")})
+    experiment = Experiment.create(tmp_path / "out", matrix, data_root=tmp_path)
+    for run_id in run_ids(experiment):
+        experiment.files(run_id).path.mkdir(parents=True)
+        experiment.files(run_id).config.touch()
+    monkeypatch.setattr(verbs, "launch", lambda *_, **__: "launched")
+    assert verbs.run(matrix, out=tmp_path / "out", data=tmp_path) == "launched"
 
 
 def test_a_division_of_too_few_folds_is_found_before_the_first_run(tmp_path, write_matrix):

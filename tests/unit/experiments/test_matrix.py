@@ -231,7 +231,10 @@ def test_the_paper_matrix_holds_the_published_study():
     assert {run.fraction for run in runs} == {0.1, 0.3, 1.0}
     assert {run.fold for run in runs} == set(range(5))
     arms = {run.arm for run in runs}
-    assert {f"medvisionllama-{rank}" for rank in (2, 4, 8, 16)} <= arms
+    ranks = {run.arm: run.config(data=Path("x")).network for run in runs}
+    for rank in (2, 4, 8, 16):
+        network = ranks[f"medvisionllama-{rank}"]
+        assert (network.mapper_rank, network.block.lora_rank) == (rank, rank)
     assert {
         "vit-baseline",
         "vit-depth",

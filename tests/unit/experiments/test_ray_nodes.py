@@ -6,7 +6,7 @@ import pytest
 
 from medvisionllama.errors import ClusterError
 from medvisionllama.experiments.ray_backend import cluster_address
-from medvisionllama.experiments.ray_nodes import slots_of
+from medvisionllama.experiments.ray_nodes import Nodes, _Node, slots_of
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,17 @@ def test_an_address_where_somebody_listens_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         assert cluster_address(address) == address
+
+
+def test_no_run_goes_to_a_node_that_is_dead_unfit_or_has_not_answered():
+    nodes = object.__new__(Nodes)  # a cluster is not needed to choose
+    nodes._nodes = {
+        "fit": _Node("a", 1, fault=""),
+        "asked": _Node("b", 1),
+        "unfit": _Node("c", 1, fault="no data"),
+        "dead": _Node("d", 1, alive=False, fault=""),
+    }
+    nodes._listed = {"fit"}
+    assert nodes.selector() is None
+    nodes._listed = set(nodes._nodes)
+    assert nodes.selector() == {"ray.io/node-id": "!in(asked,dead,unfit)"}

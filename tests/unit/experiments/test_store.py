@@ -1,5 +1,6 @@
 """The state of every run is read from files and locks, whatever was killed when."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -182,3 +183,33 @@ def test_the_command_line_tells_where_data_is_then_the_environment_then_the_fold
     monkeypatch.chdir(tmp_path)
     looked = Experiment.look(experiment.path, data_root=Path("given"))
     assert looked.data_root == given.data_root
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
+def test_a_disk_without_locks_keeps_nobody_from_working_and_reading(experiment, monkeypatch, code):
+    run_id = run_ids(experiment)[0]
+    lock = experiment.files(run_id).lock
+
+    def refuse(*_):
+        raise OSError(code, "no locks here")
+
+    monkeypatch.setattr("medvisionllama._files.fcntl.flock", refuse)
+    with lock_if_free(lock) as free:
+        assert free
+    assert lock.is_file()
+    assert not is_locked(lock)
+    assert states(experiment)[0] == "planned"
+
+
+def test_who_may_only_read_sees_what_runs(experiment, monkeypatch):
+    lock = experiment.files(run_ids(experiment)[0]).lock
+    opened = os.open
+
+    def reading_only(path, flags, *mode):
+        if Path(path) == lock and flags & (os.O_WRONLY | os.O_RDWR):
+            raise PermissionError(errno.EACCES, "for reading only", str(path))
+        return opened(path, flags, *mode)
+
+    with lock_if_free(lock), monkeypatch.context() as patch:
+        patch.setattr("os.open", reading_only)
+        assert states(experiment)[0] == "running"

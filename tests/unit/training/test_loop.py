@@ -6,6 +6,7 @@ import pytest
 
 from medvisionllama.config import load_config
 from medvisionllama.progress import Silent
+from medvisionllama.run_dir import RunDir
 from medvisionllama.training import loop as module
 from medvisionllama.training.loop import TrainingLoop
 from medvisionllama.training.timetable import Timetable
@@ -183,3 +184,13 @@ def test_a_run_that_goes_on_longer_gets_new_masks(loop):
     assert not loop.timetable.masks_due(rounds_at)
     loop.state.elapsed_seconds = 121.0
     assert loop.timetable.masks_due(rounds_at)
+
+
+def test_a_validation_that_was_noted_and_not_saved_is_made_again_and_noted_once(loop, tmp_path):
+    loop.run_dir = RunDir(tmp_path)
+    loop.processes = SimpleNamespace(first=lambda value: value, any=bool, is_main=True)
+    loop.state.step, loop.state.validated_step = 30, 20
+    for step in (20, 30):
+        loop.run_dir.append_history({"step": step})
+    loop.resume()
+    assert loop.run_dir.read_history() == [{"step": 20}]

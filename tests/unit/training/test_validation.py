@@ -180,6 +180,19 @@ def test_a_first_case_longer_than_all_may_take_is_the_last(cases, monkeypatch):
     assert next(seconds) == 2
 
 
+@pytest.mark.parametrize(("patience", "record_is"), [(0.5, "put off"), (1.5, "kept")])
+def test_a_single_case_that_takes_too_long_is_put_off_as_several_are(cases, monkeypatch, patience, record_is):
+    found, plan = cases
+    seconds = iter(range(100))
+    monkeypatch.setattr(validation, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(validation, "case_mask", lambda network, case, plan, shape, **_: np.zeros(shape))
+    network, config = Everywhere(1, 4), load_config("small")
+    record = validate_cases(
+        network, found[:1], plan, config, Accelerator(cpu=True), patience_seconds=patience
+    )
+    assert (record == {"would_take_seconds": 1}) is (record_is == "put off")
+
+
 class Sized:
     """A case whose image says that it has another size."""
 

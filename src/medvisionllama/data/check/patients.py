@@ -23,6 +23,12 @@ _TELLING = re.compile(
     r"left|right|lt|rt|l|r|pre|post|baseline|follow-?up\d*|fu\d*|(?:day|week|month|year|visit|ses|session|tp)\d+"
     r"|(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:\d{6})?"
 )
+# A day within a name, and whom it follows: P001_20200115_3, P001_15.01.2020. Where what comes after the day may be
+# a patient's number the rule leaves it in the name.
+_DAYS = re.compile(
+    r"(?P<stem>.*\d.*?)[_. -](?:(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\2(?:0[1-9]|[12]\d|3[01])"
+    r"|(?:0[1-9]|[12]\d|3[01])([-_.])(?:0[1-9]|1[0-2])\3(?:19|20)\d\d)(?!\d)"
+)
 # A name that many follow is a study's or a site's; a patient comes a few times.
 _MOST_SCANS = 6
 # A patient with this many scans, and this many times as many as the others, may be several.
@@ -106,7 +112,7 @@ def _patients(cases: Sequence[Case]) -> list[str]:
 
 def _apart(cases: Sequence[Case]) -> list[Finding]:
     patients = _patients(cases)
-    groups = [*_suspicious(patients), *_numbered(patients)]
+    groups = [*_suspicious(patients), *_numbered(patients), *_dated(patients)]
     if not groups:
         return []
     example, names = groups[0], {name for group in groups for name in group.names}
@@ -145,6 +151,20 @@ def _numbered(patients: Sequence[str]) -> list[_Alike]:
             names, numbers = zip(*members, strict=True)
             groups.append(_Alike(len(parts), names, numbers, parts))
     return groups if len(groups) > 1 else []
+
+
+def _dated(patients: Sequence[str]) -> list[_Alike]:
+    """Names that are equal up to a day: visits of one, if those are not the patients of a site."""
+    stems: dict[str, list[str]] = defaultdict(list)
+    for name in patients:
+        found = _DAYS.match(name.casefold())
+        if found and not PLACE.fullmatch(found["stem"]):
+            stems[found["stem"]].append(name)
+    return [
+        _Alike(len(parts), tuple(names), (), tuple(parts))
+        for stem, names in stems.items()
+        if 2 <= len(names) <= _MOST_SCANS and (parts := _SEPARATOR.split(stem))
+    ]
 
 
 def _groups(patients: Sequence[str]) -> list[_Alike]:

@@ -23,6 +23,8 @@ from medvisionllama.errors import DataError, MedVisionLlamaError
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _DIRECTORY = "1.2.840.10008.1.3.10"
+# What their voxels hold is measured: Hounsfield units, activity. How they are shown changes nothing in it.
+_MEASURED = {"CT", "PT"}
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 # Modalities of files that describe a scan instead of being one, among them doses, which have rows and columns.
 _NO_SCANS = {
@@ -79,7 +81,7 @@ class Slice:
     slope: float
     intercept: float
     inverted: bool
-    """MONOCHROME1: low values are shown bright."""
+    """MONOCHROME1: low values are shown bright; False where values are measures, as Hounsfield units are."""
     colour: bool
     table: bool
     """Stored values stand for others in a look-up table."""
@@ -265,7 +267,8 @@ def _slices(path: Path, dataset: Any) -> Iterator[Slice]:
         "uid": str(dataset.get("SOPInstanceUID", "")),
         "number": _whole(dataset.get("InstanceNumber")),
         "size": (int(dataset.Columns), int(dataset.Rows)),
-        "inverted": dataset.get("PhotometricInterpretation") == "MONOCHROME1",
+        "inverted": dataset.get("PhotometricInterpretation") == "MONOCHROME1"
+        and dataset.get("Modality") not in _MEASURED,
         "colour": dataset.get("SamplesPerPixel", 1) != 1
         or dataset.get("PhotometricInterpretation", "MONOCHROME2") not in {"MONOCHROME1", "MONOCHROME2"},
         "table": "ModalityLUTSequence" in dataset,
