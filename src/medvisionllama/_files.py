@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import secrets
 import time
@@ -18,6 +19,7 @@ try:
 except ImportError:  # Windows does without locks
     fcntl = None  # type: ignore[assignment]
 
+_log = logging.getLogger(__name__)
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 """What a disk says that has no locks."""
 
@@ -137,9 +139,10 @@ def _take_if_possible(file: int) -> bool:
     try:
         return _take(file, fcntl.LOCK_EX)
     except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return True
-        raise
+        if error.errno not in _NO_LOCKS:
+            raise
+        _log.warning("this disk has no file locks, so nothing keeps two processes from the same work in it")
+        return True
 
 
 def _is_still(path: Path, file: int) -> bool:

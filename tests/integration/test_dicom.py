@@ -249,3 +249,19 @@ def test_a_file_of_the_user_named_as_a_mask_might_be_stays(run, tmp_path, maps):
     assert Path(record["mask"]).name == "CT.dcm"
     assert own.read_bytes() == b"drawn by hand"
     assert api.predict(run, tmp_path / "CT", out=tmp_path / "m", resume=True, uncertainty=maps) == []
+
+
+@pytest.mark.parametrize("more", [{"overwrite": True}, {"resume": True}])
+def test_a_mask_that_cannot_be_dicom_takes_no_file_of_the_user_s_place(run, tmp_path, monkeypatch, more):
+    save(classic(np.random.default_rng(0).integers(0, 500, (8, 16, 16)).astype(np.int16)), tmp_path / "CT")
+    own = tmp_path / "m" / "CT.nii.gz"
+    own.parent.mkdir()
+    own.write_bytes(b"drawn by hand")
+
+    def refuse(*_):
+        raise DataError("a header that the standard does not like")
+
+    monkeypatch.setattr("medvisionllama.inference.batch.write_seg", refuse)
+    with pytest.raises(DataError, match="where it would go as NIfTI, is no mask of ours"):
+        api.predict(run, tmp_path / "CT", out=tmp_path / "m", **more)
+    assert own.read_bytes() == b"drawn by hand"

@@ -16,6 +16,8 @@ from medvisionllama.config.presets import preset_settings
 from medvisionllama.config.schema import Config
 from medvisionllama.errors import ConfigError
 
+_LEAST_FOR_PLATEAU = 5
+"""Validations of a run: a best one, three that stand still, and one that the lower rate leads to."""
 _NOTHING = {"", "~", "null", "Null", "NULL"}
 # One text of a list and what ends it; a comma within quotes ends nothing.
 _ITEM = re.compile(r"""\s*("[^"]*"|'[^']*'|[^,]*?)\s*(,|$)""")
@@ -40,9 +42,15 @@ def load_config(preset: str = "small", overrides: str | Sequence[str] | Mapping[
     if _counts_steps(parsed):
         # Who counts steps compares networks, or trains for a moment; each further one would make all of them again.
         parsed = {"train.members": 1, **parsed}
-    return _validated(
+    config = _validated(
         apply_overrides(preset_settings(preset), parsed), where=f"preset {preset}: ", given=parsed
     )
+    # Not asked of a run that is there: it has been trained so.
+    if config.train.schedule == "plateau" and config.train.num_validations < _LEAST_FOR_PLATEAU:
+        raise ConfigError(
+            f"train.schedule=plateau waits for validations that stand still, and train.num_validations={config.train.num_validations} are over before; set at least {_LEAST_FOR_PLATEAU}, rather 12"
+        )
+    return config
 
 
 def apply_overrides(settings: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -68,9 +76,9 @@ def parse_overrides(overrides: str | Sequence[str] | Mapping[str, Any]) -> dict[
         return {key: _plain(value) for key, value in overrides.items()}
     parsed: dict[str, Any] = {}
     for key, value in map(_split_override, overrides):
-        # Of numbers and words the last one holds; of patients to leave out, forgetting one would be a leak.
-        if isinstance(value, list) and parsed.get(key, value) != value:
-            raise ConfigError(f"{key} is given twice and takes several values at once; write --set {key}=a,b")
+        # Of others the last one holds; to forget somebody who is to be left out would be a leak.
+        if key == "data.exclude" and parsed.get(key, value) != value:
+            raise ConfigError(f"{key} is given twice and takes several at once; write --set {key}=a,b")
         parsed[key] = value
     return parsed
 

@@ -267,8 +267,6 @@ class BlockConfig(Section):
 
 
 _MAPPER_RANK, _PATCH_SIZE = 4, 8
-_LEAST_FOR_PLATEAU = 5
-"""Validations of a run: a best one, three that stand still, and one that the lower rate leads to."""
 _WIDTHS = {"segresnet": 8, "swin_unetr": 12}
 """What the first stage's channels must be a multiple of: groups of a norm, heads of attention."""
 
@@ -499,10 +497,6 @@ class Config(Section):
         if self.data.fold == "all" and self.train.schedule == "plateau":
             raise ValueError(
                 "train.schedule=plateau goes by validation cases, and data.fold=all has none; choose another schedule, or a fold by its number"
-            )
-        if self.train.schedule == "plateau" and self.train.num_validations < _LEAST_FOR_PLATEAU:
-            raise ValueError(
-                f"train.schedule=plateau waits for validations that stand still, and train.num_validations={self.train.num_validations} are over before; set at least {_LEAST_FOR_PLATEAU}, rather 12"
             )
         if self.network.head != "skip" and self.data.strides:
             raise ValueError(

@@ -32,7 +32,7 @@ from medvisionllama.data.volume import Volume, to_ras
 from medvisionllama.errors import DataError
 from medvisionllama.types import ImageArray, LabelArray, SpacingMm
 
-_FORMAT = 4
+_FORMAT = 5
 _CENTRES_PER_CLASS = 1000
 _SAMPLES = 10_000
 _WORKERS = 4

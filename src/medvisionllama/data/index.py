@@ -30,15 +30,16 @@ _MARK = re.compile(
 )
 # What may follow a mark that is a common word or a sequence of MR too: words, none of them a patient's number.
 _WORDS = re.compile(r"(?:[_. -](?:[a-z]+|t[12][a-z]*))*", re.IGNORECASE)
+_TIME = r"(?:[01]\d|2[0-3])(?:[0-5]\d){2}"
 # A day, which ends a name as a visit does: P001_20200115, P001_2020-01-15_ct. With the time to the second it names
 # an acquisition, and what follows counts within that: P001_CT_20200115103045_3, as dcm2niix has it. Some archives
 # write parts of the second too.
 _DATED = re.compile(
     r"(?P<stem>.+?)[_. -](?:19|20)\d\d(?P<between>[-_.]?)(?:0[1-9]|1[0-2])(?P=between)(?:0[1-9]|[12]\d|3[01])"
-    rf"(?:{_WORDS.pattern}|[_. -]?t?(?:[01]\d|2[0-3])(?:[0-5]\d){{2}}\d{{0,6}}(?P<rest>(?:[_. -].*)?))",
+    rf"(?:{_WORDS.pattern}|(?:t?{_TIME}\d{{0,6}}|[_. -]t?{_TIME})(?P<rest>(?:[_. -].*)?))",
     re.IGNORECASE,
 )
-_PERSON = re.compile(r"[_. -](?:patient|pat|pt|subject|subj|sub|case|p|s)[_. -]?\d", re.IGNORECASE)
+PERSON = re.compile(r"[_. -](?:patient|pat|pt|subject|subj|sub|case|p|s)[_. -]?\d", re.IGNORECASE)
 # Numbered, but nobody: `site2_scan_001` is the first patient of a site, not the first scan of a patient.
 PLACE = re.compile(
     r"(?:\D*[_. -])?(?:(?:site|cent(?:er|re)|hospital|clinic|cohort|dataset|vendor|scanner)[_. -]?\d+"
@@ -235,6 +236,6 @@ def _ends_patient(case_id: str, mark: re.Match[str]) -> bool:
     if PLACE.fullmatch(stem):
         return bool(mark["sure"]) and not re.search(r"\d", rest)
     if mark["sure"]:
-        return not _PERSON.search(rest)
+        return not PERSON.search(rest)
     # Three digits number the scans of a study rather than those of a patient: LiTS17_scan_001_ct.
     return not rest or (len(mark["number"] or "") <= 2 and bool(_WORDS.fullmatch(rest)))

@@ -8,11 +8,10 @@ import pandas as pd
 from medvisionllama._files import write_json
 from medvisionllama.config import Config, read_config
 from medvisionllama.data.index import Case, Dataset
-from medvisionllama.data.splits import patients_of, read_splits, select
 from medvisionllama.errors import CheckpointError, DataError, command
 from medvisionllama.evaluation.calibrate import CalibrationTally
 from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
-from medvisionllama.evaluation.evaluate import Split, evaluate_files, open_dataset_of, write_table
+from medvisionllama.evaluation.evaluate import Split, evaluate_files, open_dataset_of, parts_of, write_table
 from medvisionllama.evaluation.masks import Pair
 from medvisionllama.evaluation.members import check_distinct, check_unseen, name_ensemble
 from medvisionllama.inference.cleaning import Cleaning, cleaning_of, write_choice
@@ -167,16 +166,10 @@ def _cases(run_dir: RunDir, config: Config, split: Split) -> tuple[Dataset, list
         split,
         instead=f"score a run of a fold by its number, or masks of new scans: {masks}",
     )
-    splits = read_splits(run_dir.splits)
-    # Who came into the folder since is no patient of this run.
-    chosen = select(splits, dataset.only(patients_of(splits)).patients, fold=config.data.fold)
-    names = set(chosen.test if split == "test" else chosen.validation)
-    # Nor is a scan that a patient has had since, nor may a bad one disappear from the result.
-    listed = run_dir.read_manifest()["cases"].get(split)
-    if listed is not None:
-        if gone := sorted(set(listed) - names):
-            raise DataError(
-                f"{config.data.path} no longer holds {gone[0]!r}, one of the {len(listed)} {split} cases of {run_dir.path}; put it back, or train a run without it"
-            )
-        names = set(listed)
-    return dataset, [case for case in dataset.cases if case.case_id in names]
+    parts = parts_of(run_dir, config, dataset)
+    gone = sorted({name for name, part in parts.items() if part == split} - set(dataset.patients))
+    if gone:
+        raise DataError(
+            f"{config.data.path} no longer holds {gone[0]!r}, one of the {split} cases of {run_dir.path}; put it back, or train a run without it"
+        )
+    return dataset, [case for case in dataset.cases if parts.get(case.case_id) == split]

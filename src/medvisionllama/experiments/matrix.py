@@ -220,7 +220,7 @@ def read_matrix(path: Path) -> Matrix:
         ) from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder; give a matrix file, as configs/matrix/smoke.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no matrix; it needs at least name, tasks, arms and reference")

@@ -88,9 +88,9 @@ class Outputs:
         ]
         return [*maps, files["mask"], *self.made_masks(scan)]
 
-    def made_masks(self, scan: Scan) -> list[Path]:
+    def made_masks(self, scan: Scan, *, but: Path | None = None) -> list[Path]:
         """Masks of a scan that lie there and are ours by the ledger; others of such a name are the user's own."""
-        there = [mask for mask in self.masks(scan) if mask.exists()]
+        there = [mask for mask in self.masks(scan) if mask != but and mask.exists()]
         made = {line.mask for line in self.ledger.lines()} if there else set()
         return [mask for mask in there if mask.name in made]
 
@@ -299,7 +299,12 @@ def _finish(
             write_seg(files["mask"], mask.array, first, names)
         except DataError as error:
             # The work of the network must not be lost for a header that the standard does not like.
-            files["mask"] = outputs.fallback(scan) or files["mask"]
+            instead_of_seg = outputs.fallback(scan) or files["mask"]
+            if instead_of_seg.exists() and instead_of_seg not in outputs.made_masks(scan):
+                raise DataError(
+                    f"{error}; and {instead_of_seg}, where it would go as NIfTI, is no mask of ours: choose another --out"
+                ) from None
+            files["mask"] = instead_of_seg
             warnings.append(f"written as NIfTI: {error}")
     if not files["mask"].name.endswith(".dcm"):
         write_mask(files["mask"], mask.array, mask.affine, like=first, classes=names)
@@ -314,9 +319,8 @@ def _finish(
     instead = files["mask"] == outputs.fallback(scan)
     outputs.ledger.add(record, scan_sha256, outputs.made_by, instead=instead)
     # Whoever overwrites may have had the other of the two before, and two masks of one scan are one too many.
-    for other in outputs.made_masks(scan):
-        if other != files["mask"]:
-            other.unlink()
+    for other in outputs.made_masks(scan, but=files["mask"]):
+        other.unlink()
     if not outputs.has_table(names):
         write_text(outputs.table, label_table(names))
     return record

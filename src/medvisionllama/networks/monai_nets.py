@@ -118,6 +118,21 @@ def dynunet_strides(crop_size: Triple, strides: Sequence[Triple]) -> list[Triple
     return result
 
 
+def dynunet_kernels(strides: Sequence[Triple]) -> list[Triple]:
+    """A kernel for each stage: one voxel across slices that are far apart, and three from where they are halved on.
+
+    What is left alone later is short, and its slices are near. So nnU-Net does (Isensee et al. 2021).
+
+    >>> dynunet_kernels([(2, 2, 1), (2, 2, 2), (2, 2, 1)])
+    [(3, 3, 1), (3, 3, 3), (3, 3, 3), (3, 3, 3)]
+    """
+    kernels: list[Triple] = []
+    for stride in strides:
+        x, y, z = map(max, kernel_for(stride), kernels[-1] if kernels else (1, 1, 1))
+        kernels.append((x, y, z))
+    return [*kernels, (3, 3, 3)]
+
+
 def _halvable(length: int) -> bool:
     return length >= _SMALLEST_EDGE and length % 2 == 0
 
@@ -128,7 +143,7 @@ def _dynunet(
     from monai.networks.nets import DynUNet
 
     strides = dynunet_strides(crop, planned)
-    kernels = [*(kernel_for(stride) for stride in strides), (3, 3, 3)]
+    kernels = dynunet_kernels(strides)
     network = DynUNet(
         3,
         num_channels,

@@ -16,7 +16,7 @@ from medvisionllama.data.check.findings import SEVERITIES, TITLES, Finding
 from medvisionllama.data.check.report import CheckReport
 from medvisionllama.reports.pages import render
 from medvisionllama.reports.plots import png
-from medvisionllama.reports.thumbnails import MAX_PICTURES, Thumbnails
+from medvisionllama.reports.thumbnails import MAX_PICTURES, Thumbnails, colour_places
 
 _SHOWN_PER_CODE = 20
 
@@ -71,7 +71,10 @@ def write_check_page(report: CheckReport, path: Path, pictures: Thumbnails) -> N
 def _class_colours(report: CheckReport) -> list[tuple[str, str]]:
     """Name and colour of each class that a label holds."""
     values = {value for facts in report.facts if facts.mask for value in facts.mask.voxels}
-    return [(report.classes.get(value, f"class {value}"), colour_of(value - 1)) for value in sorted(values)]
+    places = colour_places(values, report.classes)
+    return [
+        (report.classes.get(value, f"class {value}"), colour_of(place)) for value, place in places.items()
+    ]
 
 
 def _figure(facts: tuple[CaseFacts, ...], channels: tuple[str, ...]) -> str:

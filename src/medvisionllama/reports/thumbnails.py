@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.image
@@ -25,15 +25,17 @@ class Thumbnails:
     def __init__(self) -> None:
         self._pictures: dict[str, bytes] = {}
 
-    def __call__(self, facts: CaseFacts, images: Sequence[Volume], label: Volume | None) -> None:
-        """Keep a picture of one case; volumes are in RAS."""
+    def __call__(
+        self, facts: CaseFacts, images: Sequence[Volume], label: Volume | None, classes: Mapping[int, str]
+    ) -> None:
+        """Keep a picture of one case; volumes are in RAS, `classes` are the dataset's."""
         mask = facts.mask.voxels if facts.mask is not None else {}
         usable = label is not None and facts.mask is not None and facts.mask.countable
         pixels = draw_slice(
             images[0].array[0],
             images[0].spacing_mm,
             label.array if label is not None and usable and label.shape == images[0].shape else None,
-            sorted(mask),
+            colour_places(mask, classes),
         )
         self._pictures[facts.case_id] = _jpeg(pixels)
 
@@ -44,17 +46,17 @@ class Thumbnails:
 
 
 def draw_slice(
-    image: np.ndarray, spacing_mm: Sequence[float], label: np.ndarray | None, values: Sequence[int]
+    image: np.ndarray, spacing_mm: Sequence[float], label: np.ndarray | None, places: Mapping[int, int]
 ) -> np.ndarray:
     """Paint the axial slice with most labelled voxels, or the middle one, as `[row, column, 3]` bytes.
 
     Args:
         image: `[x, y, z]` in RAS, whatever its values.
         label: `[x, y, z]` in RAS with whole values, on the same grid.
-        values: of the classes, for their colours.
+        places: for each value in the label, which colour it has.
     """
     depth = image.shape[2] // 2
-    if label is not None and values:
+    if label is not None and places:
         depth = int(np.count_nonzero(label, axis=(0, 1)).argmax())
     # Rows run from the front of the patient down to the back, as radiologists look.
     picture = np.nan_to_num(image[:, :, depth].T[::-1].astype(np.float64), posinf=0.0, neginf=0.0)
@@ -64,12 +66,21 @@ def draw_slice(
     pixels = np.repeat((255 * grey[rows][:, columns])[..., None], 3, axis=2).astype(np.uint8)
     if label is not None:
         marks = label[:, :, depth].T[::-1][rows][:, columns]
-        for value in values:
+        for value, place in places.items():
             inside = marks == value
             edge = inside & ~ndimage.binary_erosion(inside)
-            # By value and not by place: a case may lack a class.
-            pixels[edge] = rgb_of(value - 1)
+            pixels[edge] = rgb_of(place)
     return pixels
+
+
+def colour_places(values: Iterable[int], classes: Mapping[int, str]) -> dict[int, int]:
+    """Which colour each value has: its place in the list of classes, in every case; of undeclared ones the value.
+
+    >>> colour_places([4, 1, 7], {1: "core", 2: "oedema", 4: "enhancing"})
+    {1: 0, 4: 2, 7: 9}
+    """
+    declared = {value: place for place, value in enumerate(classes)}
+    return {value: declared.get(value, len(declared) + value - 1) for value in sorted(values)}
 
 
 def _pixel_grid(shape: tuple[int, ...], spacing_mm: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

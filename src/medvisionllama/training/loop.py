@@ -226,8 +226,9 @@ class TrainingLoop:
             record = self.validate(self.network, self.timetable.validation_patience, interrupted)
             if record.get("interrupted"):
                 return False
-            if (seconds := record.get("would_take_seconds")) is not None:
-                self._put_off_validation(seconds, progress)
+            too_long = record.pop("would_take_seconds", None)
+            if too_long is not None and not record:
+                self._put_off_validation(too_long, progress)
                 return True
             # Without validation cases there never is a best one, and each save takes the place of the last.
             dice, best = record["dice"], self.state.best
@@ -248,14 +249,20 @@ class TrainingLoop:
                     **record,
                 }
             )
+        if too_long is not None:
+            self.state.would_take_seconds = too_long
+            self._say_validated_late(too_long, progress)
         return True
 
     def _put_off_validation(self, seconds: float, progress: Progress) -> None:
         self._tick()
         kept = self.timetable.put_off_validation(seconds)
         late = "" if kept == seconds else f", {(seconds - kept) / 60:.2g} minutes longer than that"
+        self._say_validated_late(seconds, progress, late)
+
+    def _say_validated_late(self, seconds: float, progress: Progress, late: str = "") -> None:
         progress.say(
-            f"segmenting the validation cases takes about {seconds / 60:.2g} of the {self.config.max_minutes:g} minutes, so it is done once, at the end{late}; --max-minutes gives more to both"
+            f"segmenting the validation cases takes about {seconds / 60:.2g} of the {self.config.max_minutes:g} minutes, so from now on it is done once, at the end{late}; --max-minutes gives more to both"
         )
 
     @contextmanager

@@ -68,7 +68,7 @@ def validate_cases(
 
     Args:
         patience_seconds: give up after one case or two if all of them, by their voxels, would take longer; then the
-            record holds `would_take_seconds` alone.
+            record holds `would_take_seconds` alone. Of a single case, which is over by then, it holds that too.
         interrupted: asked between cases, of which there may be many minutes' worth; then the record says
             `interrupted`.
     """
@@ -97,11 +97,14 @@ def validate_cases(
 
     side_by_side = processes.num if shared else 1
     voxels = [math.prod(cases[number].image.shape) for number in numbers]
+    longest = 0.0
     for place in range(2):
         # On trial. Processes agree after each of the two, whether they have one or not.
         would_take = 0.0
         if place < len(numbers):
-            would_take = _would_take(score(numbers[place]), place, voxels, patience_seconds)
+            seconds = score(numbers[place])
+            longest = max(longest, seconds)
+            would_take = _would_take(seconds, place, voxels, patience_seconds)
         if patience_seconds is not None and (would_take := processes.first(would_take)) > patience_seconds:
             return {"would_take_seconds": would_take}
         if len(cases) > (place + 1) * side_by_side and processes.any(interrupted()):
@@ -117,6 +120,10 @@ def validate_cases(
     if shared:
         # Each row stands in one process and is zero in the others, so the sum is exact.
         table = processes.sum(table)
+    too_long = {}
+    if len(cases) == 1 and patience_seconds is not None:
+        longest = processes.first(longest)
+        too_long = {"would_take_seconds": longest} if longest > patience_seconds else {}
     scores, present = table.numpy()
     per_class = scores.mean(axis=0)
     names = plan.mask_classes.values()
@@ -127,6 +134,7 @@ def validate_cases(
         "dice_per_class": dict(zip(names, map(float, per_class), strict=True)),
         **({"never_found": never_found} if never_found else {}),
         **opened,
+        **too_long,
     }
 
 
@@ -134,8 +142,8 @@ def _would_take(seconds: float, place: int, voxels: Sequence[int], patience_seco
     """Seconds of all cases, judged by one that took so long; 0 where it tells nothing, or none is left.
 
     The first one is slower than the others: what is needed is loaded, and kernels are chosen. So it tells only as
-    one of two, or if it has used up the time of all, as a single one does that the next time would again.
+    one of two, or if it has used up the time of all.
     """
     tells = place > 0 or len(voxels) == 2 or seconds > (patience_seconds or math.inf)
-    is_last_of_several = place + 1 == len(voxels) > 1
-    return seconds * sum(voxels) / voxels[place] if tells and not is_last_of_several else 0.0
+    is_last = place + 1 == len(voxels)
+    return seconds * sum(voxels) / voxels[place] if tells and not is_last else 0.0

@@ -192,6 +192,7 @@ def test_names_that_differ_in_a_side_or_a_visit_are_rather_one_patient(names):
         ["p01_1", "p01_2", *(f"p{n:02d}_1" for n in range(2, 9))],
         ["site2_20200115_001", "site2_20200720_002", "site3_20200115_003"],
         [f"LiTS17_20200115_P{n:03d}" for n in range(9)],
+        ["KH1_20200115_P001", "KH1_20200116_P002", "KH1_20200117_P003"],
     ],
 )
 def test_names_that_number_patients_are_no_sides_or_visits(names):

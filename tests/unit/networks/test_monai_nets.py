@@ -94,6 +94,22 @@ def test_dynunet_is_as_deep_as_nnunet_would_make_it(crop, planned, stages):
     assert dynunet_strides(crop, planned) == stages
 
 
+def test_dynunet_looks_at_every_slice_from_where_they_are_near():
+    strides = [(2, 2, 1), (2, 2, 1), (2, 2, 2)]
+    crop = (112, 112, 10)
+    network = build_rival(
+        "dynunet", num_channels=1, num_outputs=4, crop_size=crop, strides=strides, base_channels=4
+    )
+    inner = network.head.network
+    stages = [inner.input_block, *inner.downsamples, inner.bottleneck]
+    kernels = [stage.conv1.conv.kernel_size for stage in stages]
+    assert kernels == [(3, 3, 1), (3, 3, 1), (3, 3, 3), (3, 3, 3), (3, 3, 3)]
+    # A kernel of one voxel with a stride of two would pass over every second slice.
+    for stage in stages:
+        conv = stage.conv1.conv
+        assert all(size >= step for size, step in zip(conv.kernel_size, conv.stride, strict=True))
+
+
 def test_published_dynunet_has_nnunets_channels():
     network = build_rival("dynunet", num_channels=1, num_outputs=3, crop_size=(128, 128, 128), strides=CUBIC)
     widths = [block.conv1.conv.out_channels for block in network.head.network.downsamples]

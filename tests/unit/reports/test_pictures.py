@@ -15,7 +15,7 @@ from medvisionllama.api import check
 from medvisionllama.colours import colour_of, rgb_of
 from medvisionllama.data.volume import Volume
 from medvisionllama.reports import pages, plots
-from medvisionllama.reports.thumbnails import draw_slice
+from medvisionllama.reports.thumbnails import colour_places, draw_slice
 
 
 def test_planes_show_the_structure_where_its_middle_shows_nothing():
@@ -33,9 +33,9 @@ def test_a_class_has_one_colour_whichever_classes_a_case_lacks():
     label = np.zeros((40, 40, 1), np.uint8)
     label[10:30, 10:30] = 3
     scan = np.random.default_rng(0).random(label.shape)
-    for values in ([3], [1, 2, 3]):
-        pixels = draw_slice(scan, (1, 1, 1), label, values)
-        assert (pixels == rgb_of(2)).all(axis=-1).any(), values
+    for values, classes, place in (([3], {}, 2), ([1, 2, 3], {}, 2), ([3], {2: "left", 3: "right"}, 1)):
+        pixels = draw_slice(scan, (1, 1, 1), label, colour_places(values, classes))
+        assert (pixels == rgb_of(place)).all(axis=-1).any(), values
         assert not (pixels == rgb_of(0)).all(axis=-1).any(), values
 
 

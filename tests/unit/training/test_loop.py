@@ -81,7 +81,7 @@ def test_a_validation_that_would_eat_the_run_is_made_at_its_end_alone(loop):
     assert loop.timetable.validation_due()
     loop._validate(lines, never)
     assert (loop.state.validated_step, loop.state.best) == (0, None)
-    assert "takes about 0.33 of the 1 minutes, so it is done once, at the end" in lines.said[0]
+    assert "takes about 0.33 of the 1 minutes, so from now on it is done once, at the end" in lines.said[0]
     for loop.now in (16.2, 30.1, 39.9):
         loop._tick()
         assert not loop.timetable.validation_due()
@@ -194,3 +194,24 @@ def test_a_validation_that_was_noted_and_not_saved_is_made_again_and_noted_once(
         loop.run_dir.append_history({"step": step})
     loop.resume()
     assert loop.run_dir.read_history() == [{"step": 20}]
+
+
+def test_a_single_case_that_takes_too_long_counts_once_and_then_at_the_end(loop):
+    lines, asked = Lines(), []
+
+    def validate(network, patience, interrupted):
+        asked.append(loop.now)
+        loop.now += 10.0
+        return {"dice": 0.5, "would_take_seconds": 10.0}
+
+    loop.validate = validate
+    while not loop.timetable.is_over and loop.now < 100:
+        loop.now += 1.0
+        loop.state.step += 1
+        loop._tick()
+        if loop.timetable.validation_due():
+            assert loop._validate(lines, never)
+    assert asked == [15, 50]
+    assert loop.state.dices == [0.5, 0.5]
+    assert len(lines.said) == 2
+    assert "from now on it is done once, at the end" in lines.said[0]

@@ -12,7 +12,7 @@ from statistics import median
 
 from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.check.findings import Finding
-from medvisionllama.data.index import PLACE, Case
+from medvisionllama.data.index import PERSON, PLACE, Case
 
 _ENDING = re.compile(r"(?:[_.-][a-z]?\d{1,3}|[_.-][a-z]|(?<=\d)[a-z])$", re.IGNORECASE)
 # A number of any length is a visit's as well: 1001_10002, OAS30001_MR_d0129, BraTS-GLI-00001-001.
@@ -158,7 +158,7 @@ def _dated(patients: Sequence[str]) -> list[_Alike]:
     stems: dict[str, list[str]] = defaultdict(list)
     for name in patients:
         found = _DAYS.match(name.casefold())
-        if found and not PLACE.fullmatch(found["stem"]):
+        if found and not PLACE.fullmatch(found["stem"]) and not PERSON.search(name[found.end() :]):
             stems[found["stem"]].append(name)
     return [
         _Alike(len(parts), tuple(names), (), tuple(parts))

@@ -1,7 +1,7 @@
 """`check_dataset`: read every case in parallel, apply every rule."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,7 +48,7 @@ from medvisionllama.progress import Progress, Silent
 # Each worker holds a case or two of voxels, so their number must not grow with the cores.
 _WORKERS = 4
 
-Look = Callable[[CaseFacts, Sequence[Volume], Volume | None], None]
+Look = Callable[[CaseFacts, Sequence[Volume], Volume | None, Mapping[int, str]], None]
 """Shown each case while its voxels are in memory, in RAS; called from several threads."""
 
 
@@ -227,5 +227,5 @@ def _examine_one(
     facts = examine_case(facts, [image.array for image in images], None if label is None else label.array)
     findings += value_findings(facts, dataset.channels, dataset.classes)
     if look is not None:
-        look(facts, images, label)
+        look(facts, images, label, dataset.classes)
     return facts, findings

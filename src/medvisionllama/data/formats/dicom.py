@@ -43,7 +43,7 @@ def read(source: Path | Series, _content: bytes | None = None) -> tuple[np.ndarr
     A mask has the numbers of its segments.
 
     Rescaled values are integers where slope and intercept are whole numbers and the same for all slices, else
-    float32. MONOCHROME1 is inverted, so that bright is high.
+    float32. MONOCHROME1 is inverted, so that bright is high, but for CT and PET, whose values are measures.
     """
     if isinstance(source, Path) and is_mask(source):
         return dicom_labels.read(source)

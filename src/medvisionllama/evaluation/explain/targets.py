@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medvisionllama.config import Config
-from medvisionllama.data.index import Case, Dataset, open_configured, patient_of_stranger
+from medvisionllama.data.index import Case, open_configured, patient_of_stranger
 from medvisionllama.data.labels import label_on_grid
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.readers import ScanSource, read_label
-from medvisionllama.data.splits import patients_of, read_splits, select
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import ConfigError, DataError
-from medvisionllama.evaluation.evaluate import Split, merged_foreground, open_dataset_of
+from medvisionllama.evaluation.evaluate import Split, merged_foreground, open_dataset_of, parts_of
 from medvisionllama.evaluation.masks import read_mask
 from medvisionllama.inference.inputs import collect_scans, files_of_scan
 from medvisionllama.run_dir import RunDir
@@ -77,10 +76,8 @@ def scans_to_explain(
         if label is not None:
             raise ConfigError("--label is the mask of one image; a split has the dataset's labels")
         dataset = open_dataset_of(run_dir, config, split, instead="give images to explain")
-        parts = _parts(run_dir, config, dataset)
-        return [
-            _of_dataset(case, parts[case.case_id]) for case in dataset.cases if parts[case.case_id] == split
-        ]
+        parts = parts_of(run_dir, config, dataset)
+        return [_of_dataset(case, split) for case in dataset.cases if parts.get(case.case_id) == split]
     scans = collect_scans(images, channels=plan.channels)
     if label is not None and len(scans) != 1:
         raise ConfigError(f"--label is the mask of one image, but {len(scans)} scans were given; give one")
@@ -120,29 +117,13 @@ def _of_dataset(case: Case, part: str) -> ScanToExplain:
     return ScanToExplain(case.case_id, case.patient_id, case.sources, case.label, part=part)
 
 
-def _parts(run_dir: RunDir, config: Config, dataset: Dataset) -> dict[str, str]:
-    """Part of the run that each case belongs to; empty for training patients that a fraction left out."""
-    splits = read_splits(run_dir.splits)
-    # Who came into the folder since is in no part.
-    chosen = select(
-        splits,
-        dataset.only(patients_of(splits)).patients,
-        fold=config.data.fold,
-        fraction=config.data.fraction,
-        num_cases=config.data.num_cases,
-    )
-    named = {"train": chosen.train, "validation": chosen.validation, "test": chosen.test}
-    parts = {case_id: part for part, names in named.items() for case_id in names}
-    return {case.case_id: parts.get(case.case_id, "") for case in dataset.cases}
-
-
 def _known_cases(run_dir: RunDir, config: Config) -> tuple[dict[frozenset[Path], Case], dict[str, str]]:
     """Cases of the run's dataset by their files, if it is still where it was."""
     if config.data.path is None or not config.data.path.is_dir():
         return {}, {}
     try:
         dataset = open_configured(config.data)
-        parts = _parts(run_dir, config, dataset)
+        parts = parts_of(run_dir, config, dataset)
     except DataError:
         # A dataset that has changed since says nothing about this scan, which may be of no dataset at all.
         return {}, {}
