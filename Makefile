@@ -50,7 +50,7 @@ bench: install  ## Most of the benchmarks behind the README's numbers (hours; se
 	$(BIN)/python benchmarks/io_check.py
 	$(BIN)/python benchmarks/io_predict.py
 	$(BIN)/python benchmarks/io_preprocess.py --data $${MEDVISIONLLAMA_DATA:-../shared/data}
-	$(BIN)/python benchmarks/hippocampus.py
+	$(BIN)/python benchmarks/few_shot.py --rows hippocampus-all --arms block,no-block,no-tokens --seeds 0
 
 clean:  ## Remove what `make` built
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache

@@ -6,10 +6,11 @@ python benchmarks/few_shot_summary.py benchmarks/results/few_shot/acdc-4-20min  
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 
@@ -76,22 +77,55 @@ Scores = dict[tuple[str, str, int], pd.Series]
 def difference(
     scores: Scores, patients: Mapping[Any, str], machine: str, arm: str, reference: str
 ) -> dict[str, float]:
-    """Mean over patients of an arm's Dice minus the reference's on the same cases, with its interval."""
-    from medvisionllama.evaluation.statistics import bootstrap_interval, patient_means
+    """An arm's Dice minus the reference's on the same cases: mean over patients, of several seeds mean of theirs.
 
+    The interval is over patients; one who comes in several seeds is drawn with all of them. How much trainings vary
+    is not in it: `by_seed` has the seeds' own differences.
+    """
     pairs = [
-        dice - scores[machine, reference, seed]
-        for (where, name, seed), dice in scores.items()
+        (dice - scores[machine, reference, seed]).groupby(patients).mean()
+        for (where, name, seed), dice in sorted(scores.items(), key=lambda item: item[0])
         if (where, name) == (machine, arm) and (machine, reference, seed) in scores and arm != reference
     ]
     if not pairs:
         return {}
-    differences = pd.concat(pairs)
-    values, groups = differences.tolist(), [patients[case] for case in differences.index]
-    low, high = bootstrap_interval(values, groups)
-    mean = patient_means(values, groups).mean()
+    low, high = mean_of_seeds_interval(pairs)
+    by_seed = [round(float(pair.mean()), 4) for pair in pairs]
     name = f"minus_{reference.replace('-', '_')}"
-    return {name: round(mean, 4), "low": round(low, 4), "high": round(high, 4)}
+    mean = sum(pair.mean() for pair in pairs) / len(pairs)
+    return {
+        name: round(mean, 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "by_seed": " ".join(map(str, by_seed)),
+    }
+
+
+def mean_of_seeds_interval(by_patient: Sequence[pd.Series]) -> tuple[float, float]:
+    """95 % bootstrap interval (BCa) of the mean of the seeds' means; patients are drawn with all their seeds.
+
+    Args:
+        by_patient: of each seed, a number for each of its patients.
+    """
+    from scipy.stats import bootstrap
+
+    from medvisionllama.evaluation.statistics import bootstrap_interval
+
+    if len(by_patient) == 1:
+        return bootstrap_interval(by_patient[0].tolist(), by_patient[0].index.tolist())
+    table = pd.concat(by_patient, axis=1).to_numpy()
+
+    def mean_of_means(drawn: np.ndarray) -> float:
+        return float(np.nanmean(table[drawn], axis=0).mean())
+
+    result = bootstrap(
+        (np.arange(len(table)),),
+        mean_of_means,
+        n_resamples=9999,
+        vectorized=False,
+        rng=np.random.default_rng(0),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def revisions(cell: dict[str, Any]) -> list[str]:

@@ -49,7 +49,7 @@ def install(folder: Path) -> Path:
     """Make a virtual environment with nnU-Net unless `folder` holds one; return its python."""
     python = folder / "bin" / "python"
     done = folder / "complete"
-    if done.is_file():
+    if done.is_file() and done.read_text().strip() == VERSION:
         return python
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]

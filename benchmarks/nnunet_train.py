@@ -264,6 +264,7 @@ def main() -> None:
             environment=arguments.environment,
             threads=arguments.threads,
             seed=arguments.seed,
+            exclude=arguments.exclude,
             bf16=arguments.bf16,
         )
     except (NnunetError, ValueError) as error:
@@ -288,6 +289,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the training")
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        help="a patient or case to leave out, repeatable; few_shot.py leaves patient076 of ACDC out",
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16")

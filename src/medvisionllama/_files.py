@@ -46,7 +46,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold a lock file, making it and its folder; its holder may delete both. Windows does without.
+    """Hold a lock file, making it and its folder; its holder may delete both. Windows does without, and so do disks
+    that have no locks.
 
     Args:
         waiting: called once if another process holds it.
@@ -63,7 +64,7 @@ def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterato
         except FileNotFoundError:
             continue  # its holder has just removed the folder
         try:
-            if not _take(file, fcntl.LOCK_EX):
+            if not _take_if_possible(file):
                 waiting()
                 fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_still(path, file):

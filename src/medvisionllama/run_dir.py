@@ -222,7 +222,11 @@ def processor_name(cpuinfo: str) -> str:
     pairs = (line.partition(":")[::2] for line in cpuinfo.partition("\n\n")[0].splitlines())
     facts = {key.strip(): value.strip() for key, value in pairs}
     name = facts.get("model name", platform.processor())
-    if any(character.isdigit() for character in name) or not {"cpu family", "model"} <= facts.keys():
+    # A clock is no number of a model: Intel(R) Xeon(R) Processor @ 2.50GHz.
+    if (
+        any(character.isdigit() for character in name.partition("@")[0])
+        or not {"cpu family", "model"} <= facts.keys()
+    ):
         return name
     return f"{name} (family {facts['cpu family']}, model {facts['model']})"
 

@@ -24,6 +24,8 @@ model name\t: {name}
     [
         ("AMD EPYC", "AMD EPYC (family 26, model 2)"),
         ("AMD EPYC 9654 96-Core Processor", "AMD EPYC 9654 96-Core Processor"),
+        ("Xeon(R) Processor @ 2.50GHz", "Xeon(R) Processor @ 2.50GHz (family 26, model 2)"),
+        ("Xeon(R) Gold 6348 CPU @ 2.60GHz", "Xeon(R) Gold 6348 CPU @ 2.60GHz"),
     ],
 )
 def test_processor_that_hides_its_number_is_told_by_its_family(name: str, expected: str) -> None:

@@ -8,8 +8,8 @@ The manifest has the SHA-256 of each file; it is verified whenever the file is u
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from medvisionllama._files import (
     atomic_path,
     file_sha256,
-    locked_folder,
+    locked,
     user_cache,
     write_bytes,
     write_json,
@@ -54,8 +54,12 @@ class BlockCache:
         return (self.folder / file).is_file()
 
     def keep(self, file: str, content: Mapping[str, Tensor] | bytes) -> None:
-        """Write a file, then its checksum."""
+        """Write a file, then its checksum; in between it has none, and is not called damaged."""
         path = self.folder / file
+        if path.exists():
+            self.note(
+                sha256={name: value for name, value in self.noted("sha256", {}).items() if name != file}
+            )
         if isinstance(content, bytes):
             write_bytes(path, content)
         else:
@@ -157,9 +161,18 @@ def layer_file(position: int) -> str:
     return f"layer-{position:03d}.safetensors"
 
 
-def one_at_a_time() -> AbstractContextManager[bool]:
-    """Let one process of this machine fetch at a time, so that the others find what it has kept."""
-    return locked_folder(user_cache())
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Let one process fetch at a time, so that the others find what it has kept; on other machines too.
+
+    A network disk shares the locks of files, and not those of folders.
+    """
+    lock = user_cache() / "blocks.lock"
+    with locked(lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -208,16 +208,22 @@ class RemoteFile:
                 before += end - start
 
     def _bring(self, path: Path, start: int, end: int, report: Callable[[int], None]) -> None:
-        with path.open("ab", buffering=0) as part:
-            if part.tell() > end - start:
-                part.truncate(0)
-                part.seek(0)
+        path.touch()
+        # Not to append: two who bring the same bytes, where nothing is locked, then write them to the same places.
+        with path.open("r+b") as part:
+            here = part.seek(0, os.SEEK_END)
+            if here > end - start:
+                here = part.truncate(part.seek(0))
 
             def take(piece: bytes) -> None:
+                nonlocal here
+                part.seek(here)
                 part.write(piece)
-                report(part.tell())
+                part.flush()
+                here += len(piece)
+                report(here)
 
-            self._copy(lambda: start + part.tell(), end, take)
+            self._copy(lambda: start + here, end, take)
 
     def _copy(self, place: Callable[[], int], end: int, take: Callable[[bytes], None]) -> None:
         """Hand the bytes from `place()` to `end` to `take`, which moves the place; reconnect as needed."""

@@ -6,14 +6,14 @@ requests for ranges is needed, so a mirror may be a plain web server. Environmen
 """
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
 from medvisionllama._http import is_offline
 from medvisionllama.errors import BlockError
-from medvisionllama.llm.cache import CONFIG, BlockCache, one_at_a_time
+from medvisionllama.llm.cache import CONFIG, TOKENIZER, BlockCache, one_at_a_time
 from medvisionllama.llm.catalog import CatalogEntry
 from medvisionllama.llm.fetched import FetchedSource
 from medvisionllama.llm.folder import FolderPlace
@@ -49,6 +49,18 @@ class HubPlace:
         if file not in self._contents:
             self._contents[file] = self._repository.small_file(file)
         return self._contents[file]
+
+
+class _Downloaded(FolderPlace):
+    """What another program has downloaded; for a tokenizer that it left out somebody else is asked."""
+
+    def __init__(self, folder: Path, ask: Callable[[], bytes | None]) -> None:
+        super().__init__(folder)
+        self._ask = ask
+
+    def content(self, file: str) -> bytes | None:
+        found = super().content(file)
+        return self._ask() if found is None and file == TOKENIZER else found
 
 
 class _Kept:
@@ -102,10 +114,17 @@ def hub_source(
         finally:
             repository.close()
 
+    def tokenizer_of_repository() -> bytes | None:
+        if not is_offline(offline):
+            # Other files beside the weights may do.
+            with suppress(BlockError), place() as files:
+                return files.content(TOKENIZER)
+        return None
+
     @contextmanager
     def opened() -> Iterator[Source]:
         if downloaded:
-            yield CheckpointReader(FolderPlace(downloaded), name=identifier)
+            yield CheckpointReader(_Downloaded(downloaded, tokenizer_of_repository), name=identifier)
             cache.note(repository=repo, revision=revision, commit=downloaded.name)
             return
         with place() as files:

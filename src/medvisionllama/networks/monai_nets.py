@@ -19,13 +19,15 @@ from medvisionllama.types import ImageBatch, LogitBatch, RivalName, Triple
 
 PUBLISHED_CHANNELS: dict[RivalName, int] = {
     "unetr": 16,
-    "swin_unetr": 24,
+    "swin_unetr": 48,
     "dynunet": 32,
-    "segresnet": 16,
+    "segresnet": 32,
     "unet++": 32,
     "unet": 32,
 }
-"""Channels of the first stage, or feature size: MONAI's defaults, and for SegResNet that of Myronenko 2018."""
+"""Channels of the first stage, or feature size, as their papers have them: 32 in SegResNet (Myronenko 2018) and 48
+in Swin UNETR (Hatamizadeh et al. 2022), twice MONAI's examples of them; of the others, and of BasicUNet, MONAI's
+defaults."""
 _CHANNELS_LAST = {"unetr", "unet++"}  # faster so in bf16 on two Zen 4 cores; the others are slower so
 _MOST_CHANNELS = 320  # nnU-Net's limit in three dimensions
 _SMALLEST_EDGE = 8  # nnU-Net halves an axis while it is at least this long

