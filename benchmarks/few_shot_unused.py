@@ -4,7 +4,7 @@ Four test patients say little about 0.02; the two dozen left over by a fold of w
 
 python benchmarks/few_shot_unused.py "small=runs/a" "DynUNet=runs/b" --out trials/acdc-split0.csv
 
-scores trainings of one split, the first against the others: a line of `--out` for each scan and class, and beside it
+scores trainings of one split, the first against the others: a line of `--out` for each scan and class, beside it
 `-validation.csv` with the course of each training.
 """
 
