@@ -76,7 +76,7 @@ Scores = dict[tuple[str, str, int], pd.Series]
 
 def difference(
     scores: Scores, patients: Mapping[Any, str], machine: str, arm: str, reference: str
-) -> dict[str, float]:
+) -> dict[str, float | str]:
     """An arm's Dice minus the reference's on the same cases: mean over patients, of several seeds mean of theirs.
 
     The interval is over patients; one who comes in several seeds is drawn with all of them. How much trainings vary

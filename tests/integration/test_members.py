@@ -74,6 +74,17 @@ def same_weights(ours, theirs):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_run_predicts_from_the_files_that_the_documents_name(pair, phantoms, tmp_path):
+    scan, bare = phantoms / "imagesTr" / "phantom_000.nii.gz", tmp_path / "run"
+    for folder in (pair.path, pair.member(2).path):
+        to = bare / folder.relative_to(pair.path)
+        to.mkdir(parents=True)
+        for name in ("config.yaml", "plan.json", "best.safetensors"):
+            shutil.copy(folder / name, to)
+    ours, theirs = (Predictor.from_run(path).predict(scan).mask.array for path in (pair.path, bare))
+    assert (ours == theirs).all()
+
+
 def test_each_member_is_the_run_that_it_would_be_alone(pair, phantoms, tmp_path):
     second = pair.member(2)
     seed = read_config(second.config).train.seed
