@@ -283,9 +283,12 @@ def test_a_difference_is_the_mean_over_patients(module, tmp_path):
 
 def test_seeds_count_the_same_however_many_patients_they_share(module):
     summary = module("few_shot_summary")
-    # Two seeds share a patient; the mean over patients of their means would be 0.2.
-    seeds = [pd.Series({"a": 0.0, "b": 0.3}), pd.Series({"a": 0.0, "c": 0.3})]
-    patients = {"a_1": "a", "b_1": "b", "c_1": "c"}
+    # Two seeds share half of their patients, who gain nothing; the mean over patients would be 0.2.
+    shared = {f"a{number}": 0.01 * number - 0.02 for number in range(5)}
+    seeds = [
+        pd.Series(shared | {f"{seed}{number}": 0.28 + 0.01 * number for number in range(5)}) for seed in "bc"
+    ]
+    patients = {f"{name}_1": name for values in seeds for name in values.index}
     scores = {}
     for seed, values in enumerate(seeds):
         scores["here", "arm", seed] = values.rename(lambda name: f"{name}_1")
@@ -293,7 +296,7 @@ def test_seeds_count_the_same_however_many_patients_they_share(module):
     found = summary.difference(scores, patients, "here", "arm", "block")
     assert found["minus_block"] == pytest.approx(0.15)
     assert found["by_seed"] == "0.15 0.15"
-    assert found["low"] < 0.15 < found["high"] <= 0.3
+    assert 0 < found["low"] < 0.15 < found["high"] < 0.3
 
 
 def test_an_interval_of_one_seed_is_that_over_its_patients(module):

@@ -194,7 +194,7 @@ def test_a_file_in_the_folder_one_stands_in_is_not_pip(monkeypatch, tmp_path):
 
 def _python_without_pip(folder):
     venv.create(folder / "bare", with_pip=False)
-    return next((folder / "bare").glob("*/python*"))
+    return next(path for path in (folder / "bare").glob("*/python*") if path.is_file())
 
 
 @pytest.mark.slow
