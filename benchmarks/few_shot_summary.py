@@ -116,7 +116,9 @@ def mean_of_seeds_interval(by_patient: Sequence[pd.Series]) -> tuple[float, floa
     table = pd.concat(by_patient, axis=1).to_numpy()
 
     def mean_of_means(drawn: np.ndarray) -> float:
-        return float(np.nanmean(table[drawn], axis=0).mean())
+        numbers = (~np.isnan(table[drawn])).sum(axis=0)
+        # Of few patients a draw may have none of a seed.
+        return float((np.nansum(table[drawn], axis=0)[numbers > 0] / numbers[numbers > 0]).mean())
 
     result = bootstrap(
         (np.arange(len(table)),),

@@ -299,6 +299,12 @@ def test_seeds_count_the_same_however_many_patients_they_share(module):
     assert 0 < found["low"] < 0.15 < found["high"] < 0.3
 
 
+def test_seeds_of_few_patients_have_an_interval(module):
+    seeds = [pd.Series({f"{seed}{number}": 0.1 * number for number in range(4)}) for seed in "ab"]
+    low, high = module("few_shot_summary").mean_of_seeds_interval(seeds)
+    assert 0 < low < 0.15 < high < 0.3
+
+
 def test_an_interval_of_one_seed_is_that_over_its_patients(module):
     values = pd.Series(np.random.default_rng(0).normal(0.02, 0.01, 20), index=[f"p{n}" for n in range(20)])
     found = module("few_shot_summary").mean_of_seeds_interval([values, values.copy()])
