@@ -62,7 +62,7 @@ def copy_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) 
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
             raise CheckpointError(
-                f"{where}: {name} has shape {tuple(tensors[name].shape)}, the network needs {tuple(parameter.shape)}; config.yaml belongs to another run"
+                f"{where}: {name} has shape {tuple(tensors[name].shape)}, the network needs {tuple(parameter.shape)}; config.yaml belongs to another run, or this version builds that network otherwise"
             )
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])

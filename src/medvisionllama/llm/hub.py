@@ -7,7 +7,7 @@ requests for ranges is needed, so a mirror may be a plain web server. Environmen
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
@@ -60,7 +60,9 @@ class _Downloaded(FolderPlace):
 
     def content(self, file: str) -> bytes | None:
         found = super().content(file)
-        return self._ask() if found is None and file == TOKENIZER else found
+        # Other files of words may do, and what does must not depend on the network of the moment.
+        others = any((self.folder / name).is_file() for name in ("vocab.json", "vocab.txt"))
+        return self._ask() if found is None and file == TOKENIZER and not others else found
 
 
 class _Kept:
@@ -100,7 +102,11 @@ def hub_source(
     def place() -> Iterator[HubPlace]:
         parts = cache.folder / "parts"
         repository = Repository(
-            repo, revision, commit=cache.noted("commit"), parts=parts, progress=progress or Silent()
+            repo,
+            revision,
+            commit=cache.noted("commit") or (downloaded.name if downloaded else None),
+            parts=parts,
+            progress=progress or Silent(),
         )
         try:
             yield HubPlace(repository, cache)
@@ -115,11 +121,10 @@ def hub_source(
             repository.close()
 
     def tokenizer_of_repository() -> bytes | None:
-        if not is_offline(offline):
-            # Other files beside the weights may do.
-            with suppress(BlockError), place() as files:
-                return files.content(TOKENIZER)
-        return None
+        if is_offline(offline):
+            return None
+        with place() as files:
+            return files.content(TOKENIZER)
 
     @contextmanager
     def opened() -> Iterator[Source]:

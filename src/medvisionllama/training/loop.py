@@ -251,7 +251,8 @@ class TrainingLoop:
             )
         if too_long is not None:
             self.state.would_take_seconds = too_long
-            self._say_validated_late(too_long, progress)
+            if self.timetable.progress < 1.0:
+                self._say_validated_late(too_long, progress)
         return True
 
     def _put_off_validation(self, seconds: float, progress: Progress) -> None:

@@ -68,7 +68,8 @@ def validate_cases(
 
     Args:
         patience_seconds: give up after one case or two if all of them, by their voxels, would take longer; then the
-            record holds `would_take_seconds` alone. Of a single case, which is over by then, it holds that too.
+            record holds `would_take_seconds` alone. Of a single case, or one for each
+            process, which are over by then, it holds that too.
         interrupted: asked between cases, of which there may be many minutes' worth; then the record says
             `interrupted`.
     """
@@ -121,7 +122,7 @@ def validate_cases(
         # Each row stands in one process and is zero in the others, so the sum is exact.
         table = processes.sum(table)
     too_long = {}
-    if len(cases) == 1 and patience_seconds is not None:
+    if len(cases) <= side_by_side and patience_seconds is not None:
         longest = processes.first(longest)
         too_long = {"would_take_seconds": longest} if longest > patience_seconds else {}
     scores, present = table.numpy()

@@ -108,11 +108,10 @@ def test_a_tokenizer_that_another_program_left_out_is_fetched(hub, checkpoints, 
 
 def test_rows_that_were_being_replaced_when_all_ended_are_not_called_damaged(hub, monkeypatch):
     open_source("org/whole").embedding_rows([5], LLAMA)
-    note, calls = BlockCache.note, []
+    note = BlockCache.note
 
     def ended(self, **facts):
-        calls.append(facts)
-        if len(calls) == 2:
+        if "rows.safetensors" in facts.get("sha256", {}):
             raise KeyboardInterrupt
         note(self, **facts)
 

@@ -194,6 +194,35 @@ def test_a_single_case_that_takes_too_long_counts_and_says_so(cases, monkeypatch
     assert "dice" in record
 
 
+def test_processes_of_a_case_each_say_that_it_takes_too_long(cases, monkeypatch):
+    class FirstOfTwo:
+        num, index = 2, 0
+
+        def __init__(self, accelerator):
+            pass
+
+        def first(self, value):
+            return value
+
+        def any(self, value):
+            return value
+
+        def sum(self, table):
+            return table
+
+    found, plan = cases
+    seconds = iter(range(100))
+    monkeypatch.setattr(validation, "Processes", FirstOfTwo)
+    monkeypatch.setattr(validation, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(validation, "case_mask", lambda network, case, plan, shape, **_: np.zeros(shape))
+    network, config = Everywhere(1, 4), load_config("small")
+    record = validate_cases(
+        network, [found[0]] * 2, plan, config, Accelerator(cpu=True), patience_seconds=0.5
+    )
+    assert record["would_take_seconds"] == 1
+    assert "dice" in record
+
+
 class Sized:
     """A case whose image says that it has another size."""
 
