@@ -65,7 +65,7 @@ def test_patients_who_came_into_the_folder_since_are_none_of_the_run_s(plain, tm
         (data / part / f"{test}.nii.gz").rename(tmp_path / part)
     gone = cli("evaluate", run)
     assert gone.code == 2
-    assert f"no longer holds '{test}', one of the 1 test cases" in gone.err
+    assert f"no longer holds '{test}', one of the test cases of {run}" in gone.err
     assert RunDir(run).evaluation.read_text() == before
     for part in ("images", "labels"):
         (tmp_path / part).rename(data / part / f"{test}.nii.gz")
