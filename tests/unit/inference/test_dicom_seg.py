@@ -569,14 +569,6 @@ def test_a_mask_that_memory_cannot_hold_is_no_fault_of_the_scan(tmp_path, monkey
         write_seg(tmp_path / "mask.dcm", np.ones((5, 8, 6), np.uint8), series_of(tmp_path / "scan"), CLASSES)
 
 
-def test_a_mask_that_begins_at_a_slice_far_off_the_grid_is_read_back(tmp_path):
-    datasets = classic(np.zeros((9, 8, 6), np.int16), spacing=(1, 1, 0.625))
-    for number, dataset in enumerate(datasets):
-        x, y, _ = dataset.ImagePositionPatient
-        dataset.ImagePositionPatient = ds(float(x), float(y), round(0.625 * number, 1))
-    assert_comes_back(datasets, tmp_path, slice(2, 9))
-
-
 @pytest.mark.parametrize("frames", [False, True])
 def test_planes_of_few_decimals_are_written_at_right_angles(tmp_path, frames):
     rough = np.round(OBLIQUE, 3)

@@ -15,9 +15,6 @@ from medvisionllama.data.volume import Volume
 from medvisionllama.errors import DataError
 from medvisionllama.types import AffineMatrix
 
-# Slices lie as far off a scan's grid as we accept, and distances are measured from one of them.
-_MAX_DEVIATION = 2 * MAX_SHARE_OF_STEP
-
 
 def read_header(path: Path) -> Header:
     """Shape and place of the slices from the first to the last that a mask stores."""
@@ -107,7 +104,7 @@ def _labels(path: Path) -> tuple[np.ndarray, AffineMatrix, dict[int, str]]:
             )
         labels = _names(mask)
         try:
-            volume = mask.get_volume(combine_segments=True, rtol=_MAX_DEVIATION)
+            volume = mask.get_volume(combine_segments=True, rtol=MAX_SHARE_OF_STEP)
         except RuntimeError as error:
             # The failed reading still holds highdicom's tables, so open the file anew.
             raise _no_volume(path, error, _open(path)) from None
@@ -131,7 +128,9 @@ def _no_volume(path: Path, error: RuntimeError, mask: Any) -> DataError:
     labels = _names(mask)
     seen: np.ndarray | None = None
     for number in labels:
-        own = mask.get_volume(segment_numbers=[number], combine_segments=True, rtol=_MAX_DEVIATION).array > 0
+        own = (
+            mask.get_volume(segment_numbers=[number], combine_segments=True, rtol=MAX_SHARE_OF_STEP).array > 0
+        )
         seen = np.zeros(own.shape, np.uint16) if seen is None else seen
         both = own & (seen > 0)
         if both.any():
