@@ -114,9 +114,10 @@ def mean_of_seeds_interval(by_patient: Sequence[pd.Series]) -> tuple[float, floa
     if len(by_patient) == 1:
         return bootstrap_interval(by_patient[0].tolist(), by_patient[0].index.tolist())
     table = pd.concat(by_patient, axis=1).to_numpy()
-    if len(table) < 2 or np.nanmax(table) == np.nanmin(table):
-        same = float(table[0, 0]) if len(table) > 1 else float("nan")
-        return same, same
+    if len(table) < 2:
+        return float("nan"), float("nan")
+    if np.nanmax(table) == np.nanmin(table):
+        return float(np.nanmax(table)), float(np.nanmax(table))
 
     def mean_of_means(drawn: np.ndarray) -> float:
         numbers = (~np.isnan(table[drawn])).sum(axis=0)

@@ -102,12 +102,11 @@ def choose_place(*, slots: int | None, threads: int | None) -> tuple[int, int, t
     import torch
 
     gpus = visible_gpus(torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    cores = len(available_cores())
+    cores = min(len(available_cores()), cpu_limit())
     if gpus:
         slots = slots or len(gpus)
         return slots, threads or max(1, cores // slots), gpus
     threads = threads or 1
-    cores = min(cores, cpu_limit())
     return slots or max(1, min(cores // threads, free_memory() // _BYTES_PER_RUN)), threads, ()
 
 

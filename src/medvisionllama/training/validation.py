@@ -68,8 +68,8 @@ def validate_cases(
 
     Args:
         patience_seconds: give up after one case or two if all of them, by their voxels, would take longer; then the
-            record holds `would_take_seconds` alone. Of a single case, or one for each
-            process, which are over by then, it holds that too.
+            record holds `would_take_seconds` alone. Of a single case, or one for each process,
+            which are over by then, it holds that too.
         interrupted: asked between cases, of which there may be many minutes' worth; then the record says
             `interrupted`.
     """

@@ -305,6 +305,11 @@ def test_seeds_of_few_patients_have_an_interval(module):
     assert 0 < low < 0.15 < high < 0.3
 
 
+def test_seeds_that_all_differ_by_the_same_have_no_width(module):
+    seeds = [pd.Series({"b": 0.25}), pd.Series({"a": 0.25, "c": 0.25})]
+    assert module("few_shot_summary").mean_of_seeds_interval(seeds) == (0.25, 0.25)
+
+
 def test_an_interval_of_one_seed_is_that_over_its_patients(module):
     values = pd.Series(np.random.default_rng(0).normal(0.02, 0.01, 20), index=[f"p{n}" for n in range(20)])
     found = module("few_shot_summary").mean_of_seeds_interval([values, values.copy()])
