@@ -114,16 +114,26 @@ def is_locked(path: Path) -> bool:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[bool]:
-    """Hold a lock on a folder itself, so that no file is left behind, and say whether; Windows does without."""
+    """Hold a lock on a folder itself, so that no file is left behind, and say whether.
+
+    Windows does without, and so do disks that lock no folders, as network disks do.
+    """
     if fcntl is None:
         yield False
         return
     file = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield True
+        yield _waited_for(file)
     finally:
         os.close(file)
+
+
+def _waited_for(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def _take(file: int, kind: int) -> bool:

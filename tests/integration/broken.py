@@ -54,6 +54,8 @@ class Broken:
     code: str
     words: str
     train: bool = False
+    train_words: str = ""
+    """What `train` says where it says it otherwise."""
     """`train` sees it too, and refuses."""
     num_cases: int = 6
     channels: Sequence[str] = ("MRI",)
@@ -204,7 +206,11 @@ ERRORS: dict[str, Broken] = {
         lambda r: voxel(label(r), 70_000, np.int32), "label-range", "found 0..70000", train=True
     ),
     "NaN in a label": Broken(
-        lambda r: voxel(label(r), np.nan), "label-not-finite", "1 voxels are NaN", train=True
+        lambda r: voxel(label(r), np.nan),
+        "label-not-finite",
+        "1 voxels are NaN",
+        train=True,
+        train_words="1 voxel is NaN",
     ),
     "every label empty": Broken(
         lambda r: empty(r, cases(r)), "all-labels-empty", "none of the 6 labels holds a labelled voxel"
@@ -221,7 +227,9 @@ ERRORS: dict[str, Broken] = {
     "constant image": Broken(
         lambda r: change(scan(r), lambda a: np.full_like(a, 7)), "image-constant", "every voxel is 7"
     ),
-    "image and label exchanged": Broken(exchange, "image-is-mask", "exchanged", train=True),
+    "image and label exchanged": Broken(
+        exchange, "image-is-mask", "exchanged", train=True, train_words="labels must be whole numbers"
+    ),
     "label as image": Broken(label_as_image, "image-is-mask", "few values of a mask"),
     "one scan for two patients": Broken(
         lambda r: copy_case(r, "case_001", CASE),
@@ -245,6 +253,7 @@ ERRORS: dict[str, Broken] = {
         "not-in-splits",
         f"the patient '{CASE}' is in no part of fold 0",
         train=True,
+        train_words=f"the patient '{CASE}' is in no part of the splits",
         options=SPLITS,
     ),
     "one scan in training and test": Broken(

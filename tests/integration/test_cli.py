@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from medvisionllama import api
 from medvisionllama.config import PRESETS
 from medvisionllama.training.fit import RunResult
 
@@ -65,6 +66,22 @@ def test_offline_refuses_to_fetch(cli, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert outcome.code == 2
     assert "downloads are off" in outcome.err
+
+
+def test_the_minutes_of_the_demo_begin_with_its_block_there(tmp_path, monkeypatch):
+    done = []
+
+    def train(*_, **__):
+        done.append("train")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        "medvisionllama.networks.factory.check_insert", lambda config: done.append(config.block.source)
+    )
+    monkeypatch.setattr("medvisionllama.api.runs.train", train)
+    with pytest.raises(KeyboardInterrupt):
+        api.demo(out=tmp_path / "demo")
+    assert done == ["smollm2-135m", "train"]
 
 
 def test_every_verb_on_data_is_a_function_of_the_same_name(phantoms, tmp_path):

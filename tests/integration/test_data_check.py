@@ -48,13 +48,14 @@ def test_what_is_broken_is_found_and_decides_the_exit_code(name, dataset_folder,
 
 @pytest.mark.parametrize("name", [name for name, broken in ERRORS.items() if broken.train])
 def test_train_refuses_what_it_can_see_and_writes_nothing(name, dataset_folder, tmp_path, cli):
-    root, _, options = break_dataset(name, dataset_folder)
+    root, broken, options = break_dataset(name, dataset_folder)
     names = {"--splits": "data.splits", "--patient-pattern": "data.patient_pattern"}
     extra = ["--set", f"{names[options[0]]}={options[1]}"] if options else []
     outcome = cli("train", root, "--out", tmp_path / "run", "--epochs", 1, *settings(), *extra)
     assert outcome.code == 2
     lines = [line for line in outcome.err.splitlines() if line.startswith("medvisionllama: ")]
     assert len(lines) == 1, outcome.err
+    assert (broken.train_words or broken.words) in lines[0]
     assert not (tmp_path / "run").exists()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 
 from dicom_files import affine_of, classic, read_seg, save
@@ -205,6 +206,38 @@ def test_a_damaged_series_beside_a_scan_stops_only_itself(run, phantoms, tmp_pat
     assert outcome.code == 2
     assert "damaged or truncated" in outcome.err
     assert (tmp_path / "m" / "phantom_000.nii.gz").is_file()
+
+
+def test_a_damaged_file_stops_the_series_of_its_folder_alone(run, tmp_path, cli):
+    stored = np.random.default_rng(0).integers(0, 500, (8, 16, 16)).astype(np.int16)
+    for name in ("P1", "P2", "P3"):
+        save(classic(stored), tmp_path / "in" / name)
+    torn = next((tmp_path / "in" / "P2").iterdir())
+    torn.write_bytes(torn.read_bytes()[:400])
+    # Nothing of this one is whole.
+    shutil.copytree(tmp_path / "in" / "P2", tmp_path / "in" / "P4")
+    for file in (tmp_path / "in" / "P4").iterdir():
+        file.write_bytes(file.read_bytes()[:400])
+    outcome = cli("predict", run, tmp_path / "in", "--out", tmp_path / "m", "--json")
+    assert outcome.code == 2
+    records = {record["case"]: record.get("error", "") for record in json.loads(outcome.out)}
+    assert [not records[name] for name in ("P1", "P2", "P3", "P4")] == [True, False, True, False]
+    assert f"{torn} is damaged or truncated" in records["P2"]
+    assert str(tmp_path / "in" / "P4") in records["P4"]
+    assert {path.name for path in (tmp_path / "m").glob("*.dcm")} == {"P1.dcm", "P3.dcm"}
+
+
+def test_a_series_that_several_arguments_share_is_one_scan(run, tmp_path):
+    datasets = classic(np.random.default_rng(0).integers(0, 500, (8, 16, 16)).astype(np.int16))
+    halves = [tmp_path / "x" / "1", tmp_path / "x" / "2"]
+    save(datasets[::2], halves[0])
+    save(datasets[1::2], halves[1])
+    for inputs in (halves, sorted(path for half in halves for path in half.iterdir())):
+        [record] = api.predict(run, inputs, out=tmp_path / "m", overwrite=True)
+        assert (record["case"], record["source"]["folder"]) == ("x", str(tmp_path / "x"))
+        assert (
+            len(pydicom.dcmread(record["mask"]).ReferencedSeriesSequence[0].ReferencedInstanceSequence) == 8
+        )
 
 
 def test_a_folder_that_cannot_be_listed_is_told_in_one_line(run, tmp_path, cli, unlistable):

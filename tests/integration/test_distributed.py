@@ -26,7 +26,8 @@ ACCELERATE = [
     *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0),
 ]
 TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc_per_node", 2]
-STEPS = 12
+# Ten passes over five cases, four crops a step.
+STEPS, EPOCHS = 12, 10
 SETTINGS = {
     **TINY,
     "train.precision": "fp32",
@@ -128,7 +129,7 @@ def assert_same_run(run: RunDir, other: RunDir) -> None:
 def alone(phantoms, tmp_path_factory):
     """The run of one process."""
     path = tmp_path_factory.mktemp("alone") / "run"
-    api.train(phantoms, out=path, epochs=STEPS, overrides=SETTINGS)
+    api.train(phantoms, out=path, epochs=EPOCHS, overrides=SETTINGS)
     history = RunDir(path).read_history()
     assert len(history) == STEPS
     assert history[-1]["loss"] < 0.97 * history[0]["loss"], "the run must learn, or equality says little"
@@ -137,7 +138,7 @@ def alone(phantoms, tmp_path_factory):
 
 def test_two_processes_train_validate_and_test_as_one_does(start, alone, phantoms, tmp_path):
     run = RunDir(tmp_path / "run")
-    process = start(ACCELERATE, ["-m", "medvisionllama"], phantoms, run.path, "--epochs", STEPS, *settings())
+    process = start(ACCELERATE, ["-m", "medvisionllama"], phantoms, run.path, "--epochs", EPOCHS, *settings())
     out, errors = finish(process)
     assert process.returncode == 0, errors
     assert_same_run(run, alone)
@@ -218,7 +219,7 @@ def test_ctrl_c_stops_both_processes_and_one_process_goes_on_to_the_same_end(
     start, alone, phantoms, tmp_path
 ):
     run = RunDir(tmp_path / "run")
-    process = start(TORCHRUN, ["-m", "medvisionllama"], phantoms, run.path, "--epochs", STEPS, *settings())
+    process = start(TORCHRUN, ["-m", "medvisionllama"], phantoms, run.path, "--epochs", EPOCHS, *settings())
     wait_for(run.state, process)
     os.killpg(process.pid, signal.SIGINT)
     out, errors = finish(process)
@@ -233,7 +234,7 @@ def test_ctrl_c_stops_both_processes_and_one_process_goes_on_to_the_same_end(
 
 def test_an_exception_in_one_process_ends_the_run(start, phantoms, tmp_path, program):
     run = RunDir(tmp_path / "run")
-    process = start(TORCHRUN, program(BROKEN_SECOND), phantoms, run.path, "--epochs", STEPS, *settings())
+    process = start(TORCHRUN, program(BROKEN_SECOND), phantoms, run.path, "--epochs", EPOCHS, *settings())
     _, errors = finish(process)
     assert process.returncode not in (0, None)
     assert "the second process broke" in errors
@@ -242,7 +243,7 @@ def test_an_exception_in_one_process_ends_the_run(start, phantoms, tmp_path, pro
 
 def test_a_sharded_block_is_held_in_halves_and_changes_nothing(start, alone, phantoms, tmp_path, program):
     run = RunDir(tmp_path / "run")
-    arguments = ["--epochs", STEPS, "--no-test", *settings(train__shard_block="true")]
+    arguments = ["--epochs", EPOCHS, "--no-test", *settings(train__shard_block="true")]
     process = start(TORCHRUN, program(SAYS_WHAT_IT_HOLDS), phantoms, run.path, *arguments)
     out, errors = finish(process)
     assert process.returncode == 0, errors
@@ -281,7 +282,7 @@ def test_two_processes_go_on_with_the_run_of_one(start, alone, phantoms, tmp_pat
 
     monkeypatch.setattr(TrainingLoop, "_step", lambda loop: taken.append(1) or step(loop))
     monkeypatch.setattr("medvisionllama.training.loop.interruptible", after_five_steps)
-    assert api.train(phantoms, out=run.path, epochs=STEPS, overrides=SETTINGS, test=False).steps == 5
+    assert api.train(phantoms, out=run.path, epochs=EPOCHS, overrides=SETTINGS, test=False).steps == 5
     process = start(ACCELERATE, ["-m", "medvisionllama"], phantoms, run.path, "--resume", "--no-test")
     _, errors = finish(process)
     assert process.returncode == 0, errors

@@ -209,4 +209,4 @@ def test_resume_refuses_a_changed_dataset(run, phantoms, tmp_path, cli):
     )
     outcome = cli("train", copy_of_data, "--out", copy_of_run, "--resume", "--epochs", 8)
     assert outcome.code == 2
-    assert "changed" in outcome.err
+    assert "the data changed since" in outcome.err

@@ -175,6 +175,94 @@ def test_what_was_done_before_a_disk_filled_is_printed(runs, scans, tmp_path, cl
     assert [record["mask"] for record in json.loads(outcome.out)] == [str(path) for path in written]
 
 
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Have something happen while the first scan is segmented."""
+    segment = Predictor.segment
+
+    def arrange(happens):
+        def segmented(self, scan, **options):
+            monkeypatch.setattr(Predictor, "segment", segment)
+            made = segment(self, scan, **options)
+            happens()
+            return made
+
+        monkeypatch.setattr(Predictor, "segment", segmented)
+
+    return arrange
+
+
+def test_a_mask_that_another_process_has_made_meanwhile_is_not_replaced(runs, scans, tmp_path, meanwhile):
+    scan, folder = scans / "phantom_000.nii.gz", tmp_path / "m"
+    meanwhile(lambda: api.predict(runs[1], scan, out=folder))
+    with pytest.raises(DataError, match="already exists"):
+        api.predict(runs[0], scan, out=folder)
+    [line] = read_json_lines(folder / "predictions.jsonl")
+    assert line["made_by"]["weights_sha256"] == [RunDir(runs[1]).weights_sha256()]
+    expected = Predictor.from_run(runs[1]).predict(scan).mask.array
+    np.testing.assert_array_equal(nib.load(folder / scan.name).get_fdata(), expected)
+
+
+def test_a_batch_that_another_one_helps_leaves_out_what_is_made(runs, scans, tmp_path, meanwhile):
+    folder = tmp_path / "m"
+    (scan, *others) = sorted(scans.iterdir())
+    meanwhile(lambda: api.predict(runs[0], [scan, others[1]], out=folder))
+    [record] = api.predict(runs[0], scans, out=folder, resume=True)
+    assert record["case"] == "phantom_001"
+    lines = read_json_lines(folder / "predictions.jsonl")
+    assert sorted(line["case"] for line in lines) == ["phantom_000", "phantom_001", "phantom_002"]
+
+
+def test_a_scan_that_changes_while_it_is_segmented_gets_no_mask(runs, scans, tmp_path, meanwhile):
+    scan, folder = scans / "phantom_000.nii.gz", tmp_path / "m"
+    image = nib.load(scan)
+    changed = nib.Nifti1Image(image.get_fdata() + 1, image.affine)
+    meanwhile(lambda: nib.save(changed, scan))
+    first, *others = api.predict(runs[0], scans, out=folder, keep_going=True)
+    assert "phantom_000.nii.gz changed while it was segmented" in first["error"]
+    assert not (folder / scan.name).exists()
+    assert not any("error" in record for record in others)
+    assert len(api.predict(runs[0], scans, out=folder, resume=True)) == 1
+
+
+@pytest.mark.parametrize("name", ["phantom_000.nii.gz", "phantom_002.nii.gz"])
+def test_a_scan_that_is_moved_away_does_not_stop_the_others(runs, scans, tmp_path, cli, meanwhile, name):
+    meanwhile((scans / name).unlink)
+    outcome = cli("predict", runs[0], scans, "--out", tmp_path / "m", "--json")
+    assert outcome.code == 2
+    failed = [record for record in json.loads(outcome.out) if "error" in record]
+    assert [record["source"]["file"] for record in failed] == [str(scans / name)]
+    assert "was the scan moved?" in failed[0]["error"]
+
+
+def test_a_mask_that_no_line_can_be_written_for_goes_and_resume_makes_it(runs, scans, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("medvisionllama.inference.ledger.append_json", full)
+        with pytest.raises(OSError, match="No space"):
+            api.predict(runs[0], scans, out=tmp_path / "m")
+    assert not list((tmp_path / "m").glob("*.nii.gz"))
+    assert len(api.predict(runs[0], scans, out=tmp_path / "m", resume=True)) == 3
+
+
+def test_one_scan_that_has_changed_does_not_keep_new_ones_from_their_masks(runs, scans, tmp_path, cli):
+    changed, folder = scans / "phantom_000.nii.gz", tmp_path / "m"
+    assert cli("predict", runs[0], changed, "--out", folder).code == 0
+    mask = (folder / changed.name).read_bytes()
+    image = nib.load(changed)
+    nib.save(nib.Nifti1Image(image.get_fdata() + 1, image.affine), changed)
+    outcome = cli("predict", runs[0], scans, "--out", folder, "--resume", "--json")
+    assert outcome.code == 2
+    first, *others = json.loads(outcome.out)
+    assert "has changed since" in first["error"]
+    assert [record["case"] for record in others if "error" not in record] == ["phantom_001", "phantom_002"]
+    assert (folder / changed.name).read_bytes() == mask
+    # Other networks make no mixture of a folder: nothing is segmented.
+    assert "was made by other networks" in cli("predict", runs[1], scans, "--out", folder, "--resume").err
+
+
 def test_a_sheared_scan_is_doubted_and_its_volumes_are_right(runs, scans, tmp_path):
     image = nib.load(scans / "phantom_000.nii.gz")
     tilt = np.eye(4)
@@ -232,7 +320,7 @@ def test_resume_takes_no_mask_of_another_run_or_of_other_voxels(runs, scans, tmp
     assert "no predictions.jsonl beside it" in refused(runs[0], scan)
 
 
-@pytest.mark.parametrize(("name", "done"), [("files_sha256", 0), ("write_text", 1)])
+@pytest.mark.parametrize(("name", "done"), [("_check_unchanged", 0), ("write_text", 1)])
 def test_wherever_a_batch_is_stopped_resume_goes_on(runs, scans, tmp_path, monkeypatch, name, done):
     def stop(*_):
         raise KeyboardInterrupt
@@ -551,6 +639,9 @@ def test_doubtful_scans_are_named(runs, scans, tmp_path):
     text = " ".join(record["warnings"])
     assert "far coarser than the network's grid" in text
     assert "the same everywhere" in text
+    # They outlive the terminal that showed them.
+    [line] = read_json_lines(tmp_path / "m" / "predictions.jsonl")
+    assert line["warnings"] == record["warnings"]
 
 
 def test_a_spacing_that_fits_no_memory_does_not_stop_the_others(runs, scans, tmp_path, cli):

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from medvisionllama._files import check_file_name
 from medvisionllama.config import load_config
@@ -159,59 +159,3 @@ def plan(
     from medvisionllama.training.prepare import plan_from_headers
 
     return plan_from_headers(load_config(preset, {"data.path": Path(data), **parse_overrides(overrides)}))
-
-
-def download(
-    what: str,
-    *,
-    out: Path | str = Path(),
-    mirror: str | None = None,
-    sha256: str | None = None,
-    keep_archive: bool = False,
-    offline: bool | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """Fetch a task of the Medical Segmentation Decathlon, or an archive of one's own, and unpack it.
-
-    Args:
-        what: `Task04`, `4` or `hippocampus`; or the https address of a .tar, .tar.gz or .zip.
-        out: folder that gets the dataset's folder.
-
-    Returns:
-        The dataset's folder.
-    """
-    from medvisionllama.data.download import download as fetch
-
-    return fetch(
-        what,
-        Path(out),
-        mirror=mirror,
-        sha256=sha256,
-        keep_archive=keep_archive,
-        offline=offline,
-        progress=progress,
-    )
-
-
-def convert(
-    source: Path | str,
-    out: Path | str,
-    *,
-    to: Literal["msd", "nnunet", "plain"],
-    transfer: Literal["link", "symlink", "copy"] = "link",
-    renumber: bool = False,
-    progress: Progress | None = None,
-) -> Path:
-    """Write a dataset in another layout, with the same cases, voxels, geometry and names.
-
-    Args:
-        out: a folder that does not exist yet; for nnU-Net named as `Dataset004_Hippocampus`.
-        transfer: how files that need no change come along.
-        renumber: let the label values be 1, 2, 3, ... for nnU-Net, which takes no others.
-
-    Returns:
-        The new folder.
-    """
-    from medvisionllama.data.convert import convert as write
-
-    return write(Path(source), Path(out), to=to, transfer=transfer, renumber=renumber, progress=progress)

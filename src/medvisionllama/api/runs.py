@@ -172,7 +172,7 @@ def predict(
         uncertainty,
     )
     progress = progress or Silent()
-    left = outputs.missing(scans, overwrite=overwrite, resume=resume)
+    left = outputs.missing(scans, overwrite=overwrite, resume=resume, keep_going=keep_going)
     if len(left) < len(scans):
         progress.say(f"{len(scans) - len(left)} of {len(scans)} scans have their masks and are left out")
     progress.say(f"segmenting on {device_words(device, configs[0].train.precision)}")  # type: ignore[arg-type] # checked above
@@ -184,6 +184,7 @@ def predict(
         left,
         outputs,
         overwrite=overwrite,
+        resume=resume,
         keep_going=keep_going,
         progress=progress,
         on_record=on_record,
@@ -351,9 +352,13 @@ def demo(
         Path of the report.
     """
     from medvisionllama.data.phantom import write_phantoms
+    from medvisionllama.networks.factory import check_insert
 
     settings = {"train.num_validations": 4, "train.seed": seed, "train.members": 1}
-    load_config("small", {"train.max_minutes": minutes, **settings})  # before phantoms lie there for nothing
+    # Before phantoms lie there for nothing.
+    config = load_config("small", {"train.max_minutes": minutes, **settings})
+    # The first one is fetched, which may take longer than the training, and is no part of its minutes.
+    check_insert(config.network)
     root = _next_folder(Path(out))
     data = write_phantoms(root / "phantoms", num_cases=30, seed=seed)
     run = root / "run"

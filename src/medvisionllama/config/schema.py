@@ -386,7 +386,7 @@ class TrainConfig(Section):
     same name and shape, outputs where the classes are the same. Nobody who trained it may validate or test here,
     and nobody who validated it may test."""
     epochs: Positive | None = None
-    """Stop after so many passes over the training cases."""
+    """Stop after so many passes over the training cases, to the nearest whole step."""
     max_steps: Positive | None = None
     """Stop after so many optimiser steps, however long they take: the limit for comparing networks step by step."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from medvisionllama.data.volume import Volume, to_ras
 from medvisionllama.errors import DataError
 from medvisionllama.types import ImageArray, LabelArray, SpacingMm
 
-_FORMAT = 5
+_FORMAT = 6
 _CENTRES_PER_CLASS = 1000
 _SAMPLES = 10_000
 _WORKERS = 4
@@ -205,15 +205,9 @@ def fit_normalisation(
             )
         low, high = (float(value) for value in np.percentile(samples, [0.5, 99.5]))
         clipped = samples.clip(low, high)
-        result.append(
-            Normalisation(
-                kind="dataset",
-                low=low,
-                high=high,
-                mean=float(clipped.mean()),
-                std=float(max(clipped.std(), 1e-6)),
-            )
-        )
+        mean = float(clipped.mean())
+        std = _divisor(mean, float(clipped.std()))
+        result.append(Normalisation(kind="dataset", low=low, high=high, mean=mean, std=std))
     return tuple(result)
 
 
@@ -237,8 +231,13 @@ def image_moments(image: ImageArray) -> list[tuple[float, float]]:
     moments = []
     for channel in image:
         mean, std = _nonzero_moments(channel)
-        moments.append((mean, std if std > 1e-8 else 1.0))
+        moments.append((mean, _divisor(mean, std)))
     return moments
+
+
+def _divisor(mean: float, std: float) -> float:
+    """The deviation, or 1 for values that are all the same to rounding, whatever their unit: m²/s are 1e-9."""
+    return std if std > 1e-8 * abs(mean) else 1.0
 
 
 def describe(cases: Sequence[CachedCase], plan: Plan) -> dict[str, Any]:
@@ -336,13 +335,12 @@ def _prepare(case: Case, plan: Plan, root: Path) -> CachedCase:
 def _alone_in(folder: Path) -> Iterator[None]:
     """Hold an entry while it is filled: as many copies of a scan as processes would fill the memory."""
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        # Some disks have no locks. There several may write the same, each file whole.
-        with suppress(OSError):
-            if stack.enter_context(locked_folder(folder)):
-                # Of a process that was killed.
-                for left in folder.glob(".partial-*"):
-                    left.unlink()
+    # Some disks have no locks. There several may write the same, each file whole.
+    with locked_folder(folder) as alone:
+        if alone:
+            # Of a process that was killed.
+            for left in folder.glob(".partial-*"):
+                left.unlink(missing_ok=True)
         yield
 
 

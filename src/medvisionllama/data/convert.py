@@ -54,15 +54,17 @@ class _Plan:
 
 
 def convert(
-    source: Path,
-    out: Path,
+    source: Path | str,
+    out: Path | str,
     *,
     to: Layout,
     transfer: Transfer = "link",
     renumber: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write a dataset in another layout; the folder appears when it is whole, or not at all.
+    """Write a dataset in another layout, with the same cases, voxels, geometry and names.
+
+    The folder appears when it is whole, or not at all.
 
     Args:
         out: a folder that does not exist yet; for nnU-Net named as `Dataset004_Hippocampus`.

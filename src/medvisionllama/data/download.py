@@ -43,7 +43,7 @@ class Wanted:
 
 def download(
     what: str,
-    out: Path = Path(),
+    out: Path | str = Path(),
     *,
     mirror: str | None = None,
     sha256: str | None = None,
@@ -52,7 +52,7 @@ def download(
     limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Fetch a dataset's archive and unpack it to a folder of its name in `out`.
+    """Fetch a task of the Medical Segmentation Decathlon, or an archive of one's own, to a folder in `out`.
 
     Args:
         what: a task of the decathlon (`Task04`, `4`, `hippocampus`), or an https address of a .tar, .tar.gz or
@@ -68,7 +68,7 @@ def download(
     Raises:
         DataError: unknown task, offline, another checksum, an archive that is refused, or too little room.
     """
-    wanted = wanted_of(what, mirror=mirror, sha256=sha256)
+    wanted, out = wanted_of(what, mirror=mirror, sha256=sha256), Path(out)
     progress, limits = progress or Silent(), limits or Limits()
     target, kept = out / wanted.name, out / wanted.file
     if _is_there(target, wanted, progress):

@@ -28,6 +28,8 @@ _MARK = re.compile(
     r"|(?:t|scan|run|ed|es)(?:[_. -]?(?P<number>\d+))?)(?=[_. -]|$)",
     re.IGNORECASE,
 )
+# A part of a name in brackets, which are no more than a way to write it.
+_BRACKETS = re.compile(r"(?<=[_. -])[(\[{]([^()\[\]{}]*)[)\]}]")
 # What may follow a mark that is a common word or a sequence of MR too: words, none of them a patient's number.
 _WORDS = re.compile(r"(?:[_. -](?:[a-z]+|t[12][a-z]*))*", re.IGNORECASE)
 _TIME = r"(?:[01]\d|2[0-3])(?:[0-5]\d){2}"
@@ -192,7 +194,8 @@ def patient_of(case_id: str, pattern: str | None = None) -> str:
     ('patient003', 'sub-01', 'hippocampus_003')
     """
     if pattern is None:
-        return _patient_by_rule(case_id)
+        # P03 (visit 2) is P03 visit 2.
+        return _patient_by_rule(_BRACKETS.sub(r"\1", case_id))
     try:
         match = re.search(pattern, case_id)
     except re.error as error:

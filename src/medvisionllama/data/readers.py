@@ -104,19 +104,37 @@ def read_label(path: ScanSource, content: bytes | None = None) -> Volume:
             f"{path}: a label must be 3-D, this one has {len(volume.array)} channels; merge them to class numbers"
         )
     raw = volume.array[0]
-    if raw.dtype.kind == "f":
+    is_real = raw.dtype.kind == "f"
+    if is_real:
         check_finite(path, raw[None])
-        whole = np.rint(raw)
-        apart = np.abs(whole - raw) > LABEL_TOLERANCE
-        if apart.any():
+        number, example = count_fractional(raw)
+        if number:
             raise DataError(
-                f"{path}: labels must be whole numbers, found {raw[apart][0]:g}; resample the label with nearest neighbour"
+                f"{path}: labels must be whole numbers, found {example:g}; resample the label with nearest neighbour"
             )
-        raw = whole
-    low, high = raw.min(), raw.max()
+    low, high = (np.rint(end) if is_real else end for end in (raw.min(), raw.max()))
     if low < 0 or high > 65_535:
         raise DataError(f"{path}: labels must lie in 0..65535, found {low:g}..{high:g}")
-    return Volume(np.ascontiguousarray(raw, np.uint8 if high < 256 else np.uint16), volume.affine)
+    labels = np.empty(raw.shape, np.uint8 if high < 256 else np.uint16)
+    if is_real:
+        np.rint(raw, out=labels, casting="unsafe")
+    else:
+        labels[...] = raw
+    return Volume(labels, volume.affine)
+
+
+def count_fractional(values: np.ndarray) -> tuple[int, float | None]:
+    """Number of values that are no whole numbers, and the first of them, plane by plane of the last axis.
+
+    Real numbers take up to eight times a label's memory; three more copies of them would not fit beside it.
+    """
+    number, example = 0, None
+    for plane in np.moveaxis(values, -1, 0) if values.ndim > 1 else [values]:
+        apart = np.abs(np.rint(plane) - plane) > LABEL_TOLERANCE
+        if found := int(np.count_nonzero(apart)):
+            example = float(plane[apart][0]) if example is None else example
+            number += found
+    return number, example
 
 
 def check_finite(path: object, array: np.ndarray) -> None:

@@ -35,8 +35,11 @@ def resample_image(image: ImageArray, shape: Triple) -> ImageArray:
 def resample_label(label: LabelArray, shape: Triple) -> LabelArray:
     """Interpolate each class by itself and keep the strongest, so no class appears between two others.
 
-    Equal shares go to the smaller value. Only voxels whose eight neighbours differ are computed, and only for the
-    neighbours' classes, slab by slab: neither time nor memory grows with the number of classes.
+    Of equal shares, as halving a grid has them along every border, voxels in turn go to the smaller and to the
+    larger value: always to the smaller, each organ would lose half a voxel of the old grid all around.
+
+    Only voxels whose eight neighbours differ are computed, and only for the neighbours' classes, slab by slab:
+    neither time nor memory grows with the number of classes.
     """
     if label.shape == tuple(shape):
         return label
@@ -44,7 +47,7 @@ def resample_label(label: LabelArray, shape: Triple) -> LabelArray:
     result = np.empty(shape, dtype=label.dtype)
     step = max(1, _SLAB_VOXELS // (shape[1] * shape[2]))
     for start in range(0, shape[0], step):
-        result[start : start + step] = _label_slab(label, x[start : start + step], y, z)
+        result[start : start + step] = _label_slab(label, x[start : start + step], y, z, start)
     return result
 
 
@@ -79,7 +82,8 @@ class _Axis:
         return (first.astype(np.float64) * self.low_weight + second * self.high_weight).astype(np.float32)
 
 
-def _label_slab(label: LabelArray, x: _Axis, y: _Axis, z: _Axis) -> LabelArray:
+def _label_slab(label: LabelArray, x: _Axis, y: _Axis, z: _Axis, start: int) -> LabelArray:
+    """The part of the new grid from `start` on along x."""
     shape = (len(x), len(y), len(z))
     corners = [
         label[along_x][:, along_y][:, :, along_z].ravel()
@@ -93,6 +97,7 @@ def _label_slab(label: LabelArray, x: _Axis, y: _Axis, z: _Axis) -> LabelArray:
         mixed |= corner != result
     places = np.flatnonzero(mixed)
     at_x, at_y, at_z = np.unravel_index(places, shape)
+    to_smaller = (start + at_x + at_y + at_z) % 2 == 0
     x, y, z = x[at_x], y[at_y], z[at_z]
     corners = [corner[places] for corner in corners]
     best = np.full(len(places), -1, dtype=np.float32)
@@ -101,7 +106,8 @@ def _label_slab(label: LabelArray, x: _Axis, y: _Axis, z: _Axis) -> LabelArray:
         found = [(corner == value).astype(np.float32) for corner in corners]
         rows = [z.mix(*found[first : first + 2]) for first in (0, 2, 4, 6)]
         share = x.mix(y.mix(*rows[:2]), y.mix(*rows[2:]))
-        better = (share > best) | ((share == best) & (value < winner))
+        wins_tie = np.where(to_smaller, value < winner, value > winner)
+        better = (share > best) | ((share == best) & wins_tie)
         best[better], winner[better] = share[better], value[better]
     result[places] = winner
     return result.reshape(shape)

@@ -64,11 +64,6 @@ class BatchSampler:
         """Cases of which `pseudo_share` of the crops are cut, once there are any."""
         self.pseudo_share = pseudo_share
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches that show every case about once."""
-        return steps_per_epoch(len(self.cases), self.batch_size)
-
     def batch(self, step: int) -> tuple[ImageBatch, LabelBatch]:
         """Return images `[b, c, x, y, z]` and class numbers `[b, x, y, z]` of this process's share of a step."""
         # The zero keeps the batches of runs from before processes shared one.
@@ -134,11 +129,6 @@ class BatchSampler:
             else:
                 centre.append(int(np.clip(wanted[axis], low, high)))
         return centre
-
-
-def steps_per_epoch(num_cases: int, batch_size: int) -> int:
-    """Batches that show every case about once."""
-    return max(1, num_cases // batch_size)
 
 
 def check_share(batch_size: int, num_ranks: int) -> None:

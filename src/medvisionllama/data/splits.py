@@ -7,7 +7,7 @@ order, so that a smaller share of them is a subset of every larger one.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,7 @@ class Splits:
     folds: tuple[Fold, ...]
 
     def to_json(self) -> dict[str, Any]:
-        content = {
-            "seed": self.seed,
-            "test": list(self.test),
-            "folds": [
-                {"train": list(fold.train), "validation": list(fold.validation)} for fold in self.folds
-            ],
-        }
+        content = asdict(self)
         return {**content, "sha256": canonical_hash(content)}
 
     @property

@@ -17,7 +17,7 @@ from medvisionllama.config import AugmentConfig
 from medvisionllama.types import ImageBatch, LabelBatch, SpacingMm, Triple
 
 _IN_PLANE_RATIO = 3.0
-"""Of spacings or of a crop's sides, above which it is turned little out of its planes."""
+"""Of a crop's sides, above which it is turned little out of its planes; of spacings, above which slices stay."""
 _ELASTIC_SPANS = 3
 """Of an elastic displacement along each axis: a cubic spline over thirds of the crop."""
 _BIAS_SPAN_MM = 70.0
@@ -36,6 +36,8 @@ class Parameters:
     effects: dict[str, float]
     """Strength of each intensity effect that was drawn."""
     noise_seed: int
+    apart: tuple[int, ...] = ()
+    """Axes along which voxels are too far apart to be mixed."""
     elastic: np.ndarray | None = None
     """Displacements `[3, 6, 6, 6]` in voxels at a spline's control points."""
     bias_field: np.ndarray | None = None
@@ -64,6 +66,13 @@ class Augmentation:
         self.flip_axes = flip_axes
         # Along an axis of one voxel there is nothing to turn into, to zoom or to shift to.
         self.flat_axes = [axis for axis, size in enumerate(crop_size) if size == 1]
+        # A mixture of two thick slices is nothing that a scanner makes, and nothing that prediction shows.
+        self.apart = tuple(
+            axis
+            for axis, spacing in enumerate(self.spacing_mm)
+            if spacing > _IN_PLANE_RATIO * np.delete(self.spacing_mm, axis).max()
+        )
+        self.still_axes = sorted({*self.flat_axes, *self.apart})
 
     def __call__(
         self, images: ImageBatch, labels: LabelBatch, rng: np.random.Generator
@@ -105,7 +114,8 @@ class Augmentation:
             zoom = np.exp(rng.uniform(*np.log(config.scale)))
             matrix = np.diag(1 / self.spacing_mm) @ turn @ np.diag(self.spacing_mm) / zoom
             shift = rng.uniform(-1, 1, 3) * config.translation * np.asarray(self.crop_size)
-            matrix[self.flat_axes, self.flat_axes] = 1.0
+            matrix[self.still_axes, self.still_axes] = 1.0
+            shift[self.still_axes] = np.round(shift[self.still_axes])
             shift[self.flat_axes] = 0.0
         for axis in self.flip_axes:
             if rng.random() < 0.5:
@@ -117,7 +127,13 @@ class Augmentation:
         }
         noise_seed = int(rng.integers(2**31))
         return Parameters(
-            matrix, shift, effects, noise_seed, self._draw_elastic(rng), self._draw_bias_field(rng)
+            matrix,
+            shift,
+            effects,
+            noise_seed,
+            self.apart,
+            self._draw_elastic(rng),
+            self._draw_bias_field(rng),
         )
 
     def _draw_elastic(self, rng: np.random.Generator) -> np.ndarray | None:
@@ -126,7 +142,7 @@ class Augmentation:
         if config.elastic == 0 or rng.random() >= config.elastic_probability:
             return None
         deviation = rng.uniform(0.3, 1.0) * config.elastic * np.asarray(self.crop_size)
-        deviation[self.flat_axes] = 0.0
+        deviation[self.still_axes] = 0.0
         return rng.standard_normal((3, *[_ELASTIC_SPANS + 3] * 3)) * deviation[:, None, None, None]
 
     def _draw_bias_field(self, rng: np.random.Generator) -> np.ndarray | None:
@@ -142,7 +158,7 @@ class Augmentation:
     def _axis_freedom(self) -> np.ndarray:
         """Share of the full angle allowed about each axis.
 
-        Turning thick slices into the plane makes stairs, and a few thin ones turned far show little but padding.
+        Thick slices are turned in their plane alone; a few thin ones turned far out of it show little but padding.
         """
         extent_mm = np.asarray(self.crop_size) * self.spacing_mm
         uneven = [
@@ -153,8 +169,8 @@ class Augmentation:
             for axis in range(3)
         ]
         freedom = np.where(uneven, 0.25, 1.0)
-        flat = [any(other != axis for other in self.flat_axes) for axis in range(3)]
-        return np.where(flat, 0.0, freedom)
+        still = [any(other != axis for other in self.still_axes) for axis in range(3)]
+        return np.where(still, 0.0, freedom)
 
 
 def apply_spatial(
@@ -221,7 +237,7 @@ def apply_bias_field(image: Tensor, control_points: np.ndarray, channels: Sequen
 def apply_intensity(image: Tensor, drawn: Parameters) -> Tensor:
     """Change the intensities of `[c, x, y, z]`, normalised to about unit deviation."""
     for name, strength in drawn.effects.items():
-        image = _APPLY[name](image, strength, drawn.noise_seed)
+        image = _APPLY[name](image, strength, drawn)
     return image
 
 
@@ -267,33 +283,33 @@ def _middle(batch: Tensor, crop: Triple) -> Tensor:
     return batch[..., x, y, z]
 
 
-def _brightness(image: Tensor, strength: float, _: int) -> Tensor:
+def _brightness(image: Tensor, strength: float, _: Parameters) -> Tensor:
     return image + 0.3 * strength
 
 
-def _contrast(image: Tensor, strength: float, _: int) -> Tensor:
+def _contrast(image: Tensor, strength: float, _: Parameters) -> Tensor:
     mean = image.mean(dim=(1, 2, 3), keepdim=True)
     return (image - mean) * 1.5**strength + mean
 
 
-def _gamma(image: Tensor, strength: float, _: int) -> Tensor:
+def _gamma(image: Tensor, strength: float, _: Parameters) -> Tensor:
     low, high = image.amin(dim=(1, 2, 3), keepdim=True), image.amax(dim=(1, 2, 3), keepdim=True)
     span = (high - low).clamp_min(1e-6)
     return ((image - low) / span) ** (1.5**strength) * span + low
 
 
-def _noise(image: Tensor, strength: float, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+def _noise(image: Tensor, strength: float, drawn: Parameters) -> Tensor:
+    generator = torch.Generator().manual_seed(drawn.noise_seed)
     return image + 0.15 * abs(strength) * torch.randn(image.shape, generator=generator)
 
 
-def _blur(image: Tensor, strength: float, _: int) -> Tensor:
+def _blur(image: Tensor, strength: float, drawn: Parameters) -> Tensor:
     sigma = 0.5 + 0.5 * abs(strength)
     offsets = torch.arange(-2.0, 3.0)
     kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
     kernel = kernel / kernel.sum()
     blurred = image[:, None]
-    for axis in range(3):
+    for axis in set(range(3)) - set(drawn.apart):
         shape = [1, 1, 1, 1, 1]
         shape[2 + axis] = 5
         padding = [2 if other == axis else 0 for other in range(3)]
@@ -304,9 +320,10 @@ def _blur(image: Tensor, strength: float, _: int) -> Tensor:
     return blurred[:, 0]
 
 
-def _low_resolution(image: Tensor, strength: float, _: int) -> Tensor:
+def _low_resolution(image: Tensor, strength: float, drawn: Parameters) -> Tensor:
     factor = 1 - 0.5 * abs(strength)
-    small = [max(1, round(size * factor)) for size in image.shape[1:]]
+    sizes = enumerate(image.shape[1:])
+    small = [size if axis in drawn.apart else max(1, round(size * factor)) for axis, size in sizes]
     reduced = F.interpolate(image[None], size=small, mode="nearest-exact")
     return F.interpolate(reduced, size=image.shape[1:], mode="trilinear", align_corners=False)[0]
 

@@ -18,7 +18,7 @@ from medvisionllama.data.readers import read_label
 from medvisionllama.data.splits import patients_of, read_splits, select
 from medvisionllama.data.volume import Volume, same_place, shear_fault, to_ras
 from medvisionllama.errors import CheckpointError, ConfigError, DataError
-from medvisionllama.evaluation.masks import Pair, by_name, check_values, classes_of, read_mask, read_truth
+from medvisionllama.evaluation.masks import Pair, by_name, check_values, classes_of, read_mask
 from medvisionllama.evaluation.metrics import measure
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.run_dir import RunDir
@@ -103,7 +103,7 @@ def read_pair(pair: Pair, classes: dict[int, str], *, merged: bool = False) -> t
         DataError: a prediction on another grid than its label, or a value that is no class's.
     """
     # Merged, a label's segments are foreground whatever they are called.
-    stored = read_label(pair.label) if merged else read_truth(pair, classes)
+    stored = read_label(pair.label) if merged or pair.by_value else read_mask(pair.label, classes)
     # A label may be stored with other axes than its image, and the mask has the image's.
     predicted, truth = to_ras(read_mask(pair.prediction, classes)), to_ras(stored)
     # The mask lies on its scan's grid; either may be stored as the part that holds segments.
@@ -182,7 +182,7 @@ def evaluate_folders(
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as CSV, whole or not at all."""
-    write_text(path, table.to_csv(index=False, float_format="%.6f"))
+    write_text(path, table.to_csv(index=False, float_format="%.9g"))
 
 
 def read_table(path: Path) -> pd.DataFrame:

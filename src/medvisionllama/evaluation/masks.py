@@ -124,15 +124,6 @@ def _check_table(
             )
 
 
-def read_truth(pair: Pair, classes: dict[int, str]) -> Volume:
-    """Read the label of a pair with the values of `classes`.
-
-    Raises:
-        DataError: see `read_mask`.
-    """
-    return read_label(pair.label) if pair.by_value else read_mask(pair.label, classes)
-
-
 def read_mask(path: Path, classes: dict[int, str]) -> Volume:
     """Read a mask or label with the values of `classes`.
 

@@ -134,7 +134,7 @@ def check_pair(first: Repetition, second: Repetition) -> None:
         )
     for key in sorted(first.volumes.keys() & second.volumes.keys()):
         mine, other = first.volumes[key], second.volumes[key]
-        if abs(mine - other) > 1e-5 + 1e-4 * abs(other):
+        if abs(mine - other) > 1e-4 * max(abs(mine), abs(other)):
             _, case_id, name = key
             raise DataError(
                 f"runs {first.run_id} and {second.run_id} were tested on different labels: class {name!r} of the case {case_id!r} has {mine:.4g} ml and {other:.4g} ml; evaluate both again on the same data"

@@ -8,6 +8,7 @@ Everything takes the differences of patients (arm minus reference), one number p
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,13 +150,9 @@ def patients_needed(sd: float, *, difference: float = 0.01, alpha: float = 0.05,
     upper = 2
     while _t_power(upper, effect, alpha) < power:
         upper *= 2
-    lower = max(2, upper // 2)
-    while lower < upper:
-        middle = (lower + upper) // 2
-        if _t_power(middle, effect, alpha) < power:
-            lower = middle + 1
-        else:
-            upper = middle
+    upper = bisect_left(
+        range(upper), power, lo=max(2, upper // 2), key=lambda number: _t_power(number, effect, alpha)
+    )
     return float(max(least, math.ceil(upper / EFFICIENCY)))
 
 

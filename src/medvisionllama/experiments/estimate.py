@@ -13,7 +13,6 @@ from medvisionllama.data.fingerprint import Fingerprint, fingerprint
 from medvisionllama.data.msd_tasks import find_task
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.resample import shape_at
-from medvisionllama.data.sampling import steps_per_epoch
 from medvisionllama.data.splits import Splits, make_splits, select
 from medvisionllama.errors import DataError, MedVisionLlamaError, is_out_of_memory
 from medvisionllama.experiments.fair import match_run
@@ -293,7 +292,7 @@ def _describe(row: Row, members: Sequence[PlannedRun], known: _Known, *, timed: 
 def _seconds(config: Config, scans: Scans, timing: Timing, further: int) -> float:
     """Of one run, evaluations included."""
     train = config.train
-    steps = total_steps(train, steps_per_epoch(scans.train_cases, train.batch_size))
+    steps = total_steps(train, scans.train_cases)
     validation = train.num_validations * scans.validation_cases * scans.windows * timing.forward
     # Networks side by side share the threads that one was timed with.
     training = math.inf if steps is None else train.members * (steps * timing.step + validation)

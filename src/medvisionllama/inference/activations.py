@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from medvisionllama.inference.predictor import Member, PreparedScan
 from medvisionllama.inference.slabs import native_slabs, slab_thickness
-from medvisionllama.inference.windows import SlidingWindow, slab_axis
+from medvisionllama.inference.windows import slab_axis
 from medvisionllama.llm.attention_weights import Attending, attention_received, watching
 from medvisionllama.networks.inserts import LLMInsert, MLPInsert
 from medvisionllama.networks.segmenter import TokenSegmenter
@@ -154,15 +154,7 @@ def native_maps(
 
     axis = slab_axis(scan.ras_shape, [plan])
     grid = scan.grid_of(plan)
-    window = SlidingWindow(
-        stacked,
-        plan,
-        axis,
-        member.config.inference.overlap,
-        device=member.device,
-        normalise=member.normaliser(scan.moments),
-        context=member.precision,
-    )
+    window = member.window(axis, scan.moments, stacked)
     planes = (piece[0] for piece in window.blended(torch.from_numpy(grid)))
     x, y, z = grid.shape[1:]
     thickness = slab_thickness(scan.ras_shape, len(STAGES) * len(KINDS), axis)

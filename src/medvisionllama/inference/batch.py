@@ -6,9 +6,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from medvisionllama._files import files_sha256, write_text
+from medvisionllama._files import files_sha256, locked_folder, write_text
 from medvisionllama.data.formats.dicom_labels import referenced_series
 from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.readers import SUFFIXES, ScanSource, read_header
@@ -17,7 +17,7 @@ from medvisionllama.errors import OUT_OF_MEMORY, DataError, MedVisionLlamaError,
 from medvisionllama.inference.cautions import cautions
 from medvisionllama.inference.dicom_seg import write_seg
 from medvisionllama.inference.inputs import Scan
-from medvisionllama.inference.ledger import MAPS, Ledger, Made, MadeBy, check_mask
+from medvisionllama.inference.ledger import MAPS, Ledger, Made, MadeBy, ScanChangedError, check_mask
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.predictor import Prediction, Predictor, PreparedScan
 from medvisionllama.inference.writers import label_table, write_mask, write_shares
@@ -27,6 +27,13 @@ MaskFormat = Literal["auto", "nifti", "nrrd", "mha", "dicom"]
 # Two huge scans would not fit side by side into a small machine, and reading one takes little of their time.
 _MOST_VOXELS_AHEAD = 50_000_000
 _ENDINGS = {"nifti": ".nii.gz", "nrrd": ".seg.nrrd", "mha": ".mha", "dicom": ".dcm"}
+
+
+class _Read(NamedTuple):
+    """A scan that was read, and the SHA-256 that its files had before."""
+
+    scan: PreparedScan
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -94,11 +101,14 @@ class Outputs:
         made = {line.mask for line in self.ledger.lines()} if there else set()
         return [mask for mask in there if mask.name in made]
 
-    def missing(self, scans: Sequence[Scan], *, overwrite: bool, resume: bool) -> list[Scan]:
+    def missing(
+        self, scans: Sequence[Scan], *, overwrite: bool, resume: bool, keep_going: bool = False
+    ) -> list[Scan]:
         """Scans that are still to be segmented.
 
         Args:
             overwrite: with `resume`, replace what that alone would refuse.
+            keep_going: list a scan that has changed since its mask was made, too, to be refused in its turn.
 
         Raises:
             DataError: a file would replace a scan, or one that nobody said may go; or a mask that is there is
@@ -132,8 +142,8 @@ class Outputs:
             try:
                 for file in there:
                     self._check_kept(file, scan, made.get(file.name))
-            except DataError:
-                if not overwrite:
+            except DataError as error:
+                if not overwrite and not (keep_going and isinstance(error, ScanChangedError)):
                     raise
                 there = []
             # A map that a mask's own line does not name shows another prediction, whatever its name; so does one
@@ -147,6 +157,11 @@ class Outputs:
             if not finished:
                 left.append(scan)
         return left
+
+    def still_missing(self, scan: Scan, *, overwrite: bool, resume: bool) -> bool:
+        """Whether a scan that was missing is so still: another process may work for the same folder."""
+        there = any(file.exists() for file in self.masks(scan))
+        return not there or bool(self.missing([scan], overwrite=overwrite, resume=resume))
 
     def _check_kept(self, mask: Path, scan: Scan, made: Made | None) -> None:
         """Raise DataError unless a mask that is there is what would be made of this scan."""
@@ -204,6 +219,7 @@ def predict_scans(
     outputs: Outputs,
     *,
     overwrite: bool,
+    resume: bool,
     keep_going: bool,
     progress: Progress,
     on_record: Callable[[dict[str, Any]], None] = lambda record: None,
@@ -213,6 +229,7 @@ def predict_scans(
     Args:
         overwrite: whether a table of other classes may go, and maps of before that nobody asks for now; masks and
             maps that are asked for are written in any case.
+        resume: leave out a scan whose mask another process has made meanwhile.
         keep_going: a scan that cannot be read becomes a record with `error`, and the others go on.
         on_record: told each record as soon as its files are whole.
 
@@ -230,7 +247,9 @@ def predict_scans(
                 advance(before + 0.98 * share, name)
 
             try:
-                record = _segment(predictor, scan, future, outputs, on_share, overwrite=overwrite)
+                record = _segment(
+                    predictor, scan, future, outputs, on_share, overwrite=overwrite, resume=resume
+                )
             except (MedVisionLlamaError, MemoryError, RuntimeError) as error:
                 ours = isinstance(error, MedVisionLlamaError)
                 if not keep_going or not (ours or is_out_of_memory(error)):
@@ -238,8 +257,9 @@ def predict_scans(
                 words = str(error) if ours else OUT_OF_MEMORY
                 record = {"case": scan.case_id, "source": _source(scan.images[0]), "error": words}
             del future  # which holds the scan
-            records.append({**record, "seconds": round(time.monotonic() - started, 2)})
-            on_record(records[-1])
+            if record is not None:
+                records.append({**record, "seconds": round(time.monotonic() - started, 2)})
+                on_record(records[-1])
             advance(number + 1, scan.case_id)
     return records
 
@@ -247,48 +267,71 @@ def predict_scans(
 def _segment(
     predictor: Predictor,
     scan: Scan,
-    coming: Future[PreparedScan],
+    coming: Future[_Read],
     outputs: Outputs,
     on_share: Callable[[float], None],
     *,
     overwrite: bool,
-) -> dict[str, Any]:
-    """Segment one scan and write its files; nothing of it is held when the next one is read."""
-    prepared = coming.result()
+    resume: bool,
+) -> dict[str, Any] | None:
+    """Segment one scan and write its files; nothing of it is held when the next one is read.
+
+    Returns:
+        What is told of it; nothing if another process has made its mask meanwhile.
+    """
+    if not outputs.still_missing(scan, overwrite=overwrite, resume=resume):
+        return None
+    read = coming.result()
     prediction = predictor.segment(
-        prepared,
+        read.scan,
         probabilities=outputs.probabilities,
         uncertainty=outputs.uncertainty,
         on_share=on_share,
     )
-    return _finish(
-        predictor, scan, prepared, prediction, outputs, outputs.outdated(scan) if overwrite else ()
-    )
+    return _finish(predictor, scan, read, prediction, outputs, overwrite=overwrite, resume=resume)
 
 
 def _finish(
     predictor: Predictor,
     scan: Scan,
-    prepared: PreparedScan,
+    read: _Read,
     prediction: Prediction,
     outputs: Outputs,
-    outdated: Sequence[Path],
-) -> dict[str, Any]:
-    """Clean, write and describe one prediction.
-
-    Args:
-        outdated: what must go before its files come.
-    """
+    *,
+    overwrite: bool,
+    resume: bool,
+) -> dict[str, Any] | None:
+    """Clean, describe and write one prediction, unless another process has made the scan's mask meanwhile."""
+    names = predictor.plan.mask_classes
     mask = clean(prediction.mask, outputs.made_by.cleaning, predictor.plan.places)
     prediction = replace(prediction, mask=mask)
+    # Counting takes a while, and must not stand between a mask and the line that says what made it.
     volumes = prediction.volumes_ml
-    names = predictor.plan.mask_classes
-    files = outputs.files(scan)
-    warnings = cautions(prepared, prediction, predictor.plan)
-    # Like counting volumes it takes a while, and must not stand between a mask and the line that says what made it.
-    scan_sha256 = files_sha256(scan.files)
-    for file in outdated:
-        file.unlink(missing_ok=True)
+    found = {
+        # By digits and not by decimals: a few small voxels are not nothing.
+        "volumes_ml": {name: float(f"{volumes.get(value, 0.0):.6g}") for value, name in names.items()},
+        "warnings": cautions(read.scan, prediction, predictor.plan),
+    }
+    _check_unchanged(scan, read.sha256)
+    outputs.folder.mkdir(parents=True, exist_ok=True)
+    with locked_folder(outputs.folder):
+        if not outputs.still_missing(scan, overwrite=overwrite, resume=resume):
+            return None
+        for file in outputs.outdated(scan) if overwrite else ():
+            file.unlink(missing_ok=True)
+        return _write(scan, read.sha256, prediction, found, outputs, names)
+
+
+def _write(
+    scan: Scan,
+    scan_sha256: str,
+    prediction: Prediction,
+    found: dict[str, Any],
+    outputs: Outputs,
+    names: dict[int, str],
+) -> dict[str, Any]:
+    """Write maps, mask and the line that says what made it, and return what is told of them."""
+    mask, files, refused = prediction.mask, outputs.files(scan), []
     for kind in MAPS:
         shares = getattr(prediction, kind)
         if shares is not None:
@@ -298,6 +341,7 @@ def _finish(
         try:
             write_seg(files["mask"], mask.array, first, names)
         except DataError as error:
+            refused = [f"written as NIfTI: {error}"]
             # The work of the network must not be lost for a header that the standard does not like.
             instead_of_seg = outputs.fallback(scan) or files["mask"]
             if instead_of_seg.exists() and instead_of_seg not in outputs.made_masks(scan):
@@ -305,25 +349,45 @@ def _finish(
                     f"{error}; and {instead_of_seg}, where it would go as NIfTI, is no mask of ours: choose another --out"
                 ) from None
             files["mask"] = instead_of_seg
-            warnings.append(f"written as NIfTI: {error}")
     if not files["mask"].name.endswith(".dcm"):
         write_mask(files["mask"], mask.array, mask.affine, like=first, classes=names)
     record = {
         "case": scan.case_id,
         "source": _source(first),
         **{kind: str(path) for kind, path in files.items()},
-        # By digits and not by decimals: a few small voxels are not nothing.
-        "volumes_ml": {name: float(f"{volumes.get(value, 0.0):.6g}") for value, name in names.items()},
-        "warnings": warnings,
+        **found,
+        "warnings": [*found["warnings"], *refused],
     }
-    instead = files["mask"] == outputs.fallback(scan)
-    outputs.ledger.add(record, scan_sha256, outputs.made_by, instead=instead)
+    try:
+        outputs.ledger.add(
+            record, scan_sha256, outputs.made_by, instead=bool(refused), warnings=found["warnings"]
+        )
+    except BaseException:
+        # Of a mask without a line --resume would not know what made it, and stop at it.
+        files["mask"].unlink(missing_ok=True)
+        raise
     # Whoever overwrites may have had the other of the two before, and two masks of one scan are one too many.
     for other in outputs.made_masks(scan, but=files["mask"]):
         other.unlink()
     if not outputs.has_table(names):
         write_text(outputs.table, label_table(names))
     return record
+
+
+def _sha256(scan: Scan) -> str:
+    """Of the files that a scan is read from."""
+    try:
+        return files_sha256(scan.files)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or scan.images[0]} cannot be read any more ({error.strerror}); was the scan moved?"
+        ) from None
+
+
+def _check_unchanged(scan: Scan, sha256: str) -> None:
+    """Raise DataError if a scan is not what was segmented any more: its mask would be told to be of the new one."""
+    if _sha256(scan) != sha256:
+        raise DataError(f"{scan.images[0]} changed while it was segmented; give the same command again")
 
 
 def _source(source: ScanSource) -> dict[str, str]:
@@ -338,20 +402,24 @@ def _source(source: ScanSource) -> dict[str, str]:
     }
 
 
+def _read(predictor: Predictor, scan: Scan) -> _Read:
+    # The hash first: a change that comes after it is found out.
+    sha256 = _sha256(scan)
+    return _Read(predictor.prepare(scan.images), sha256)
+
+
 @contextmanager
-def _prepared(
-    predictor: Predictor, scans: Sequence[Scan]
-) -> Iterator[Iterator[tuple[Scan, Future[PreparedScan]]]]:
+def _prepared(predictor: Predictor, scans: Sequence[Scan]) -> Iterator[Iterator[tuple[Scan, Future[_Read]]]]:
     """Read each scan in a thread of its own, at most one ahead of the scan that is asked for."""
     with ThreadPoolExecutor(max_workers=1) as pool:
 
-        def coming() -> Iterator[tuple[Scan, Future[PreparedScan]]]:
-            waiting: Future[PreparedScan] | None = None
+        def coming() -> Iterator[tuple[Scan, Future[_Read]]]:
+            waiting: Future[_Read] | None = None
             for number, scan in enumerate(scans):
-                future = waiting or pool.submit(predictor.prepare, scan.images)
+                future = waiting or pool.submit(_read, predictor, scan)
                 following = scans[number + 1] if number + 1 < len(scans) else None
                 ahead = following is not None and following.num_voxels <= _MOST_VOXELS_AHEAD
-                waiting = pool.submit(predictor.prepare, following.images) if following and ahead else None
+                waiting = pool.submit(_read, predictor, following) if following and ahead else None
                 yield scan, future
                 del future  # and with it the scan, before the next one is read
 

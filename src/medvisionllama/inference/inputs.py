@@ -39,8 +39,8 @@ def files_of_scan(images: Iterable[ScanSource]) -> list[Path]:
 def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Scan]:
     """List the scans in files and folders, and check every header before any is segmented.
 
-    Folders are searched for DICOM series, with the folders below them. Studies hold
-    series that nobody means to segment: one that makes no volume fails when its turn comes, unless all do.
+    Folders are searched for DICOM series, with the folders below them. Studies hold series that nobody means to
+    segment: one that makes no volume, or lies beside a damaged file, fails when its turn comes, unless all do.
 
     Args:
         channels: names of the channels that the run was trained on. With several, a scan is one 4-D file or, as
@@ -49,9 +49,8 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
     Raises:
         DataError: nothing there, two scans of one name, one scan in two formats, or another number of channels.
     """
-    named = [source for path in inputs for source in _sources(path)]
     # Two names of one stored file are two scans, as where equal files are links into a store.
-    by_name = {path.parent.resolve() / path.name: path for path in named if isinstance(path, Path)}
+    by_name = {path.parent.resolve() / path.name: path for given in inputs for path in _scans_at(given)}
     files = list(by_name.values())
     numbered = Counter((path.parent, _base(path)) for path in files)
     groups: dict[tuple[Path, str], list[ScanSource]] = {}
@@ -59,7 +58,9 @@ def collect_scans(inputs: Sequence[Path], *, channels: Sequence[str]) -> list[Sc
         alone = numbered[path.parent, _base(path)] == 1
         groups.setdefault((path.parent, _case_of(path, len(channels), alone=alone)), []).append(path)
     taken = {name for _, name in groups}
-    for name, series in _named_series((source for source in named if isinstance(source, Series)), taken):
+    # Of all at once: a series may lie in several of them.
+    found = find_series(*(path for path in inputs if _may_be_dicom(path)), keep_going=True)
+    for name, series in _named_series(found, taken):
         groups[series.folder, name] = [series]
     scans: dict[str, Scan] = {}
     for (_, case_id), sources in groups.items():
@@ -111,13 +112,12 @@ def _are_numbered(files: Sequence[ScanSource]) -> bool:
     return all(stem_of(file).endswith(f"_{number:04d}") for number, file in enumerate(files))
 
 
-def _named_series(found: Iterable[Series], taken: Container[str]) -> list[tuple[str, Series]]:
+def _named_series(series: Sequence[Series], taken: Container[str]) -> list[tuple[str, Series]]:
     """Name each series after its folder, as training does, or after itself where that would not tell it apart.
 
     Args:
         taken: names of other scans.
     """
-    series = list({tuple(file.resolve() for file in one.files): one for one in found}.values())
     places = [one.folder.resolve() for one in series]
     folders, names = Counter(places), Counter(place.name for place in set(places))
     return [
@@ -129,22 +129,22 @@ def _named_series(found: Iterable[Series], taken: Container[str]) -> list[tuple[
     ]
 
 
-def _sources(path: Path) -> list[ScanSource]:
-    """Scans that one argument names."""
+def _scans_at(path: Path) -> list[Path]:
+    """Scans that one argument names, but DICOM series."""
     if not path.exists():
         raise DataError(f"{path} does not exist; give scans or folders of scans")
     if is_segmentation(path):
         raise DataError(f"{path} is a segmentation, not a scan; give the scan it was drawn on")
-    if path.is_file():
-        return [open_series(path) if format_of(path) is dicom else path]
-    scans = sorted(child for child in path.iterdir() if is_scan(child) and not is_segmentation(child))
-    try:
-        return [*scans, *find_series(path)]
-    except DataError:
-        if not scans:
-            raise
-        # What is wrong with the DICOM files is said when the folder's turn comes; the scans beside them are well.
-        return [*scans, path]
+    if path.is_dir():
+        return sorted(child for child in path.iterdir() if is_scan(child) and not is_segmentation(child))
+    if _may_be_dicom(path):
+        open_series(path)  # which says what is wrong with it
+        return []
+    return [path]
+
+
+def _may_be_dicom(path: Path) -> bool:
+    return path.is_dir() or format_of(path) is dicom
 
 
 def _base(path: Path) -> str:

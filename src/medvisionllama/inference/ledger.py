@@ -21,6 +21,10 @@ MAPS = ("probabilities", "uncertainty")
 """Kinds of maps that may be written with a mask."""
 
 
+class ScanChangedError(DataError):
+    """A mask that these networks made, of a scan that is another now."""
+
+
 class Views(BaseModel):
     """How a run's networks look at a scan."""
 
@@ -89,10 +93,28 @@ class Ledger:
         self.path = folder / LEDGER
 
     def add(
-        self, record: dict[str, Any], scan_sha256: str, made_by: MadeBy, *, instead: bool = False
+        self,
+        record: dict[str, Any],
+        scan_sha256: str,
+        made_by: MadeBy,
+        *,
+        instead: bool = False,
+        warnings: Sequence[str] = (),
     ) -> None:
-        """Note a mask that is there now; `record` is what `predict` tells of it."""
-        line = Made(**_told(record), scan_sha256=scan_sha256, made_by=made_by, instead=instead)
+        """Note a mask that is there now.
+
+        Args:
+            record: what `predict` tells of it.
+            instead: as `Made` has it.
+            warnings: those of its record that name no file and repeat nothing of headers.
+        """
+        line = Made(
+            **_told(record),
+            warnings=list(warnings),
+            scan_sha256=scan_sha256,
+            made_by=made_by,
+            instead=instead,
+        )
         append_json(self.path, line.model_dump(mode="json"))
 
     def lines(self) -> Iterator[Made]:
@@ -116,10 +138,14 @@ class Ledger:
 
 
 def check_mask(mask: Path, made: Made | None, scan_files: Sequence[Path], made_by: MadeBy) -> None:
-    """Raise DataError unless a mask that is there is what these networks make of this scan.
+    """Refuse a mask that is there and is not what these networks make of this scan.
 
     Args:
         made: what the ledger holds of it.
+
+    Raises:
+        ScanChangedError: what was segmented was another scan, or another version of it.
+        DataError: other networks made the mask, or made it otherwise, or nobody knows what did.
     """
     ways = "choose another --out, or give --overwrite too to replace it"
     if made is None:
@@ -127,7 +153,7 @@ def check_mask(mask: Path, made: Made | None, scan_files: Sequence[Path], made_b
     if difference := made_by.difference(made.made_by):
         raise DataError(f"{mask} was made {difference}; {ways}")
     if made.scan_sha256 != files_sha256(scan_files):
-        raise DataError(
+        raise ScanChangedError(
             f"{mask} is the mask of another scan of that name, or {scan_files[0]} has changed since; {ways}"
         )
 

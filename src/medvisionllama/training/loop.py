@@ -85,7 +85,7 @@ class TrainingLoop:
             shard_frozen_block(model, self.processes)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = AveragedWeights(self.parameters, config.ema_decay) if config.ema_decay else None
-        self.timetable = Timetable(config, total_steps(config, sampler.steps_per_epoch))
+        self.timetable = Timetable(config, total_steps(config, len(sampler.cases)))
         self._clock = started
         self._saved_at = time.monotonic()
 

@@ -155,9 +155,11 @@ class Timetable:
         return min(1.0, max(shares))
 
 
-def total_steps(config: TrainConfig, steps_per_epoch: int) -> int | None:
+def total_steps(config: TrainConfig, num_cases: int) -> int | None:
     """Optimiser steps of a run limited by epochs or steps; None if time alone limits it."""
     limits = [] if config.max_steps is None else [config.max_steps]
     if config.epochs is not None:
-        limits.append(max(1, config.epochs * steps_per_epoch // config.accumulate))
+        # Batches go on over the end of a pass, so nothing is left over but of the last one.
+        crops = config.epochs * num_cases
+        limits.append(max(1, round(crops / (config.batch_size * config.accumulate))))
     return min(limits, default=None)

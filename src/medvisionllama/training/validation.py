@@ -59,6 +59,9 @@ def validate_cases(
 ) -> dict[str, Any]:
     """Segment every case and return mean Dice over cases and classes, and per class; none if there are no cases.
 
+    A case says nothing of a class that neither its label nor its mask has. Counted as 1, as tables have it, a
+    network that never learned a rare class would be chosen before one that did, for a stray voxel.
+
     Under `never_found` are the classes, if there are such, that the network finds in none of the cases that have
     them: a mean over few cases and many classes hides one that is not learned at all.
 
@@ -79,8 +82,8 @@ def validate_cases(
     processes = Processes(accelerator)
     shared = processes.num > 1 and not config.train.shard_block
     numbers = range(processes.index, len(cases), processes.num) if shared else range(len(cases))
-    # Dice, and 1 where a case has the class.
-    table = torch.zeros(2, len(cases), len(plan.output_values), dtype=torch.float64)
+    # Dice; 1 where a case has the class; 1 where it or its mask has it.
+    table = torch.zeros(3, len(cases), len(plan.output_values), dtype=torch.float64)
     network.eval()
 
     def score(number: int) -> float:
@@ -92,8 +95,10 @@ def validate_cases(
         )
         for column, value in enumerate(plan.output_values):
             wanted = truth > 0 if plan.merged else truth == value
-            table[0, number, column] = dice(mask == value, wanted)
+            found = mask == value
+            table[0, number, column] = dice(found, wanted)
             table[1, number, column] = float(wanted.any())
+            table[2, number, column] = float(wanted.any() or found.any())
         return time.monotonic() - started
 
     side_by_side = processes.num if shared else 1
@@ -125,8 +130,9 @@ def validate_cases(
     if len(cases) <= side_by_side and patience_seconds is not None:
         longest = processes.first(longest)
         too_long = {"would_take_seconds": longest} if longest > patience_seconds else {}
-    scores, present = table.numpy()
-    per_class = scores.mean(axis=0)
+    scores, present, counts = table.numpy()
+    num_counted = counts.sum(axis=0)
+    per_class = np.where(num_counted > 0, (scores * counts).sum(axis=0) / np.maximum(num_counted, 1), 1.0)
     names = plan.mask_classes.values()
     lost = present.any(axis=0) & ((scores * present).max(axis=0) < _FOUND)
     never_found = [name for name, is_lost in zip(names, lost, strict=True) if is_lost]

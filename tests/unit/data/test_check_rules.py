@@ -10,6 +10,7 @@ from medvisionllama.data.check.outliers import find_outliers
 from medvisionllama.data.check.patients import patient_findings, patient_name_findings
 from medvisionllama.data.check.rules import (
     class_findings,
+    ct_findings,
     duplicate_findings,
     intensity_findings,
     outlier_findings,
@@ -91,6 +92,30 @@ def test_equal_labels_count_only_if_large_and_on_different_images(case_facts):
 
 def test_constant_images_are_no_duplicates(case_facts):
     assert duplicate_findings([case_facts(name, image=np.ones((4, 4, 4))) for name in "ab"]) == []
+
+
+@pytest.mark.parametrize(
+    ("lows", "channel", "found"),
+    [
+        ((-1024, -1000, -2000), "channel 0", True),
+        ((-1024, -1000, 0), "MRI", True),
+        ((-1024, 0, 0), "MRI", False),
+        ((-3, -3, -3), "MRI", False),
+        ((-1024, -1000, -2000), "CT", False),
+    ],
+)
+def test_ct_that_nobody_calls_so_is_named(case_facts, lows, channel, found):
+    cases = [
+        case_facts(str(n), image=np.linspace(low, 1500, 6 * 7 * 8).reshape(6, 7, 8))
+        for n, low in enumerate(lows)
+    ]
+    assert codes(ct_findings(cases, (channel,))) == ["ct-undeclared"] * found
+
+
+def test_a_name_that_a_shell_would_take_apart_is_quoted(case_facts):
+    same = [case_facts(name, seed=1) for name in ("Pat 03 (a)", "Pat 04 (b)")]
+    (finding,) = duplicate_findings(same)
+    assert "(--exclude 'Pat 04 (b)' here, --set 'data.exclude=Pat 04 (b)' in train)" in finding.message
 
 
 def test_a_mixture_of_scales_is_one_finding_and_needs_more_than_one_odd_case(case_facts):
@@ -205,6 +230,14 @@ def test_patients_that_differ_in_capital_letters_are_named():
     assert (found.code, found.cases) == ("patients-alike", ("p001_frame01", "P001_frame02"))
     assert "in small and capital letters only, as P001 and p001;" in found.message
     assert patient_name_findings(cases_of(names[2:], patient_of)) == []
+
+
+def test_a_visit_in_brackets_is_a_visit():
+    names = [f"Pat {number:02d} ({when})" for number in (3, 4) for when in ("pre", "post")]
+    (found,) = patient_name_findings(cases_of(names, patient_of))
+    assert (found.code, found.cases) == ("patients-alike", tuple(names))
+    pattern = found.message.rsplit("as '", 1)[1].removesuffix("'")
+    assert [patient_of(name, pattern) for name in names] == ["Pat 03", "Pat 03", "Pat 04", "Pat 04"]
 
 
 def test_letters_small_or_capital_hide_no_visit():

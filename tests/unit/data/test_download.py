@@ -268,9 +268,10 @@ def test_a_sign_in_page_is_refused(served, tmp_path, monkeypatch):
 
 def test_offline_nothing_is_asked(served, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = left(tmp_path)
     message = refusal("4", tmp_path / "out")
     assert f"run `medvisionllama data download {NAME} --out {tmp_path / 'out'}` while online" in message
-    assert (served.asked, left(tmp_path)) == ([], left(tmp_path))
+    assert (served.asked, left(tmp_path)) == ([], before)
     assert not (tmp_path / "out").exists()
 
 

@@ -77,12 +77,16 @@ def test_a_label_of_another_grid_is_refused(label):
 def test_two_crops_of_one_grid_meet_on_the_smallest_that_holds_both(second):
     label = np.random.default_rng(0).integers(0, 3, WHOLE).astype(np.uint8)
     first = cut(label, (2, 3, 4), (3, 4, 5))
-    ours, theirs = on_one_grid(first, cut(label, *second))
-    assert ours.shape == theirs.shape
+    other = cut(label, *second)
+    ours, theirs = on_one_grid(first, other)
+    ends = [np.add(*place) for place in (((2, 3, 4), (3, 4, 5)), second)]
+    smallest = np.maximum(*ends) - np.minimum((2, 3, 4), second[0])
+    assert ours.shape == theirs.shape == tuple(smallest)
     np.testing.assert_allclose(ours.affine, theirs.affine)
     both = (ours.array > 0) & (theirs.array > 0)
     np.testing.assert_array_equal(ours.array[both], theirs.array[both])
     assert ours.array.sum() == first.array.sum()
+    assert theirs.array.sum() == other.array.sum()
 
 
 def test_crops_of_other_voxels_stay_as_they_are():

@@ -82,17 +82,24 @@ def test_a_large_label_value_keeps_its_value():
 def test_image_and_label_move_together(shape):
     label = (smooth_blob((20, 24, 18)) > 0.05).astype(np.uint8)
     image = resample_image(label[None].astype(np.float32), shape)[0]
-    np.testing.assert_array_equal(resample_label(label, shape), image > 0.5)
+    # Equal shares may go either way.
+    decided = np.abs(image - 0.5) > 1e-6
+    assert decided.mean() > 0.9
+    np.testing.assert_array_equal(resample_label(label, shape)[decided], image[decided] > 0.5)
 
 
 def test_three_classes_follow_the_largest_share():
     label = np.argmax([smooth_blob((12, 10, 8)) for _ in range(3)], axis=0).astype(np.uint8)
     shares = resample_image(np.stack([label == value for value in range(3)]).astype(np.float32), (17, 7, 13))
-    np.testing.assert_array_equal(resample_label(label, (17, 7, 13)), shares.argmax(axis=0))
+    first, second = np.sort(shares, axis=0)[:0:-1]
+    decided = first - second > 1e-6
+    assert decided.mean() > 0.9
+    result = resample_label(label, (17, 7, 13))
+    np.testing.assert_array_equal(result[decided], shares.argmax(axis=0)[decided])
 
 
 def check_class_by_class(label: np.ndarray, shape: tuple[int, int, int]) -> None:
-    """Compare with the definition: torch's interpolation of each class, equal shares to the smaller value."""
+    """Compare with the definition: torch's interpolation of each class, equal shares to either."""
     values = np.unique(label)
     shares = np.stack(
         [resample_image((label == value)[None].astype(np.float32), shape)[0] for value in values]
@@ -115,9 +122,20 @@ def test_many_classes_are_resampled_as_one_by_one(num_classes, shape, monkeypatc
     check_class_by_class(label, shape)
 
 
-def test_equal_shares_go_to_the_smaller_value():
-    label = np.array([9, 4, 9, 2], dtype=np.uint16).reshape(4, 1, 1)
-    assert resample_label(label, (2, 1, 1)).ravel().tolist() == [4, 2]
+def test_equal_shares_go_to_either_value_in_turn(monkeypatch):
+    label = np.tile(np.array([9, 4], dtype=np.uint16), 4).reshape(8, 1, 1)
+    assert resample_label(label, (4, 1, 1)).ravel().tolist() == [4, 9, 4, 9]
+    monkeypatch.setattr("medvisionllama.data.resample._SLAB_VOXELS", 1)
+    assert resample_label(label, (4, 1, 1)).ravel().tolist() == [4, 9, 4, 9]
+
+
+@pytest.mark.parametrize("start", [4, 5])
+@pytest.mark.parametrize("length", [8, 9])
+def test_halving_a_grid_changes_no_volume(start, length):
+    label = np.zeros((24, 8, 8), np.uint8)
+    label[start : start + length] = 1
+    # Always to the background, it would lose a voxel of thickness wherever an end lies within a voxel.
+    assert 8 * resample_label(label, (12, 4, 4)).sum() == label.sum()
 
 
 @pytest.mark.data

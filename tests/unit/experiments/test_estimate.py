@@ -53,8 +53,8 @@ def table(experiment, *, timed):
 def test_hours_follow_from_steps_and_timings(made, monkeypatch):
     monkeypatch.setattr(estimating, "time_steps", lambda config, shapes: Timing(step=10.0, forward=1.0))
     # 20 patients: 2 test, 18 over five folds, so 4 validate in the first one and 14 train; half of these are 7.
-    # Epochs of 14 // 2 and 7 // 2 steps, three of each; 2 validations of 4 cases; 2 test cases seen and mirrored.
-    whole, half = 3 * 7 * 10, 3 * 3 * 10
+    # Three passes over 14 and 7 cases in batches of 2; 2 validations of 4 cases; 2 test cases seen and mirrored.
+    whole, half = 21 * 10, 10 * 10
     rows = table(made, timed=True)
     evaluation = 2 * 4 * 1 + 2 * 2 * 1
     assert rows["none"].hours == pytest.approx((whole + half + 2 * (evaluation + START_SECONDS)) / 3600)

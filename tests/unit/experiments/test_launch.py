@@ -1,5 +1,6 @@
 """The launcher's decisions, with a backend that trains nothing."""
 
+import subprocess
 import sys
 import time
 
@@ -150,6 +151,29 @@ def test_workers_are_stopped_when_the_launcher_itself_fails(experiment):
     with pytest.raises(RuntimeError, match="gone"):
         launch(experiment, expand(experiment.matrix), backend, progress=Silent())
     assert backend.stopped
+
+
+SLOW_TO_SAVE = """
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(0.3)
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit(130)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_that_is_stopped_may_save_first(experiment, tmp_path):
+    backend, saved = LocalBackend(experiment, slots=1, threads=1), tmp_path / "saved"
+    worker = subprocess.Popen([sys.executable, "-c", SLOW_TO_SAVE, str(saved)], stdout=subprocess.PIPE)
+    backend._workers[0] = ("run", worker)
+    with worker:
+        assert worker.stdout.readline() == b"ready\n"
+        backend.stop()
+        assert worker.poll() == 130
+    assert saved.exists()
 
 
 def test_a_run_that_the_matrix_dropped_meanwhile_is_left_out_and_has_not_failed(experiment):

@@ -27,12 +27,14 @@ def predict(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         predictor = SimpleNamespace(
             plan=SimpleNamespace(mask_classes={1: "a"}), prepare=prepare, segment=segment
         )
-        monkeypatch.setattr(batch, "_finish", lambda *_: {})
+        monkeypatch.setattr(batch, "_finish", lambda *_, **__: {})
+        monkeypatch.setattr(batch, "_sha256", lambda scan: "")
         batch.predict_scans(
             predictor,
             [Scan(f"c{number}", (Path(f"{number}.nii"),), voxels) for number in range(4)],
             batch.Outputs(Path("nowhere"), MadeBy(weights_sha256=("0",), views=(), cleaning=Cleaning())),
             overwrite=False,
+            resume=False,
             keep_going=False,
             progress=Silent(),
         )

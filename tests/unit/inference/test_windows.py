@@ -11,7 +11,7 @@ from torch import nn
 from medvisionllama.data.planning import Plan
 from medvisionllama.inference.slabs import native_mask
 from medvisionllama.inference.views import coverage, views_of
-from medvisionllama.inference.windows import SlidingWindow, _row_weights, slab_axis
+from medvisionllama.inference.windows import SlidingWindow, _row_weights, slab_axis, window_starts
 
 CROP = (8, 8, 4)
 
@@ -210,6 +210,14 @@ def test_masks_of_a_few_planes_at_a_time_are_those_of_all_at_once(monkeypatch):
         assert np.array_equal(pieces, whole)
 
 
+def _monai_starts(size, window, overlap):
+    """Steps of full length, and the last window at the end."""
+    step = max(1, int(window * (1 - overlap)))
+    return sorted({max(0, min(start, size - window)) for start in range(0, size - window + step, step)}) or [
+        0
+    ]
+
+
 def _all_at_once(network, image, overlap, axis):
     """Every window, weighted by Gaussians that never vanish across a row nor along it, added up and divided."""
 
@@ -217,8 +225,8 @@ def _all_at_once(network, image, overlap, axis):
         return torch.exp(-((torch.arange(size) - (size - 1) / 2) ** 2) / (2 * (0.125 * size) ** 2))
 
     def starts(size, window):
-        step = max(1, int(window * (1 - overlap)))
-        return sorted({min(start, size - window) for start in range(0, size - window + step, step)})
+        number = len(_monai_starts(size, window, overlap))
+        return np.rint(np.linspace(0, size - window, number)).astype(int)
 
     along = gaussian(CROP[axis]).clamp_min(1e-3).view([-1 if dim == axis else 1 for dim in range(3)])
     across = torch.ones(CROP)
@@ -245,10 +253,23 @@ def test_blending_slab_by_slab_is_blending_all_windows_at_once(axis, overlap, sh
     assert max(piece.shape[axis + 1] for piece in pieces) <= CROP[axis]
 
 
+@pytest.mark.parametrize("window", [1, 8, 112])
+@pytest.mark.parametrize("overlap", [0.0, 0.1, 0.5, 0.75])
+def test_windows_lie_evenly_from_end_to_end_as_many_as_in_full_steps(window, overlap):
+    for size in range(1, 3 * window + 40):
+        starts = window_starts(size, window, overlap)
+        assert (starts[0], starts[-1]) == (0, max(0, size - window))
+        gaps = np.diff(starts)
+        assert not len(gaps) or (gaps.min() >= 1 and np.ptp(gaps) <= 1)
+        assert not len(gaps) or gaps.max() <= max(1, int(window * (1 - overlap)))
+        assert len(starts) == len(_monai_starts(size, window, overlap))
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("shape", [(21, 19, 11), (8, 20, 4), (5, 9, 3), (3, 30, 2)])
-def test_windows_side_by_side_are_blended_as_monai_does_to_the_bit(axis, overlap, shape):
+def test_windows_side_by_side_are_blended_as_monai_does_to_the_bit(axis, overlap, shape, monkeypatch):
+    monkeypatch.setattr("medvisionllama.inference.windows.window_starts", _monai_starts)
     slab = _image(shape).narrow(axis + 1, 0, min(shape[axis], CROP[axis]))[None]
     expected = sliding_window_inference(
         slab, CROP, 1, _OneSided(), overlap=overlap, roi_weight_map=_row_weights(CROP, axis)

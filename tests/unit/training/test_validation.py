@@ -76,6 +76,18 @@ def test_a_class_that_no_case_s_mask_has_is_named(cases, number, lost):
     assert record["dice_per_class"]["Rare"] == 1
 
 
+def test_a_case_without_a_class_counts_only_where_the_mask_has_it(cases):
+    never, always = (validated(cases, number)["dice_per_class"] for number in (1, 2))
+    # Two of three cases have Posterior: 0, not a third for the case that lacks it.
+    assert never["Posterior"] == 0
+    assert 0 < never["Anterior"] < 1
+    # Everywhere it is, the case that lacks it counts with 0.
+    with_it = [case for case in cases[0] if (np.asarray(case.native_label) == 2).any()]
+    among_them = validated((with_it, cases[1]), 2)["dice_per_class"]["Posterior"]
+    assert len(with_it) == 2
+    assert always["Posterior"] == pytest.approx(among_them * 2 / 3)
+
+
 def test_the_network_works_in_the_runs_precision_and_nothing_else_does(cases, monkeypatch):
     found, plan = cases
     inside, outside = [], []

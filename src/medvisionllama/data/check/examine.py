@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from medvisionllama.data.check.facts import CaseFacts, ChannelFacts, MaskFacts
 from medvisionllama.data.check.mirrors import mirror_scores
-from medvisionllama.data.readers import LABEL_TOLERANCE
+from medvisionllama.data.readers import count_fractional
 from medvisionllama.types import Triple
 
 _SAMPLES = 50_000
@@ -74,7 +74,7 @@ def examine_label(array: np.ndarray) -> MaskFacts:
     num_bad, _ = _count_bad(array)
     finite = array[np.isfinite(array)] if num_bad else array
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    num_fractional, fraction = _count_fractional(finite) if array.dtype.kind == "f" else (0, None)
+    num_fractional, fraction = count_fractional(finite) if array.dtype.kind == "f" else (0, None)
     facts = MaskFacts(
         dtype=str(array.dtype),
         low=low,
@@ -135,12 +135,6 @@ def _count_bad(array: np.ndarray) -> tuple[int, Triple | None]:
         bad = ~np.isfinite(array.astype(np.float32, copy=False))
     x, y, z = (int(index[0]) for index in np.nonzero(bad))
     return int(bad.sum()), (x, y, z)
-
-
-def _count_fractional(values: np.ndarray) -> tuple[int, float | None]:
-    fractional = np.abs(np.rint(values) - values) > LABEL_TOLERANCE
-    number = int(np.count_nonzero(fractional))
-    return number, float(values[fractional][0]) if number else None
 
 
 def _mostly_one(ordered: np.ndarray) -> bool:

@@ -57,6 +57,7 @@ _WARNINGS = {
     "duplicate-label": "the same label on different images",
     "pair-names": "a label named like another case",
     "ct-not-hu": "CT values that are not Hounsfield units",
+    "ct-undeclared": "channels that look like CT and are not called so",
     "ct-mixture": "CT of very different intensity scales",
     "intensity-outlier": "intensity scales unlike the other cases'",
     "spacing-outlier": "spacings unlike the other cases'",

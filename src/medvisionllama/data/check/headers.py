@@ -88,7 +88,7 @@ def grid_findings(case: CaseFacts) -> list[Finding]:
         ]
         found = (
             "label-shape",
-            f"{label.path} has shape {shapes[0]}, its image {first.path.name} has {shapes[1]}; redraw or resample the label on the image's grid",
+            f"{label.path} has shape {shapes[0]}, its image {first.path.name} has {shapes[1]}; redraw or resample the label on the image's grid, or leave the case out (data.exclude)",
         )
     elif label.ras[0] == first.ras[0] and not same_place(first.ras[1], label.ras[1], first.ras[0]):
         found = (

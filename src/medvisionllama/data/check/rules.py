@@ -1,5 +1,6 @@
 """Rules on all cases together: what stands apart, what occurs twice, what is never there."""
 
+import shlex
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
@@ -15,6 +16,8 @@ MIXTURE_RATIO = 10.0
 # Labels smaller than this may be equal by chance.
 _DUPLICATE_LABEL_VOXELS = 50
 _FLAT_RATIO = 16.0
+# Hounsfield units of air in a lung or around a body, and the lowest that a file may hold for what was not scanned.
+_AIR, _LOWEST_CT = -900, -5000
 
 
 def class_findings(cases: Sequence[CaseFacts], classes: Mapping[int, str]) -> list[Finding]:
@@ -65,7 +68,8 @@ def duplicate_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
         if len(patients) > 1:
             labels = {case.mask.sha256 for case in group if case.mask is not None}
             differ = ", with different labels," if len(labels) > 1 else ""
-            message = f"{_listed(names)} hold the same image{differ} but count as {len(patients)} patients ({_listed(patients)}), so it can be trained on and tested; keep one (--exclude {patients[-1]} here, --set data.exclude={patients[-1]} in train), or name the patient by --patient-pattern"
+            left_out = patients[-1]
+            message = f"{_listed(names)} hold the same image{differ} but count as {len(patients)} patients ({_listed(patients)}), so it can be trained on and tested; keep one ({shlex.join(['--exclude', left_out])} here, {shlex.join(['--set', f'data.exclude={left_out}'])} in train), or name the patient by --patient-pattern"
             findings.append(Finding("duplicate-across-patients", message, names, group[1].images[0].path))
         else:
             message = f"{_listed(names)} of the patient {patients[0]} hold the same image; keep one"
@@ -82,6 +86,19 @@ def duplicate_findings(cases: Sequence[CaseFacts]) -> list[Finding]:
                 f"{_listed(names)} have the same label on different images; was it copied to the wrong case?"
             )
             findings.append(Finding("duplicate-label", message, names, path))
+    return findings
+
+
+def ct_findings(cases: Sequence[CaseFacts], channels: Sequence[str]) -> list[Finding]:
+    """Channels with the values of CT under another name: they would be scaled as MRI is, scan by scan."""
+    findings = []
+    for number, name in enumerate(channels):
+        facts = [case.channels[number] for case in cases if number < len(case.channels)]
+        # Air is -1000; outside of the circle some scanners write lower values. MRI has none below 0.
+        like_ct = sum(_LOWEST_CT <= one.low <= _AIR and one.high > 0 for one in facts)
+        if facts and not is_ct(name) and like_ct > len(facts) / 2:
+            message = f"the channel {number} ({name}) reaches down to {_AIR} and below in {like_ct} of {len(facts)} scans, as CT does, and is not called so, so it would be scaled as MRI is; name it CT in names.json or dataset.json"
+            findings.append(Finding("ct-undeclared", message))
     return findings
 
 

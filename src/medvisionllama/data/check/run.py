@@ -31,6 +31,7 @@ from medvisionllama.data.check.places import (
 from medvisionllama.data.check.report import CheckReport
 from medvisionllama.data.check.rules import (
     class_findings,
+    ct_findings,
     duplicate_findings,
     intensity_findings,
     outlier_findings,
@@ -120,6 +121,7 @@ def dataset_findings(facts: Sequence[CaseFacts], dataset: Dataset) -> list[Findi
         *patient_name_findings(labelled),
         *class_findings(facts, dataset.classes),
         *duplicate_findings(facts),
+        *ct_findings(facts, dataset.channels),
         *intensity_findings(facts, dataset.channels),
         *outlier_findings(facts, dataset.classes),
         *storage_findings(facts),

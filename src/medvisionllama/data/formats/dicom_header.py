@@ -91,6 +91,29 @@ class Slice:
     fault: str = ""
     """Why its file makes no volume: said when the series' turn comes, since a study may hold others."""
 
+    @classmethod
+    def unknown(cls, file: Path, fault: str) -> "Slice":
+        """Of a file that says nothing."""
+        return cls(
+            file,
+            frame=0,
+            uid="",
+            number=None,
+            size=(0, 0),
+            position=None,
+            orientation=None,
+            spacing=None,
+            slope=1.0,
+            intercept=0.0,
+            inverted=False,
+            colour=False,
+            table=False,
+            bits=0,
+            signed=False,
+            marks=(),
+            fault=fault,
+        )
+
 
 @dataclass(frozen=True)
 class FileHeader:

@@ -4,8 +4,8 @@ import filecmp
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,8 @@ class Series:
         """A file name without suffix: number, description and eight digits that stand for the uid."""
         words = re.sub(r"[^A-Za-z0-9]+", "_", self.description or self.modality).strip("_")[:40]
         number = "" if self.number is None else f"{self.number}"
-        digest = hashlib.sha256(self.series_uid.encode()).hexdigest()[:8]
+        # What is damaged has no uid.
+        digest = hashlib.sha256((self.series_uid or str(self.files[0])).encode()).hexdigest()[:8]
         return "_".join(part for part in (number, words, digest) if part)
 
     def __str__(self) -> str:
@@ -49,24 +50,39 @@ class Series:
         return f"series {known} ({self.folder})"
 
 
-def find_series(path: Path) -> tuple[Series, ...]:
-    """List the series of images in a folder and the folders below it, or in one file.
+def find_series(*paths: Path, keep_going: bool = False) -> tuple[Series, ...]:
+    """List the series of images in folders and the folders below them, or in files.
 
     Files that are no scans are passed over: other formats, directories, reports, masks, presentation states,
-    screenshots and localisers. The same image under two names counts once.
+    screenshots and localisers. The same image under two names counts once, and a series that lies in several places
+    is one.
+
+    Args:
+        keep_going: a damaged DICOM file is the fault of the series in its folder, which it may belong to, or, where
+            there is none, of a series of its own; the others are well.
 
     Raises:
-        DataError: the path does not exist, or a DICOM file is damaged.
+        DataError: a path does not exist, or a DICOM file is damaged.
         OSError: as `files_below`.
     """
-    if not path.exists():
-        raise DataError(f"{path} does not exist; give a DICOM file or a folder of DICOM files")
     groups: dict[str, list[FileHeader]] = {}
-    for file in _files_of(path):
-        header = read_file_header(file)
+    damaged: dict[Path, tuple[Path, str]] = {}
+    # Paths may lie within one another.
+    files = {file.parent.resolve() / file.name: file for path in paths for file in _files_of(path)}
+    for file in files.values():
+        try:
+            header = read_file_header(file)
+        except DataError as error:
+            if not keep_going:
+                raise
+            damaged.setdefault(file.parent, (file, str(error)))
+            continue
         if header is not None:
             groups.setdefault(header.series_uid, []).append(header)
     found = [_series(group) for group in groups.values()]
+    told = {file.parent for series in found for file in series.files}
+    found = [_with_fault(series, damaged) for series in found]
+    found += [_without_header(*fault) for folder, fault in damaged.items() if folder not in told]
     return tuple(sorted(found, key=lambda series: (series.folder, series.number or 0, series.series_uid)))
 
 
@@ -117,6 +133,8 @@ def files_below(folder: Path) -> list[Path]:
 
 def _files_of(path: Path) -> list[Path]:
     """The file, or those of a folder and of the folders below it."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give a DICOM file or a folder of DICOM files")
     return [path] if path.is_file() else files_below(path)
 
 
@@ -136,6 +154,20 @@ def _series(headers: list[FileHeader]) -> Series:
         folder=Path(os.path.commonpath(parents)) if len(set(parents)) > 1 else files[0].parent,
         slices=tuple(slices),
     )
+
+
+def _with_fault(series: Series, damaged: Mapping[Path, tuple[Path, str]]) -> Series:
+    """The series, which says so if its folder holds a damaged file: one of its own slices may be missing."""
+    faults = [damaged[file.parent][1] for file in series.files if file.parent in damaged]
+    if not faults:
+        return series
+    first, *others = series.slices
+    return replace(series, slices=(replace(first, fault=faults[0]), *others))
+
+
+def _without_header(file: Path, fault: str) -> Series:
+    """A series of which nothing is known but a damaged file."""
+    return Series("", "", "", "", None, (file,), file.parent, (Slice.unknown(file, fault),))
 
 
 def _without_copies(headers: list[FileHeader]) -> list[FileHeader]:

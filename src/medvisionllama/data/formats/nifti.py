@@ -73,10 +73,12 @@ def read(path: Path, content: bytes | None = None) -> tuple[np.ndarray, Header]:
 def _unpack(path: Path, content: bytes, *, packed: bool) -> tuple[np.ndarray, Header] | None:
     """Voxels and header, or None for what does not begin like NIfTI."""
     source = Unpacker(content) if packed else io.BytesIO(content)
-    head = source.read(max(_KINDS))
+    # No more than the header: the voxels after it are not to be joined to what was read of them before.
+    head = source.read(min(_KINDS))
     sizes = [int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")]
-    size = next((size for size in sizes if size in _KINDS and size <= len(head)), None)
-    if size is None:
+    size = next((size for size in sizes if size in _KINDS), 0)
+    head += source.read(max(0, size - len(head)))
+    if not size or len(head) < size:
         return None
     raw = _KINDS[size].header_class(head[:size])
     shape, dtype = raw.get_data_shape(), raw.get_data_dtype()
