@@ -54,9 +54,9 @@ class Broken:
     code: str
     words: str
     train: bool = False
+    """`train` sees it too, and refuses."""
     train_words: str = ""
     """What `train` says where it says it otherwise."""
-    """`train` sees it too, and refuses."""
     num_cases: int = 6
     channels: Sequence[str] = ("MRI",)
     frames: int = 1

@@ -21,6 +21,7 @@ from medvisionllama.data.readers import read_image
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import CheckpointError, ConfigError, DataError
 from medvisionllama.inference import batch
+from medvisionllama.inference.ledger import Ledger
 from medvisionllama.inference.predictor import Prediction, check_alike
 from medvisionllama.inference.writers import label_table, write_mask
 from medvisionllama.run_dir import RunDir
@@ -211,6 +212,24 @@ def test_a_batch_that_another_one_helps_leaves_out_what_is_made(runs, scans, tmp
     assert record["case"] == "phantom_001"
     lines = read_json_lines(folder / "predictions.jsonl")
     assert sorted(line["case"] for line in lines) == ["phantom_000", "phantom_001", "phantom_002"]
+
+
+def test_a_table_of_other_classes_that_came_meanwhile_is_not_replaced(runs, scans, tmp_path, meanwhile):
+    table = tmp_path / "m" / "labels.txt"
+    table.parent.mkdir()
+    meanwhile(lambda: table.write_text("of another run"))
+    with pytest.raises(DataError, match="not the table of this run's classes"):
+        api.predict(runs[0], scans / "phantom_000.nii.gz", out=table.parent)
+    assert table.read_text() == "of another run"
+    assert not list(table.parent.glob("*.nii.gz"))
+
+
+def test_a_mask_that_came_after_the_ledger_was_read_is_known(runs, scans, tmp_path, monkeypatch):
+    api.predict(runs[0], scans, out=tmp_path / "m")
+    read, calls = Ledger.read, []
+    # The first time as it was before the masks came.
+    monkeypatch.setattr(Ledger, "read", lambda self: read(self) if calls else calls.append(1) or {})
+    assert api.predict(runs[0], scans, out=tmp_path / "m", resume=True) == []
 
 
 def test_a_scan_that_changes_while_it_is_segmented_gets_no_mask(runs, scans, tmp_path, meanwhile):

@@ -134,7 +134,8 @@ def predict(
         on_record: told each record as soon as its files are whole, for those who may be interrupted.
 
     Returns:
-        One record per scan: case, mask file, volume of each class in millilitres, warnings, seconds.
+        One record for each scan, but for those left out: case, mask file, volume of each class in millilitres,
+        warnings, seconds.
 
     Raises:
         MedVisionLlamaError: anything the user can fix, in one line; before the first scan is segmented where

@@ -61,7 +61,11 @@ def paper() -> Settings:
 
 
 def reference() -> Settings:
-    """What the published code computes: the block before positions and transformer, frozen random mappers."""
+    """The published code's data flow: the block before positions and transformer, frozen random mappers.
+
+    Its scales differ: the last norm's weights are 1 there, the update of a mapper counts a quarter (1 / rank), and
+    positions start with deviation 1. So do its schedule (halved on a plateau) and its augmentation.
+    """
     return {
         "data": _PUBLISHED_DATA,
         "augment": _PUBLISHED_AUGMENTATION,

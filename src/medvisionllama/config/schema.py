@@ -174,11 +174,12 @@ class AugmentConfig(Section):
     enabled: bool = True
     """False trains on crops as they are."""
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 20.0
-    """Largest rotation about each axis; out-of-plane axes of anisotropic scans turn a quarter as far."""
+    """Largest rotation about each axis; a crop of few slices turns a quarter as far out of its planes. Thick slices
+    (over three times as far apart as the voxels in them) are turned, zoomed and bent in their plane alone."""
     scale: tuple[PositiveFloat, PositiveFloat] = (0.8, 1.25)
-    """Range of isotropic zoom, drawn evenly in its logarithm."""
+    """Range of zoom, the same along all axes but across thick slices, drawn evenly in its logarithm."""
     translation: Share = 0.1
-    """Largest shift as a share of the crop."""
+    """Largest shift as a share of the crop; across thick slices, by whole ones."""
     spatial_probability: Share = 0.8
     """Probability that a crop is rotated, zoomed and shifted at all."""
     elastic: Share = 0.0

@@ -195,7 +195,9 @@ def patient_of(case_id: str, pattern: str | None = None) -> str:
     """
     if pattern is None:
         # P03 (visit 2) is P03 visit 2.
-        return _patient_by_rule(_BRACKETS.sub(r"\1", case_id))
+        plain = _BRACKETS.sub(r"\1", case_id)
+        found = _patient_by_rule(plain)
+        return case_id if found == plain else found
     try:
         match = re.search(pattern, case_id)
     except re.error as error:

@@ -192,7 +192,10 @@ class PlannedRun:
 
 
 class _EachKeyOnce(yaml.SafeLoader):
-    """YAML in which no key stands twice: of two arms of one name, the first would silently be none."""
+    """YAML in which no key stands twice: of two arms of one name, the first would silently be none.
+
+    Layers `28:30` are text, as on the command line, and not 1710, as YAML 1.1 counts to the base of 60.
+    """
 
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -204,6 +207,15 @@ class _EachKeyOnce(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return node
+
+
+def _text_if_sixties(loader: _EachKeyOnce, node: yaml.ScalarNode) -> Any:
+    if ":" in node.value:
+        return node.value
+    return loader.construct_yaml_int(node)
+
+
+_EachKeyOnce.add_constructor("tag:yaml.org,2002:int", _text_if_sixties)
 
 
 def read_matrix(path: Path) -> Matrix:

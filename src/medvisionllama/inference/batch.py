@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from medvisionllama._files import files_sha256, locked_folder, write_text
+from medvisionllama._files import locked, write_text
 from medvisionllama.data.formats.dicom_labels import referenced_series
 from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.readers import SUFFIXES, ScanSource, read_header
@@ -17,7 +17,15 @@ from medvisionllama.errors import OUT_OF_MEMORY, DataError, MedVisionLlamaError,
 from medvisionllama.inference.cautions import cautions
 from medvisionllama.inference.dicom_seg import write_seg
 from medvisionllama.inference.inputs import Scan
-from medvisionllama.inference.ledger import MAPS, Ledger, Made, MadeBy, ScanChangedError, check_mask
+from medvisionllama.inference.ledger import (
+    MAPS,
+    Ledger,
+    Made,
+    MadeBy,
+    ScanChangedError,
+    check_mask,
+    scan_sha256,
+)
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.predictor import Prediction, Predictor, PreparedScan
 from medvisionllama.inference.writers import label_table, write_mask, write_shares
@@ -138,6 +146,9 @@ class Outputs:
                     )
             # Of the two files only the one that is asked for needs to be ours.
             there = [file for file in masks if file.exists()] if resume else []
+            if any(file.name not in made for file in there):
+                # Another process may have made it since.
+                made, owners = self.ledger.read(), self.ledger.owners()
             there = [file for file in there if file == masks[0] or file.name in made]
             try:
                 for file in there:
@@ -234,7 +245,8 @@ def predict_scans(
         on_record: told each record as soon as its files are whole.
 
     Returns:
-        One record per scan: case, mask file, volume of each class in millilitres, warnings, seconds.
+        One record for each scan, but for those that another process made meanwhile: case, mask file, volume of each
+        class in millilitres, warnings, seconds.
     """
     records = []
     if scans:
@@ -279,7 +291,13 @@ def _segment(
     Returns:
         What is told of it; nothing if another process has made its mask meanwhile.
     """
-    if not outputs.still_missing(scan, overwrite=overwrite, resume=resume):
+    try:
+        due = outputs.still_missing(scan, overwrite=overwrite, resume=resume)
+    except DataError:
+        coming.cancel()
+        raise
+    if not due:
+        coming.cancel()
         return None
     read = coming.result()
     prediction = predictor.segment(
@@ -313,8 +331,8 @@ def _finish(
         "warnings": cautions(read.scan, prediction, predictor.plan),
     }
     _check_unchanged(scan, read.sha256)
-    outputs.folder.mkdir(parents=True, exist_ok=True)
-    with locked_folder(outputs.folder):
+    with locked(outputs.ledger.path):
+        outputs.check_table(names, overwrite=overwrite)
         if not outputs.still_missing(scan, overwrite=overwrite, resume=resume):
             return None
         for file in outputs.outdated(scan) if overwrite else ():
@@ -324,7 +342,7 @@ def _finish(
 
 def _write(
     scan: Scan,
-    scan_sha256: str,
+    sha256: str,
     prediction: Prediction,
     found: dict[str, Any],
     outputs: Outputs,
@@ -359,9 +377,7 @@ def _write(
         "warnings": [*found["warnings"], *refused],
     }
     try:
-        outputs.ledger.add(
-            record, scan_sha256, outputs.made_by, instead=bool(refused), warnings=found["warnings"]
-        )
+        outputs.ledger.add(record, sha256, outputs.made_by, instead=bool(refused), warnings=found["warnings"])
     except BaseException:
         # Of a mask without a line --resume would not know what made it, and stop at it.
         files["mask"].unlink(missing_ok=True)
@@ -374,19 +390,9 @@ def _write(
     return record
 
 
-def _sha256(scan: Scan) -> str:
-    """Of the files that a scan is read from."""
-    try:
-        return files_sha256(scan.files)
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or scan.images[0]} cannot be read any more ({error.strerror}); was the scan moved?"
-        ) from None
-
-
 def _check_unchanged(scan: Scan, sha256: str) -> None:
     """Raise DataError if a scan is not what was segmented any more: its mask would be told to be of the new one."""
-    if _sha256(scan) != sha256:
+    if scan_sha256(scan.files) != sha256:
         raise DataError(f"{scan.images[0]} changed while it was segmented; give the same command again")
 
 
@@ -404,7 +410,7 @@ def _source(source: ScanSource) -> dict[str, str]:
 
 def _read(predictor: Predictor, scan: Scan) -> _Read:
     # The hash first: a change that comes after it is found out.
-    sha256 = _sha256(scan)
+    sha256 = scan_sha256(scan.files)
     return _Read(predictor.prepare(scan.images), sha256)
 
 

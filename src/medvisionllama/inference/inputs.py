@@ -122,7 +122,9 @@ def _named_series(series: Sequence[Series], taken: Container[str]) -> list[tuple
     folders, names = Counter(places), Counter(place.name for place in set(places))
     return [
         (
-            place.name if folders[place] == names[place.name] == 1 and place.name not in taken else one.name,
+            place.name
+            if place.name and folders[place] == names[place.name] == 1 and place.name not in taken
+            else one.name,
             one,
         )
         for place, one in zip(places, series, strict=True)

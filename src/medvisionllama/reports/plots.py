@@ -16,6 +16,8 @@ from medvisionllama.data.volume import Volume
 from medvisionllama.types import LabelArray
 
 mpl.use("Agg")
+# Names of classes and cases are anybody's: a dollar sign is no formula.
+mpl.rcParams["text.parse_math"] = False
 
 _NAMED = 10
 _NAMES = ("right", "front", "up")

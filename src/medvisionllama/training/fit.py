@@ -188,6 +188,8 @@ def _fit(
         started=started,
     )
     with alone_in(run_dir, processes):
+        if not resume:
+            check_still_unused(run_dir, processes)
         # Before anything is written: what cannot go on stays as it was.
         loop.resume()
         if processes.is_main:
@@ -262,6 +264,22 @@ def alone_in(run_dir: RunDir, processes: Processes) -> Iterator[None]:
                 f"another process is training {run_dir.path}; wait for its end, stop it, or choose another --out"
             )
         yield
+
+
+def check_still_unused(run_dir: RunDir, processes: Processes) -> None:
+    """Refuse a folder that another run has filled while the scans were prepared.
+
+    Raises:
+        CheckpointError: as `RunDir.check_unused`; its weights would be gone on with under this run's division.
+    """
+    taken = ""
+    if processes.is_main:
+        try:
+            run_dir.check_unused()
+        except CheckpointError as error:
+            taken = str(error)
+    if processes.any(bool(taken)):
+        raise CheckpointError(taken or f"{run_dir.path} already holds a run")
 
 
 def check_time_left(config: Config, seconds: float, progress: Progress) -> None:

@@ -59,8 +59,9 @@ def validate_cases(
 ) -> dict[str, Any]:
     """Segment every case and return mean Dice over cases and classes, and per class; none if there are no cases.
 
-    A case says nothing of a class that neither its label nor its mask has. Counted as 1, as tables have it, a
-    network that never learned a rare class would be chosen before one that did, for a stray voxel.
+    A case says nothing of a class that neither its label nor its mask has, nor do cases none of which has it.
+    Counted as tables have it, 1 and with a stray voxel 0, a network that never learned a rare class would be chosen
+    before one that did.
 
     Under `never_found` are the classes, if there are such, that the network finds in none of the cases that have
     them: a mean over few cases and many classes hides one that is not learned at all.
@@ -131,6 +132,7 @@ def validate_cases(
         longest = processes.first(longest)
         too_long = {"would_take_seconds": longest} if longest > patience_seconds else {}
     scores, present, counts = table.numpy()
+    counts = counts * present.any(axis=0)
     num_counted = counts.sum(axis=0)
     per_class = np.where(num_counted > 0, (scores * counts).sum(axis=0) / np.maximum(num_counted, 1), 1.0)
     names = plan.mask_classes.values()

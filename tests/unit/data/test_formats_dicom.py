@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import warnings
+from pathlib import Path
 from threading import Event, Thread
 
 import numpy as np
@@ -410,6 +411,16 @@ def test_one_series_in_several_folders_is_one(tmp_path):
     np.testing.assert_array_equal(read_voxels(series)[0], stored.transpose(2, 1, 0))
 
 
+def test_one_series_given_from_here_and_from_the_root_is_one(tmp_path, monkeypatch):
+    datasets = classic(voxels())
+    save(datasets[::2], tmp_path / "x" / "1")
+    save(datasets[1::2], tmp_path / "x" / "2")
+    monkeypatch.chdir(tmp_path / "x")
+    (series,) = find_series(Path("1"), tmp_path / "x" / "2")
+    assert series.folder == tmp_path / "x"
+    assert len(series.files) == len(datasets)
+
+
 def test_links_are_followed_and_end_where_they_lead_back(tmp_path):
     stored = voxels()
     store, cohort = tmp_path / "store" / "P001", tmp_path / "cohort"
@@ -516,6 +527,11 @@ def test_the_name_of_a_series_is_a_file_name_without_the_patient(tmp_path, descr
         ("DOE_JANET", "head of Janet", False),
         ("Wang^Xiaoming=王^小明", "Kopf 王", False),
         ("Kim^A", "a brain", True),
+        ("Garcia-Lopez^Maria", "Garcia abdomen", False),
+        ("O'Brien^Pat", "OBRIEN knee", False),
+        ("Müller^Hans", "Mueller HWS", False),
+        ("Mu\u0308ller^Hans", "MULLER HWS", False),
+        ("Muller^Hans", "Müller HWS", False),
     ],
 )
 def test_a_description_with_a_short_name_of_the_patient_is_left_out(tmp_path, patient, description, kept):

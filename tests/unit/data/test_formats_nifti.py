@@ -137,5 +137,5 @@ def test_a_header_that_declares_terabytes_costs_nothing(tmp_path):
         content[42 + 2 * axis : 44 + 2 * axis] = (32_000).to_bytes(2, "little")
     path = tmp_path / "a.nii.gz"
     path.write_bytes(gzip.compress(content))
-    with pytest.raises(DataError, match="damaged or truncated"):
+    with pytest.raises(DataError, match=r"\(32000, 32000, 32000\) does not fit into memory"):
         nifti.read(path)

@@ -351,6 +351,7 @@ def test_a_dataset_json_that_is_no_json_is_refused(files, content):
         ("Pat 03 (visit 2)", "Pat 03"),
         ("P03_[T2]_ct", "P03"),
         ("P(1)", "P(1)"),
+        ("liver (12)", "liver (12)"),
         ("hippocampus_003", "hippocampus_003"),
         ("brats_2013_pat0001_1", "brats_2013_pat0001_1"),
         ("treated_12", "treated_12"),

@@ -92,6 +92,15 @@ def test_several_values_of_a_setting_make_an_arm_each():
     assert (block.weights, block.lora_rank) == ("random", 4)
 
 
+def test_a_range_of_layers_is_none_of_minutes(write_matrix):
+    path = write_matrix(
+        arms={"none": {}, "last": {"set": {"network.block.layers": "28:30"}}}, reference="none"
+    )
+    path.write_text(path.read_text().replace("'28:30'", "28:30"))
+    (last,) = (run for run in expand(read_matrix(path)) if run.arm == "last")
+    assert last.config(data=Path("x")).network.block.layers == (28, 29)
+
+
 def test_arms_can_be_limited_to_models_and_fractions():
     arms = {
         **MINIMAL["arms"],

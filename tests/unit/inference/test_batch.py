@@ -28,7 +28,7 @@ def predict(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             plan=SimpleNamespace(mask_classes={1: "a"}), prepare=prepare, segment=segment
         )
         monkeypatch.setattr(batch, "_finish", lambda *_, **__: {})
-        monkeypatch.setattr(batch, "_sha256", lambda scan: "")
+        monkeypatch.setattr(batch, "scan_sha256", lambda files: "")
         batch.predict_scans(
             predictor,
             [Scan(f"c{number}", (Path(f"{number}.nii"),), voxels) for number in range(4)],

@@ -46,6 +46,14 @@ def test_the_last_line_of_a_mask_counts_and_a_torn_one_does_not(scan, tmp_path):
     assert ledger.read()["s.nii.gz"].volumes_ml == {"a": 3.0}
 
 
+def test_a_scan_that_is_gone_is_named(scan, tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.add(record(scan), files_sha256([scan]), MAKER)
+    scan.unlink()
+    with pytest.raises(DataError, match=f"{scan.name} cannot be read any more"):
+        check_mask(tmp_path / "s.nii.gz", ledger.read()["s.nii.gz"], [scan], MAKER)
+
+
 def test_folders_and_headers_stay_out_of_it(scan, tmp_path):
     ledger = Ledger(tmp_path)
     said = record(scan) | {"source": {"folder": str(scan.parent)}, "warnings": [f"{scan} is of Mr Roe"]}

@@ -111,6 +111,14 @@ def test_random_weights_are_those_of_the_familys_initialiser(folder):
     assert tensors["layers.0.mlp.up_proj.weight"].std() == pytest.approx(0.1, rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m-base"])
+def test_a_random_block_of_smollm2_begins_as_its_model_began(name):
+    tensors = FrozenBlock.from_pretrained(name, weights="random").frozen_tensors()
+    matrices = [tensor for tensor in tensors.values() if tensor.ndim == 2]
+    assert len(matrices) == 7
+    assert all(tensor.std() == pytest.approx(1 / 24, rel=0.02) for tensor in matrices)
+
+
 def test_permuting_tokens_permutes_outputs(folder):
     order = torch.randperm(7, generator=torch.Generator().manual_seed(2))
     block = FrozenBlock.from_pretrained(folder)

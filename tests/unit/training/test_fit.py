@@ -7,7 +7,13 @@ import pytest
 from medvisionllama.config import load_config
 from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.run_dir import RunDir
-from medvisionllama.training.fit import alone_in, check_time_left, say_long_warmup, with_absolute_paths
+from medvisionllama.training.fit import (
+    alone_in,
+    check_still_unused,
+    check_time_left,
+    say_long_warmup,
+    with_absolute_paths,
+)
 
 ONE_PROCESS = SimpleNamespace(is_main=True, any=bool)
 
@@ -22,6 +28,15 @@ def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path):
         raise AssertionError("two at a time")
     with alone_in(run_dir, ONE_PROCESS):
         pass
+
+
+def test_a_folder_that_another_run_has_filled_meanwhile_is_refused(tmp_path):
+    run_dir = RunDir(tmp_path / "run")
+    check_still_unused(run_dir, ONE_PROCESS)
+    run_dir.state.parent.mkdir(parents=True)
+    run_dir.state.touch()
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        check_still_unused(run_dir, ONE_PROCESS)
 
 
 def test_a_disk_without_locks_keeps_nobody_from_training(tmp_path, monkeypatch):

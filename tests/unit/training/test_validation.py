@@ -74,6 +74,7 @@ def test_a_class_that_no_case_s_mask_has_is_named(cases, number, lost):
     assert record["never_found"] == lost
     # Of a class that no label has, nothing was to be found.
     assert record["dice_per_class"]["Rare"] == 1
+    assert validated(cases, 3)["dice_per_class"]["Rare"] == 1
 
 
 def test_a_case_without_a_class_counts_only_where_the_mask_has_it(cases):

@@ -170,7 +170,7 @@ def _dated(patients: Sequence[str]) -> list[_Alike]:
 def _groups(patients: Sequence[str]) -> list[_Alike]:
     members: dict[tuple[int, tuple[str, ...]], list[tuple[str, str]]] = defaultdict(list)
     for name in patients:
-        parts = _SEPARATOR.split(name.lower())
+        parts = [part.strip("()[]{}") for part in _SEPARATOR.split(name.lower())]
         for place, part in enumerate(parts):
             rest = (*parts[:place], *parts[place + 1 :])
             members[place, rest].append((name, part))

@@ -8,6 +8,7 @@ import logging
 import re
 import sqlite3
 import struct
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,8 @@ _TAGS = (
 )  # fmt: skip
 
 
+_WORDS = re.compile(r"[\W_]+")
+_UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "å": "aa", "ø": "oe", "æ": "ae"})
 _BROKEN = (
     OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError, RuntimeError,
     ArithmeticError, struct.error, zlib.error, sqlite3.Error,
@@ -351,11 +354,23 @@ def _whole(value: Any) -> int | None:
 def _without_patient(dataset: Any) -> str:
     """The series' description, or nothing if someone typed the patient into it."""
     description = " ".join(str(dataset.get("SeriesDescription") or "").split())
-    words = [
-        *re.split(r"[\s^=,_]+", str(dataset.get("PatientName") or "")),
-        str(dataset.get("PatientID") or ""),
-    ]
-    return "" if any(_tells(word.casefold(), description.casefold()) for word in words) else description
+    number = str(dataset.get("PatientID") or "")
+    # What has no digit in a number, as MRN, is nobody's.
+    parts = [part for part in _WORDS.split(number) if re.search(r"\d", part)]
+    words = [*_WORDS.split(str(dataset.get("PatientName") or "")), number, *parts]
+    texts = _spellings(description)
+    told = any(_tells(word, text) for each in words for word in _spellings(each) for text in texts)
+    return "" if told else description
+
+
+def _spellings(text: str) -> set[str]:
+    """Small letters without accents, in both ways that they are left out: Müller is Muller and Mueller."""
+    whole = unicodedata.normalize("NFC", text).casefold()
+    ways = (whole, whole.translate(_UMLAUTS))
+    return {
+        "".join(letter for letter in unicodedata.normalize("NFKD", way) if not unicodedata.combining(letter))
+        for way in ways
+    }
 
 
 def _tells(word: str, text: str) -> bool:

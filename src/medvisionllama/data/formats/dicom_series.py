@@ -4,7 +4,7 @@ import filecmp
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -143,7 +143,6 @@ def _series(headers: list[FileHeader]) -> Series:
     slices = along_normal([piece for header in kept for piece in header.slices])
     files = tuple(dict.fromkeys(piece.file for piece in slices))
     first = kept[0]
-    parents = [str(file.parent) for file in files]
     return Series(
         series_uid=first.series_uid,
         study_uid=first.study_uid,
@@ -151,9 +150,24 @@ def _series(headers: list[FileHeader]) -> Series:
         modality=first.modality,
         number=first.number,
         files=files,
-        folder=Path(os.path.commonpath(parents)) if len(set(parents)) > 1 else files[0].parent,
+        folder=_common_folder({file.parent for file in files}, files[0].parent),
         slices=tuple(slices),
     )
+
+
+def _common_folder(folders: Collection[Path], first: Path) -> Path:
+    """The folder that holds all of them; the first where there is none, as on two drives."""
+    if len(folders) == 1:
+        return first
+    try:
+        return Path(os.path.commonpath(folders))
+    except ValueError:
+        pass
+    try:
+        # Some were given from here, others from the root.
+        return Path(os.path.commonpath([folder.absolute() for folder in folders]))
+    except ValueError:
+        return first
 
 
 def _with_fault(series: Series, damaged: Mapping[Path, tuple[Path, str]]) -> Series:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import psutil
 from nibabel.filebasedimages import ImageFileError
 from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
@@ -85,7 +86,12 @@ def _unpack(path: Path, content: bytes, *, packed: bool) -> tuple[np.ndarray, He
     header = make_header(path, shape, _in_mm(raw.get_best_affine(), raw))
     _check_type(path, dtype)
     offset, declared = int(raw.get_data_offset()), math.prod(shape) * dtype.itemsize
-    # No more is unpacked than the header declares: a small file may unpack to anything.
+    # No more is unpacked than the header declares: a small file may unpack to anything. Nor more than the machine
+    # has, which would end this process and not this scan alone.
+    if declared > psutil.virtual_memory().total:
+        raise DataError(
+            f"{path} of shape {header.shape} does not fit into memory; is its header right? Crop it, or use a machine with more"
+        )
     before = head + source.read(max(0, offset - len(head)))
     body = source.read(declared - len(before[offset:]))
     if len(before[offset:]) + len(body) < declared:
