@@ -206,4 +206,6 @@ def test_the_wheels_are_what_the_catalogue_says(name, tmp_path):
     assert (file_sha256(weights), weights.stat().st_size) == (entry.sha256, entry.checkpoint_bytes)
     found = open_source(weights).settings
     for key, value in entry.settings.items():
+        if key == "initializer_range" and weights.suffix == ".gguf":
+            continue  # how a model began is nothing that such a file says
         assert found[key] == pytest.approx(value) if isinstance(value, float) else found[key] == value
