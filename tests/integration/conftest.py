@@ -51,7 +51,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_fast(data: Path, out: Path, *, fold: int, seed: int) -> Path:
     """Train a run of `FAST` settings, without its test cases, and return its folder."""
-    api.train(data, out=out, fold=fold, epochs=6, overrides={**FAST, "train.seed": seed}, test=False)
+    api.train(data, out=out, fold=fold, epochs=5, overrides={**FAST, "train.seed": seed}, test=False)
     return out
 
 
