@@ -291,13 +291,13 @@ def _segment(
     Returns:
         What is told of it; nothing if another process has made its mask meanwhile.
     """
+    is_due = False
     try:
-        due = outputs.still_missing(scan, overwrite=overwrite, resume=resume)
-    except DataError:
-        coming.cancel()
-        raise
-    if not due:
-        coming.cancel()
+        is_due = outputs.still_missing(scan, overwrite=overwrite, resume=resume)
+    finally:
+        if not is_due:
+            coming.cancel()
+    if not is_due:
         return None
     read = coming.result()
     prediction = predictor.segment(

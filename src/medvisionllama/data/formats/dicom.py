@@ -13,9 +13,9 @@ import numpy as np
 from medvisionllama._optional import require
 from medvisionllama.data.formats import dicom_labels
 from medvisionllama.data.formats.dicom_grid import grid_of
-from medvisionllama.data.formats.dicom_header import Slice, broken, damaged, is_mask, quiet, too_large
+from medvisionllama.data.formats.dicom_header import Slice, broken, damaged, is_mask, quiet
 from medvisionllama.data.formats.dicom_series import Series, find_series
-from medvisionllama.data.formats.header import Header
+from medvisionllama.data.formats.header import Header, too_large
 from medvisionllama.errors import DataError
 
 SUFFIXES = (".dcm",)

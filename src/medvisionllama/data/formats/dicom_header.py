@@ -19,7 +19,7 @@ from threading import Lock
 from typing import Any
 
 from medvisionllama._optional import require
-from medvisionllama.data.formats.header import unreadable
+from medvisionllama.data.formats.header import too_large, unreadable
 from medvisionllama.errors import DataError, MedVisionLlamaError
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
@@ -179,13 +179,6 @@ def broken() -> tuple[type[Exception], ...]:
 def damaged(path: Path, error: Exception) -> DataError:
     """The error of a file that a library could not read."""
     return unreadable(path, RuntimeError(reason_of(error)))
-
-
-def too_large(what: object) -> DataError:
-    """The error of what memory is too small for; damaged headers may declare anything."""
-    return DataError(
-        f"{what} does not fit into memory; is its header right? Crop it, or use a machine with more"
-    )
 
 
 def reason_of(error: Exception) -> str:

@@ -60,3 +60,10 @@ def unreadable(path: Path, error: Exception) -> DataError:
     """The error of a file that its library could not read."""
     reason = " ".join(str(error).split())[:120] or type(error).__name__
     return DataError(f"{path} is damaged or truncated ({reason}); copy it again from its source")
+
+
+def too_large(what: object) -> DataError:
+    """The error of what memory is too small for; damaged headers may declare anything."""
+    return DataError(
+        f"{what} does not fit into memory; is its header right? Crop it, or use a machine with more"
+    )

@@ -16,7 +16,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 
 from medvisionllama.data.formats.gzip_bytes import Unpacker
-from medvisionllama.data.formats.header import Header, make_header, unreadable
+from medvisionllama.data.formats.header import Header, make_header, too_large, unreadable
 from medvisionllama.errors import DataError
 from medvisionllama.types import AffineMatrix
 
@@ -89,9 +89,7 @@ def _unpack(path: Path, content: bytes, *, packed: bool) -> tuple[np.ndarray, He
     # No more is unpacked than the header declares: a small file may unpack to anything. Nor more than the machine
     # has, which would end this process and not this scan alone.
     if declared > psutil.virtual_memory().total:
-        raise DataError(
-            f"{path} of shape {header.shape} does not fit into memory; is its header right? Crop it, or use a machine with more"
-        )
+        raise too_large(f"{path} of shape {header.shape}")
     before = head + source.read(max(0, offset - len(head)))
     body = source.read(declared - len(before[offset:]))
     if len(before[offset:]) + len(body) < declared:
