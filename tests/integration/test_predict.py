@@ -432,6 +432,22 @@ def test_volumes_are_counted_before_there_is_a_mask_without_a_line(runs, scans, 
     assert set(without_line) == {0}
 
 
+def test_a_signal_that_comes_when_the_line_is_written_leaves_the_mask(runs, scans, tmp_path, monkeypatch):
+    scan, folder, sync = scans / "phantom_000.nii.gz", tmp_path / "m", os.fsync
+
+    def stop(file):
+        sync(file)
+        if (folder / "predictions.jsonl").exists() and read_json_lines(folder / "predictions.jsonl"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", stop)
+        with pytest.raises(KeyboardInterrupt):
+            api.predict(runs[0], scan, out=folder)
+    assert [mask.name for mask in folder.glob("*.nii.gz")] == [scan.name]
+    assert api.predict(runs[0], scan, out=folder, resume=True) == []
+
+
 def test_maps_lie_where_a_scan_without_a_place_lies(runs, scans, tmp_path):
     image = nib.load(scans / "phantom_000.nii.gz")
     unplaced = nib.Nifti1Image(image.get_fdata(), None)

@@ -367,8 +367,6 @@ def _write(
                     f"{error}; and {instead_of_seg}, where it would go as NIfTI, is no mask of ours: choose another --out"
                 ) from None
             files["mask"] = instead_of_seg
-    if not files["mask"].name.endswith(".dcm"):
-        write_mask(files["mask"], mask.array, mask.affine, like=first, classes=names)
     record = {
         "case": scan.case_id,
         "source": _source(first),
@@ -376,11 +374,16 @@ def _write(
         **found,
         "warnings": [*found["warnings"], *refused],
     }
+    made = Made.of(record, sha256, outputs.made_by, instead=bool(refused), warnings=found["warnings"])
     try:
-        outputs.ledger.add(record, sha256, outputs.made_by, instead=bool(refused), warnings=found["warnings"])
+        if not files["mask"].name.endswith(".dcm"):
+            write_mask(files["mask"], mask.array, mask.affine, like=first, classes=names)
+        outputs.ledger.add(made)
     except BaseException:
-        # Of a mask without a line --resume would not know what made it, and stop at it.
-        files["mask"].unlink(missing_ok=True)
+        # Of a mask without a line --resume would not know what made it, and stop at it. A signal may come when the
+        # line is written already, and the mask is finished then.
+        if made not in outputs.ledger.lines():
+            files["mask"].unlink(missing_ok=True)
         raise
     # Whoever overwrites may have had the other of the two before, and two masks of one scan are one too many.
     for other in outputs.made_masks(scan, but=files["mask"]):

@@ -81,6 +81,30 @@ class Made(BaseModel):
     instead: bool = False
     """A NIfTI file in place of the DICOM-SEG that was asked for, which cannot say what the scan's header says."""
 
+    @classmethod
+    def of(
+        cls,
+        record: dict[str, Any],
+        scan_sha256: str,
+        made_by: MadeBy,
+        *,
+        instead: bool = False,
+        warnings: Sequence[str] = (),
+    ) -> "Made":
+        """The line of a mask.
+
+        Args:
+            record: what `predict` tells of it.
+            warnings: those of its record that name no file and repeat nothing of headers.
+        """
+        return cls(
+            **_told(record),
+            warnings=list(warnings),
+            scan_sha256=scan_sha256,
+            made_by=made_by,
+            instead=instead,
+        )
+
     def has(self, kind: str) -> bool:
         """Whether the prediction that made the mask wrote such a map too."""
         return kind in (self.model_extra or {})
@@ -92,30 +116,9 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.path = folder / LEDGER
 
-    def add(
-        self,
-        record: dict[str, Any],
-        scan_sha256: str,
-        made_by: MadeBy,
-        *,
-        instead: bool = False,
-        warnings: Sequence[str] = (),
-    ) -> None:
-        """Note a mask that is there now.
-
-        Args:
-            record: what `predict` tells of it.
-            instead: as `Made` has it.
-            warnings: those of its record that name no file and repeat nothing of headers.
-        """
-        line = Made(
-            **_told(record),
-            warnings=list(warnings),
-            scan_sha256=scan_sha256,
-            made_by=made_by,
-            instead=instead,
-        )
-        append_json(self.path, line.model_dump(mode="json"))
+    def add(self, made: Made) -> None:
+        """Note a mask that is there now."""
+        append_json(self.path, made.model_dump(mode="json"))
 
     def lines(self) -> Iterator[Made]:
         """All that was ever made here, oldest first; what is no line of ours is passed over."""

@@ -8,7 +8,7 @@ import pytest
 from medvisionllama._files import files_sha256
 from medvisionllama.errors import DataError
 from medvisionllama.inference.cleaning import Cleaning
-from medvisionllama.inference.ledger import Ledger, MadeBy, Views, check_mask
+from medvisionllama.inference.ledger import Ledger, Made, MadeBy, Views, check_mask
 
 VIEWS = Views(overlap=0.5, flip=True, turn=True)
 MAKER = MadeBy(weights_sha256=("a",), views=(VIEWS,), cleaning=Cleaning())
@@ -36,19 +36,19 @@ def record(scan: Path, volume: float = 1.0) -> dict:
 def test_the_last_line_of_a_mask_counts_and_a_torn_one_does_not(scan, tmp_path):
     ledger = Ledger(tmp_path)
     assert ledger.read() == {}
-    ledger.add(record(scan), files_sha256([scan]), MAKER)
-    ledger.add(record(scan, 2.0), files_sha256([scan]), MAKER)
+    ledger.add(Made.of(record(scan), files_sha256([scan]), MAKER))
+    ledger.add(Made.of(record(scan, 2.0), files_sha256([scan]), MAKER))
     whole = ledger.path.read_bytes()
     ledger.path.write_bytes(whole + whole[:30])
     assert ledger.read()["s.nii.gz"].volumes_ml == {"a": 2.0}
-    ledger.add(record(scan, 3.0), files_sha256([scan]), MAKER)
+    ledger.add(Made.of(record(scan, 3.0), files_sha256([scan]), MAKER))
     ledger.path.write_bytes(ledger.path.read_bytes() + b'[]\n{"mask": 3}\n\xff\n')
     assert ledger.read()["s.nii.gz"].volumes_ml == {"a": 3.0}
 
 
 def test_a_scan_that_is_gone_is_named(scan, tmp_path):
     ledger = Ledger(tmp_path)
-    ledger.add(record(scan), files_sha256([scan]), MAKER)
+    ledger.add(Made.of(record(scan), files_sha256([scan]), MAKER))
     scan.unlink()
     with pytest.raises(DataError, match=f"{scan.name} cannot be read any more"):
         check_mask(tmp_path / "s.nii.gz", ledger.read()["s.nii.gz"], [scan], MAKER)
@@ -57,7 +57,7 @@ def test_a_scan_that_is_gone_is_named(scan, tmp_path):
 def test_folders_and_headers_stay_out_of_it(scan, tmp_path):
     ledger = Ledger(tmp_path)
     said = record(scan) | {"source": {"folder": str(scan.parent)}, "warnings": [f"{scan} is of Mr Roe"]}
-    ledger.add(said, files_sha256([scan]), MAKER)
+    ledger.add(Made.of(said, files_sha256([scan]), MAKER))
     assert not {"Doe", "Roe"} & set(re.findall("[A-Z][a-z]+", ledger.path.read_text()))
     assert ledger.read()["s.nii.gz"].volumes_ml == {"a": 1.0}
 
@@ -77,7 +77,7 @@ def test_folders_and_headers_stay_out_of_it(scan, tmp_path):
 )
 def test_a_mask_made_otherwise_is_refused(scan, tmp_path, other, words):
     ledger = Ledger(tmp_path)
-    ledger.add(record(scan), files_sha256([scan]), MAKER)
+    ledger.add(Made.of(record(scan), files_sha256([scan]), MAKER))
     made = ledger.read()["s.nii.gz"]
     check_mask(tmp_path / "s.nii.gz", made, [scan], MAKER)
     with pytest.raises(DataError, match=words):
@@ -86,7 +86,7 @@ def test_a_mask_made_otherwise_is_refused(scan, tmp_path, other, words):
 
 def test_a_mask_of_other_voxels_or_of_nobody_is_refused(scan, tmp_path):
     ledger = Ledger(tmp_path)
-    ledger.add(record(scan), files_sha256([scan]), MAKER)
+    ledger.add(Made.of(record(scan), files_sha256([scan]), MAKER))
     made = ledger.read()["s.nii.gz"]
     scan.write_bytes(b"others")
     with pytest.raises(DataError, match=r"another scan of that name, or .* has changed"):
@@ -97,9 +97,9 @@ def test_a_mask_of_other_voxels_or_of_nobody_is_refused(scan, tmp_path):
 
 def test_a_line_names_the_maps_that_were_written_with_its_mask(scan, tmp_path):
     ledger = Ledger(tmp_path)
-    ledger.add(record(scan) | {"uncertainty": str(scan)}, files_sha256([scan]), MAKER)
+    ledger.add(Made.of(record(scan) | {"uncertainty": str(scan)}, files_sha256([scan]), MAKER))
     made = ledger.read()["s.nii.gz"]
     assert made.has("uncertainty")
     assert not made.has("probabilities")
-    ledger.add(record(scan), files_sha256([scan]), MAKER)
+    ledger.add(Made.of(record(scan), files_sha256([scan]), MAKER))
     assert not ledger.read()["s.nii.gz"].has("uncertainty")
