@@ -24,6 +24,14 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 """What a disk says that has no locks."""
 
 
+def with_home(path: Path) -> Path:
+    """A path in which `~` is somebody's home; as it is where the name after `~` is no user's."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path`, on any failure it disappears.

@@ -29,6 +29,7 @@ from medvisionllama._files import (
     locked,
     read_json_lines,
     user_cache,
+    with_home,
     write_json,
     write_text,
 )
@@ -206,7 +207,7 @@ def _root(folder: Path, given: Path | None) -> Path:
     # What is remembered may be another machine's place, so it comes after what this one says.
     told = os.environ.get("MEDVISIONLLAMA_DATA") or _read_facts(folder).get("data_root")
     root = given or Path(told or Path.cwd())
-    return root.expanduser().resolve()
+    return with_home(root).resolve()
 
 
 def _check_same_name(kept: Path, matrix: Matrix, matrix_file: Path) -> None:

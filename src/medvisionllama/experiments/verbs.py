@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from medvisionllama._files import with_home
 from medvisionllama.data.splits import read_splits
 from medvisionllama.errors import ConfigError
 from medvisionllama.experiments.estimate import Estimate, estimate
@@ -121,7 +122,7 @@ def _check_splits(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
         if (file := one.settings.get("data.splits")) and not has_begun:
             folds[file] = max(folds.get(file, 0), one.fold)
     for file, fold in folds.items():
-        number = len(read_splits(Path(file).expanduser()).folds)
+        number = len(read_splits(with_home(Path(file))).folds)
         if fold >= number:
             raise ConfigError(
                 f"{file} has {number} folds, and the matrix asks for fold {fold}; drop it from folds"
@@ -139,7 +140,7 @@ def _earlier_runs(experiment: Experiment, chosen: Sequence[PlannedRun]) -> list[
         files = experiment.files(one.run_id)
         has_begun = files.trained.is_file() or RunDir(files.path).state.is_file()
         if (start := one.settings.get("train.start_from")) and not has_begun:
-            wanted.add(Path(start).expanduser())
+            wanted.add(with_home(Path(start)))
     for start in wanted:
         RunDir(start).check()
     return sorted(wanted)

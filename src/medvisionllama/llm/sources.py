@@ -5,7 +5,6 @@ Every source answers the same questions, and reads only what an answer needs.
 
 import re
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from medvisionllama._files import with_home
 from medvisionllama.errors import BlockError
 from medvisionllama.llm.families import Family
 from medvisionllama.progress import Progress, Silent
@@ -93,9 +93,7 @@ def open_source(
     from medvisionllama.llm.catalog import CATALOG
 
     progress = progress or Silent()
-    name, path = str(source), Path(source)
-    with suppress(RuntimeError):  # a '~' before what is no user's name
-        path = path.expanduser()
+    name, path = str(source), with_home(Path(source))
     if name in CATALOG:
         entry = CATALOG[name]
         if entry.wheel:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
-from medvisionllama._files import lock_if_free, write_json, write_text
+from medvisionllama._files import lock_if_free, with_home, write_json, write_text
 from medvisionllama.checkpoint import frozen, trainable
 from medvisionllama.config import Config, write_config
 from medvisionllama.data.cache import describe
@@ -223,9 +223,7 @@ def with_absolute_paths(config: Config) -> Config:
     """Resolve paths, so that the run can be used from any folder."""
 
     def absolute(path: Path) -> Path:
-        with suppress(RuntimeError):  # a '~' before what is no user's name
-            path = path.expanduser()
-        return path.resolve()
+        return with_home(path).resolve()
 
     assert config.data.path is not None, "checked by the caller"
     assert config.out is not None, "checked by the caller"

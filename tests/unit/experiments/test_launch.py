@@ -8,7 +8,7 @@ import pytest
 
 from medvisionllama._files import lock_if_free
 from medvisionllama.data.splits import make_splits, write_splits
-from medvisionllama.errors import CheckpointError, ConfigError, DataError
+from medvisionllama.errors import CheckpointError, ConfigError, DataError, MedVisionLlamaError
 from medvisionllama.experiments import launch as launching
 from medvisionllama.experiments import local_backend, ray_backend, verbs, worker
 from medvisionllama.experiments.launch import Ended, launch
@@ -267,6 +267,14 @@ def test_a_division_of_too_few_folds_is_found_before_the_first_run(tmp_path, wri
     write_splits(make_splits(patients), splits)
     matrix = write_matrix(set={"train.max_steps": 5, "data.splits": str(splits)}, folds=[0, 4])
     with pytest.raises(ConfigError, match=r"splits\.json has 4 folds, and the matrix asks for fold 4"):
+        verbs.run(matrix, out=tmp_path / "out", data=tmp_path)
+
+
+@pytest.mark.parametrize("setting", ["data.splits", "train.start_from"])
+def test_a_home_of_no_user_is_a_folder_that_is_not_there(setting, tmp_path, write_matrix):
+    (tmp_path / "Task_A").mkdir()
+    matrix = write_matrix(set={"train.max_steps": 5, setting: "~nobody-here/file"})
+    with pytest.raises(MedVisionLlamaError, match="~nobody-here"):
         verbs.run(matrix, out=tmp_path / "out", data=tmp_path)
 
 
