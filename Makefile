@@ -42,7 +42,7 @@ format: install  ## Fix what the formatter can
 test-slow: install  ## Only the slow tests
 	$(PYTEST) -m slow
 
-bench: install  ## Most of the benchmarks behind the README's numbers (hours; see benchmarks/README.md)
+bench: install  ## Speed, memory, and Dice of all hippocampi (hours; see benchmarks/README.md)
 	$(BIN)/python benchmarks/block.py
 	$(BIN)/python benchmarks/block_source.py
 	$(BIN)/python benchmarks/paper_step.py

@@ -136,6 +136,11 @@ def parse() -> argparse.Namespace:
         "--arms", help=f"some of {', '.join(ARMS)}, {NNUNET}; by default ours, the tuned rivals and {NNUNET}"
     )
     parser.add_argument("--seeds", default="0,1,2", help="of the split and of the training")
+    parser.add_argument(
+        "--published",
+        action="store_true",
+        help="only the patients of our tables (cases.json), where a dataset holds others too",
+    )
     parser.add_argument("--minutes", type=float, help="instead of each row's own")
     parser.add_argument("--threads", type=int, help="CPU cores; by default 2 for small, all for large")
     parser.add_argument("--runs", type=Path, default=Path("runs"))

@@ -1,6 +1,7 @@
 """One cell of the few-shot table: an arm trained on a row's cases for its minutes, and tested."""
 
 import argparse
+import json
 import os
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from few_shot_unused import score_unused
 if TYPE_CHECKING:
     from medvisionllama.run_dir import RunDir
 
+CASES = Path(__file__).parent / "cases.json"
+"""Every scan of our tables."""
 INTERRUPTED = 130
 """What a program ends with that was told to stop, as shells have it."""
 
@@ -137,7 +140,7 @@ def train_run(
     settings = {
         **(settings_but_network(arguments.preset) if spec.rival else {}),
         **spec.overrides,
-        "data.exclude": list(ROWS[row].exclude),
+        "data.exclude": excluded(arguments, row),
         "data.split_seed": seed,
         "train.seed": seed,
         **more,
@@ -159,6 +162,25 @@ def train_run(
     if not result.finished:
         raise SystemExit(INTERRUPTED)
     return run
+
+
+def excluded(arguments: argparse.Namespace, row: str) -> list[str]:
+    """Patients that a cell leaves out of everything: a row's own, and with --published all whom our tables had not.
+
+    Raises:
+        SystemExit: a scan of ours is missing, so that no split would be ours.
+    """
+    spec = ROWS[row]
+    if not arguments.published:
+        return list(spec.exclude)
+    from medvisionllama.data.index import open_dataset
+
+    ours = set(json.loads(CASES.read_text())[spec.data])
+    patients = open_dataset(arguments.data / spec.data).patients
+    if missing := sorted(ours - patients.keys()):
+        raise SystemExit(f"{spec.data} lacks {len(missing)} of the scans of our tables, such as {missing[0]}")
+    kept = {patients[case] for case in ours}
+    return sorted({*spec.exclude, *patients.values()} - (kept - {*spec.exclude}))
 
 
 def check_begun(run: "RunDir", preset: str, settings: dict[str, Any]) -> None:
@@ -206,7 +228,7 @@ def train_nnunet(
     table, result, selection = nnunet_train.train_and_score(
         arguments.data / ROWS[row].data,
         cases=ROWS[row].cases,
-        exclude=ROWS[row].exclude,
+        exclude=excluded(arguments, row),
         minutes=minutes_of(arguments, row),
         work=run_folder(arguments, row, arm, seed),
         environment=arguments.nnunet,

@@ -177,16 +177,33 @@ def test_every_arm_trains_for_the_minutes_it_is_given(module, monkeypatch, tmp_p
         return SimpleNamespace(finished=True)
 
     monkeypatch.setattr(api, "train", train)
-    arguments = argparse.Namespace(data=tmp_path, preset="small", minutes=None)
+    arguments = argparse.Namespace(data=tmp_path, preset="small", minutes=None, published=False)
     few_shot.train_run(arguments, "acdc-4", arm, 0, tmp_path / "run", 5, {"train.learning_rate": 7e-4})
     # Whose images are also patient074's.
     assert seen == [(5, ("patient076",))]
 
 
+def test_the_patients_of_our_tables_can_be_had_of_a_larger_dataset(module, monkeypatch, tmp_path):
+    few_shot = module("few_shot_cell")
+    ours = json.loads(few_shot.CASES.read_text())["Task101_ACDC"]
+    patients = {case: case.partition("_")[0] for case in [*ours, "patient999_frame01"]}
+    monkeypatch.setattr(
+        "medvisionllama.data.index.open_dataset", lambda _: SimpleNamespace(patients=patients)
+    )
+    arguments = argparse.Namespace(data=tmp_path, published=True)
+    assert few_shot.excluded(arguments, "acdc-4") == ["patient076", "patient999"]
+    arguments.published = False
+    assert few_shot.excluded(arguments, "acdc-4") == ["patient076"]
+    arguments.published = True
+    del patients[ours[0]]
+    with pytest.raises(SystemExit, match="lacks 1 of the scans of our tables"):
+        few_shot.excluded(arguments, "acdc-4")
+
+
 def test_a_training_that_was_cut_off_is_not_scored(module, monkeypatch, tmp_path):
     few_shot = module("few_shot_cell")
     monkeypatch.setattr(api, "train", lambda *_, **__: SimpleNamespace(finished=False))
-    arguments = argparse.Namespace(data=tmp_path, preset="small", minutes=None)
+    arguments = argparse.Namespace(data=tmp_path, preset="small", minutes=None, published=False)
     with pytest.raises(SystemExit) as end:
         few_shot.train_run(arguments, "acdc-4", "no-tokens", 0, tmp_path / "run", 5, {})
     assert end.value.code == few_shot.INTERRUPTED
@@ -246,7 +263,7 @@ def test_a_run_of_an_earlier_preset_is_not_scored_as_todays(module, monkeypatch,
         return SimpleNamespace(finished=True)
 
     monkeypatch.setattr(api, "train", train)
-    arguments = argparse.Namespace(data=tmp_path, preset="small", minutes=None)
+    arguments = argparse.Namespace(data=tmp_path, preset="small", minutes=None, published=False)
     few_shot.train_run(arguments, "acdc-4", arm, 0, run.path, 5, {})
     few_shot.train_run(arguments, "acdc-4", arm, 0, run.path, 5, {})
     assert resumed == [False, True]
