@@ -30,7 +30,8 @@ in Swin UNETR (Hatamizadeh et al. 2022), twice MONAI's examples of them; of the 
 defaults."""
 _CHANNELS_LAST = {"unetr", "unet++"}  # faster so in bf16 on two Zen 4 cores; the others are slower so
 _MOST_CHANNELS = 320  # nnU-Net's limit in three dimensions
-_SMALLEST_EDGE = 8  # nnU-Net halves an axis while it is at least this long
+_SMALLEST_EDGE, _SMALLEST_EDGE_ALONE = 8, 12
+"""nnU-Net halves axes while they are at least so long, and a single one a little longer."""
 
 
 class ScanItself(nn.Module):
@@ -56,17 +57,19 @@ class MonaiHead(nn.Module):
         (image,) = features
         shape = image.shape[2:]
         x, y, z = (-size % step for size, step in zip(shape, self.unit, strict=True))
-        made = self.network(F.pad(image, (0, z, 0, y, 0, x)) if x or y or z else image)
-        x, y, z = shape
-        outputs = [output[..., :x, :y, :z] for output in _outputs(made)]
-        return outputs[0], outputs[1:]
+        padded = F.pad(image, (0, z, 0, y, 0, x)) if x or y or z else image
+        made = self.network(padded)
+        full, *coarser = [made] if isinstance(made, Tensor) else made
+        return _without_padding(full, shape, padded.shape[2:]), [
+            _without_padding(logits, shape, padded.shape[2:]) for logits in coarser
+        ]
 
 
-def _outputs(made: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The logits at full resolution and the coarser ones, which DynUNet stacks along a further axis."""
-    if isinstance(made, Tensor):
-        return list(made.unbind(1)) if made.ndim == 6 else [made]
-    return list(made)
+def _without_padding(logits: Tensor, shape: Sequence[int], padded: Sequence[int]) -> Tensor:
+    """Logits of what was there before padding, at any resolution; of a cell that padding shares, all."""
+    sizes = zip(shape, logits.shape[2:], padded, strict=True)
+    x, y, z = (math.ceil(size * cells / whole) for size, cells, whole in sizes)
+    return logits[..., :x, :y, :z]
 
 
 def build_rival(
@@ -107,16 +110,22 @@ def build_rival(
 def dynunet_strides(crop_size: Triple, strides: Sequence[Triple]) -> list[Triple]:
     """The plan's strides, then further ones while an axis has eight voxels left (Isensee et al. 2021).
 
+    An odd axis is padded. One that is left alone is halved from twelve voxels on.
+
     >>> dynunet_strides((112, 112, 10), [(2, 2, 1), (2, 2, 1), (2, 2, 2)])[3:]
     [(2, 2, 1)]
     """
-    result, size = list(strides), list(crop_size)
-    for stride in strides:
-        size = [length // step for length, step in zip(size, stride, strict=True)]
-    while any(_halvable(length) for length in size):
-        x, y, z = (2 if _halvable(length) else 1 for length in size)
+    result = list(strides)
+    size = [
+        math.ceil(length / math.prod(along))
+        for length, along in zip(crop_size, zip(*strides, strict=True), strict=True)
+    ]
+    while long := [length for length in size if length >= _SMALLEST_EDGE]:
+        if len(long) == 1 and long[0] < _SMALLEST_EDGE_ALONE:
+            break
+        x, y, z = (2 if length >= _SMALLEST_EDGE else 1 for length in size)
         result.append((x, y, z))
-        size = [length // step for length, step in zip(size, (x, y, z), strict=True)]
+        size = [math.ceil(length / step) for length, step in zip(size, (x, y, z), strict=True)]
     return result
 
 
@@ -135,18 +144,14 @@ def dynunet_kernels(strides: Sequence[Triple]) -> list[Triple]:
     return [*kernels, (3, 3, 3)]
 
 
-def _halvable(length: int) -> bool:
-    return length >= _SMALLEST_EDGE and length % 2 == 0
-
-
 def _dynunet(
     num_channels: int, num_outputs: int, crop: Triple, planned: Sequence[Triple], width: int
 ) -> tuple[nn.Module, Triple]:
-    from monai.networks.nets import DynUNet
+    from medvisionllama.networks.dynunet import DynUNetV2
 
     strides = dynunet_strides(crop, planned)
     kernels = dynunet_kernels(strides)
-    network = DynUNet(
+    network = DynUNetV2(
         3,
         num_channels,
         num_outputs,

@@ -74,10 +74,16 @@ def test_a_rival_is_given_the_scan_in_its_own_layout(name, channels, strides, gi
     assert seen == [strides, strides]
 
 
-def test_dynunet_is_supervised_at_coarser_strides_while_training_only():
+@pytest.mark.parametrize(
+    ("shape", "coarser"),
+    [((32, 32, 16), [(16, 16, 8), (8, 8, 4)]), ((29, 32, 10), [(15, 16, 5), (8, 8, 3)])],
+)
+def test_dynunet_is_supervised_at_coarser_strides_while_training_only(shape, coarser):
     network = make("dynunet")
-    image = torch.randn(1, 2, 32, 32, 16)
-    assert len(network.train().forward_all(image)[1]) == 2
+    image = torch.randn(1, 2, *shape)
+    logits, auxiliary = network.train().forward_all(image)
+    assert logits.shape[2:] == shape
+    assert [extra.shape[2:] for extra in auxiliary] == coarser
     assert network.eval().forward_all(image)[1] == []
 
 
@@ -88,6 +94,10 @@ def test_dynunet_is_supervised_at_coarser_strides_while_training_only():
         ((40, 56, 40), CUBIC, [(2, 2, 2)] * 3),
         ((112, 112, 10), [(2, 2, 1), (2, 2, 1), (2, 2, 2)], [(2, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 1)]),
         ((128, 128, 128), CUBIC, [(2, 2, 2)] * 5),
+        # An odd axis is halved on, padded; one that is left alone is not, below twelve voxels.
+        ((64, 72, 28), [(2, 2, 1), (2, 2, 2), (2, 2, 2)], [(2, 2, 1), (2, 2, 2), (2, 2, 2), (2, 2, 1)]),
+        ((64, 32, 16), CUBIC, CUBIC),
+        ((96, 32, 16), CUBIC, [*CUBIC, (2, 1, 1)]),
     ],
 )
 def test_dynunet_is_as_deep_as_nnunet_would_make_it(crop, planned, stages):
@@ -105,6 +115,8 @@ def test_dynunet_looks_at_every_slice_from_where_they_are_near():
     kernels = [stage.conv1.conv.kernel_size for stage in stages]
     assert kernels == [(3, 3, 1), (3, 3, 1), (3, 3, 3), (3, 3, 3), (3, 3, 3)]
     # A kernel of one voxel with a stride of two would pass over every second slice.
+    up = [stage.conv_block.conv1.conv.kernel_size for stage in inner.upsamples]
+    assert up == kernels[:-1][::-1], "and on the way up each stage looks as far as on the way down"
     for stage in stages:
         conv = stage.conv1.conv
         assert all(size >= step for size, step in zip(conv.kernel_size, conv.stride, strict=True))
