@@ -78,7 +78,13 @@ class ConvBlock(nn.Module):
         self.norm = nn.InstanceNorm3d(num_out, affine=True)
 
     def forward(self, grid: Tensor) -> Tensor:
-        return F.leaky_relu(self.norm(self.conv(grid)), 0.01, inplace=True)
+        made = self.conv(grid)
+        normed = self.norm(made)
+        if made.is_contiguous(memory_format=torch.channels_last_3d):
+            # The norm leaves one channel after the other, and each reader would turn that back for itself, when it
+            # runs and when its gradient is taken.
+            normed = normed.contiguous(memory_format=torch.channels_last_3d)
+        return F.leaky_relu(normed, 0.01, inplace=True)
 
 
 def hidden_width(width: int, ratio: float) -> int:

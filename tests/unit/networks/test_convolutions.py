@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from medvisionllama.networks.layers import Conv3d, Rise, make_convolutions_safe
+from medvisionllama.networks.layers import Conv3d, ConvBlock, Rise, make_convolutions_safe
 
 
 def weight_gradient(convolution: nn.Conv3d, image: torch.Tensor, *, bf16: bool) -> torch.Tensor:
@@ -42,6 +42,17 @@ def test_rising_is_the_transposed_convolution(stride):
     assert made[0][0].is_contiguous(memory_format=torch.channels_last_3d)
     for mine, other in zip(*made, strict=True):
         assert (mine - other).norm() < 0.01 * other.norm()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_block_hands_on_the_layout_it_was_given(layout):
+    torch.manual_seed(0)
+    block = ConvBlock(3, 4).to(memory_format=layout)
+    image = torch.randn(2, 3, 5, 4, 3).to(memory_format=layout)
+    with torch.autocast("cpu", torch.bfloat16):
+        made, plain = block(image), nn.functional.leaky_relu(block.norm(block.conv(image)), 0.01)
+    assert made.is_contiguous(memory_format=layout)
+    assert torch.equal(made, plain)
 
 
 def test_a_foreign_network_keeps_its_weights():
