@@ -188,8 +188,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole UTF-8 file or none."""
-    write_bytes(path, text.encode())
+    """Write a whole UTF-8 file or none; what is no text, as in some names of files, is shown by its bytes."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -92,17 +92,25 @@ class RunDir:
         """Hash of the best weights of all networks."""
         return files_sha256(member.best for member in self.members())
 
-    def check_unused(self) -> None:
+    def check_unused(self, drawn: Path | None = None) -> None:
         """Refuse a folder that would be overwritten; files make their folders themselves.
 
+        Args:
+            drawn: the division that the new run obeys.
+
         Raises:
-            CheckpointError: it already holds a run, which would be overwritten.
+            CheckpointError: it already holds a run, or somebody's division, which would be overwritten.
         """
         if self.path.is_file():
             raise CheckpointError(f"{self.path} is a file; --out must name a folder for the run")
         if any(path.exists() for path in (self.config, self.state, self.best)):
             raise CheckpointError(
                 f"{self.path} already holds a run; go on with it by --resume, or choose another --out"
+            )
+        # A run that was stopped before it was one has its manifest.
+        if self.splits.exists() and not self.manifest.exists() and drawn != self.splits:
+            raise CheckpointError(
+                f"{self.splits} is a division that is no run's; divide by it with --set data.splits={self.splits}, or choose another --out"
             )
 
     def check_resumable(self) -> None:

@@ -33,6 +33,7 @@ from .damage import (
     place,
     plain_without,
     rename,
+    rename_to_bytes,
     rotated,
     same_label,
     scale_all,
@@ -113,6 +114,21 @@ ERRORS: dict[str, Broken] = {
         "listed-twice",
         f"'{CASE}' is listed twice",
         train=True,
+    ),
+    "name of other bytes": Broken(
+        rename_to_bytes, "name-not-text", "is no name in UTF-8; rename its image and its label", train=True
+    ),
+    "no channel": Broken(
+        lambda r: edit_json(r, modality={}), "layout", "must map channel numbers to names", train=True
+    ),
+    "no channel of nnU-Net": Broken(
+        lambda r: (r / "dataset.json").write_text('{"channel_names": {}, "labels": {"a": 1}}'),
+        "layout",
+        "needs 'training' (MSD), or 'channel_names'",
+        train=True,
+    ),
+    "deep dataset.json": Broken(
+        lambda r: (r / "dataset.json").write_text("[" * 100_000), "layout", "not readable JSON", train=True
     ),
     "no case": Broken(lambda r: edit_json(r, training=[]), "layout", "no labelled cases", train=True),
     "broken dataset.json": Broken(

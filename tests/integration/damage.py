@@ -1,6 +1,7 @@
 """Ways to damage an MSD folder of phantoms, for `broken.py`."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,6 +108,13 @@ def nnunet_with_shifted_channel(root: Path) -> None:
 def nnunet_without_channel(root: Path) -> None:
     to_nnunet(root)
     (root / "imagesTr" / f"{CASE}_0001.nii.gz").unlink()
+
+
+def rename_to_bytes(root: Path) -> None:
+    """Give a case a name as an old archive may hold: bytes that are no UTF-8."""
+    to_plain(root)
+    for name in ("images", "labels"):
+        (root / name / f"{CASE}.nii.gz").rename(root / name / os.fsdecode(b"M\xfcller.nii.gz"))
 
 
 def plain_without(root: Path, name: str) -> None:

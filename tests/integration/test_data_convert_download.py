@@ -9,6 +9,7 @@ import pytest
 
 import medvisionllama
 from medvisionllama.data.index import open_dataset
+from medvisionllama.errors import ConfigError
 from range_server import serving
 
 NAME = "Task09_Spleen"
@@ -126,6 +127,7 @@ def test_a_dataset_is_converted_and_divided_alike(cli, phantoms, tmp_path):
         (("out", "--to", "nnunet"), "no name that nnU-Net looks for"),
         (("out", "--to", "msd", "--symlink"), "must not lead outside itself"),
         ((".", "--to", "msd"), "exists already"),
+        (("out", "--to", "plain", "--renumber"), "only nnU-Net needs values numbered anew"),
     ],
 )
 def test_what_cannot_be_converted_is_one_line(cli, phantoms, tmp_path, arguments, said):
@@ -134,6 +136,13 @@ def test_what_cannot_be_converted_is_one_line(cli, phantoms, tmp_path, arguments
     assert outcome.code == 2
     assert said in outcome.err
     assert outcome.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("asked", [{"to": "nnUNet"}, {"to": "msd", "transfer": "move"}])
+def test_what_is_no_layout_and_no_way_is_refused_in_python_too(phantoms, tmp_path, asked):
+    with pytest.raises(ConfigError, match="is unknown; choose from"):
+        medvisionllama.convert(phantoms, tmp_path / "out", **asked)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -67,17 +67,38 @@ def test_patients_who_came_into_the_folder_since_are_none_of_the_run_s(plain, tm
     assert gone.code == 2
     assert f"no longer holds '{test}', one of the test cases of {run}" in gone.err
     assert RunDir(run).evaluation.read_text() == before
+    more = ["train", data, "--out", run, "--resume", "--set", "train.max_steps=6"]
+    refused = cli(*more)
+    assert refused.code == 2
+    assert f"no longer holds '{test}', one of the test cases of {run}" in refused.err
+    assert RunDir(run).read_manifest()["cases"]["test"] == [test]
     for part in ("images", "labels"):
         (tmp_path / part).rename(data / part / f"{test}.nii.gz")
-        (data / part / f"{test}_visit2.nii.gz").unlink()
-    again = cli("train", data, "--out", run, "--resume", "--set", "train.max_steps=6")
+    again = cli(*more)
     assert again.code == 0, again.err
+    for part in ("images", "labels"):
+        (data / part / f"{test}_visit2.nii.gz").unlink()
     named = {name for part in RunDir(run).read_manifest()["cases"].values() for name in part}
     assert "099" not in named
     assert len(named) == 8
     assert (
         cli("train", data, "--out", tmp_path / "new", "--set", f"data.splits={run / 'splits.json'}").code == 2
     )
+
+
+def test_a_scan_that_a_run_leaves_out_may_be_deleted(plain, tmp_path, cli):
+    data = shutil.copytree(plain, tmp_path / "data")
+    command = ["train", data, "--out", tmp_path / "run", "--set", "data.exclude=[001]"]
+    for name, value in {**TINY, "network.insert": "none", "train.max_steps": 4}.items():
+        command += ["--set", f"{name}={value}"]
+    assert cli(*command).code == 0
+    for part in ("images", "labels"):
+        (data / part / "001.nii.gz").unlink()
+    for later in (["evaluate", tmp_path / "run"], [*command, "--resume"]):
+        outcome = cli(*later)
+        assert outcome.code == 0, outcome.err
+    command[3] = tmp_path / "new"
+    assert "no patient '001' to leave out" in cli(*command).err
 
 
 def test_one_test_patient_gives_valid_json_without_an_interval(run, cli):

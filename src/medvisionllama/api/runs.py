@@ -5,7 +5,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medvisionllama._files import check_file_name
+from medvisionllama._files import check_file_name, with_home
 from medvisionllama.config import ONE_VIEW, Config, load_config, read_config
 from medvisionllama.config.load import limits_as_asked, parse_overrides
 from medvisionllama.devices import device_words
@@ -61,8 +61,9 @@ def train(
     from medvisionllama.reports.html import write_report
     from medvisionllama.training.fit import fit, with_absolute_paths
 
-    out = Path(out)
-    chosen: dict[str, Any] = {"data.path": Path(data), "out": out}
+    # No shell turns the home of `--out=~/runs` into a folder.
+    out = with_home(Path(out))
+    chosen: dict[str, Any] = {"data.path": with_home(Path(data)), "out": out}
     limits = {"train.max_minutes": max_minutes, "train.epochs": epochs}
     chosen |= {key: value for key, value in limits.items() if value is not None}
     parts = {
@@ -360,7 +361,7 @@ def demo(
     config = load_config("small", {"train.max_minutes": minutes, **settings})
     # The first one is fetched, which may take longer than the training, and is no part of its minutes.
     check_insert(config.network)
-    root = _next_folder(Path(out))
+    root = _next_folder(with_home(Path(out)))
     data = write_phantoms(root / "phantoms", num_cases=30, seed=seed)
     run = root / "run"
     result = train(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -36,7 +36,7 @@ from medvisionllama.data.folder import is_nnunet, read_names, scans_of
 from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.index import Case, Dataset, open_dataset
 from medvisionllama.data.readers import read_label, stem_of
-from medvisionllama.errors import DataError
+from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.progress import Progress, Silent
 
 Layout = Literal["msd", "nnunet", "plain"]
@@ -73,15 +73,26 @@ def convert(
         renumber: let the label values be 1, 2, 3, ... for nnU-Net, which takes no others.
 
     Raises:
+        ConfigError: no such layout or way, or `renumber` for another layout than nnU-Net's.
         DataError: no dataset, an `out` that exists, values that nnU-Net does not take, or a file that is damaged.
     """
     source, out = Path(source), Path(out)
+    _check_asked(to, transfer, renumber=renumber)
     _check_out(out, to, transfer)
     plan = _plan(open_dataset(source), to, renumber=renumber)
     with _whole_folder(out) as folder:
         _write(plan, folder, transfer, progress or Silent())
         _compare(plan, folder)
     return out
+
+
+def _check_asked(to: str, transfer: str, *, renumber: bool) -> None:
+    """Raise ConfigError for what is no layout or no way, or means nothing together."""
+    for name, value, known in (("to", to, get_args(Layout)), ("transfer", transfer, get_args(Transfer))):
+        if value not in known:
+            raise ConfigError(f"{name}={value!r} is unknown; choose from {', '.join(known)}")
+    if renumber and to != "nnunet":
+        raise ConfigError(f"only nnU-Net needs values numbered anew; leave --renumber out for {to}")
 
 
 def _check_out(out: Path, to: Layout, transfer: Transfer) -> None:
@@ -132,7 +143,8 @@ def _test_cases(dataset: Dataset, content: dict[str, Any], *, with_folders: bool
     numbered = any(len(case.images) > 1 or _has_number(case) for case in dataset.cases)
     per_channel = numbered or is_nnunet(root, content)
     listed = content.get("test")
-    names = [entry.get("image") if isinstance(entry, dict) else entry for entry in listed or []]
+    entries = listed if isinstance(listed, list) else []
+    names = [entry.get("image") if isinstance(entry, dict) else entry for entry in entries]
     paths = {msd.inside(root, name) for name in names if isinstance(name, str)}
     folder = root / "imagesTs"
     if folder.is_dir():

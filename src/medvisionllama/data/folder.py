@@ -47,7 +47,7 @@ def index_nnunet(root: Path, content: dict[str, Any], patient_pattern: str | Non
     """
     where = root / "dataset.json"
     names, labels = content.get("channel_names"), content.get("labels")
-    if not isinstance(names, dict) or not isinstance(labels, dict):
+    if not (isinstance(names, dict) and names and isinstance(labels, dict)):
         raise DataError(f"{where} needs 'training' (MSD), or 'channel_names' and 'labels' (nnU-Net)")
     check_no_ignore(labels, where)
     classes: dict[int, str] = {}

@@ -96,24 +96,36 @@ class Dataset:
         return replace(self, cases=tuple(case for case in self.cases if case.patient_id in patients))
 
 
-def open_configured(data: DataConfig) -> Dataset:
+def open_configured(data: DataConfig, *, begun: bool = False) -> Dataset:
     """Open the dataset of a run as its settings say.
+
+    Args:
+        begun: the run has begun; whom it leaves out may be gone since.
 
     Raises:
         DataError: as `open_dataset`, or classes whose names its tables could not tell apart.
     """
     assert data.path is not None, "checked by the caller"
-    dataset = open_dataset(data.path, patient_pattern=data.patient_pattern, exclude=data.exclude)
+    dataset = open_dataset(
+        data.path, patient_pattern=data.patient_pattern, exclude=data.exclude, may_be_gone=begun
+    )
     if data.labels == "all":
         check_class_names(dataset.classes, dataset.root)
     return dataset
 
 
-def open_dataset(root: Path, *, patient_pattern: str | None = None, exclude: Sequence[str] = ()) -> Dataset:
+def open_dataset(
+    root: Path,
+    *,
+    patient_pattern: str | None = None,
+    exclude: Sequence[str] = (),
+    may_be_gone: bool = False,
+) -> Dataset:
     """Index an MSD folder, an nnU-Net raw folder, or a folder with images/ and labels/.
 
     Args:
         exclude: cases and patients that are left out as if they were not there.
+        may_be_gone: do without those names in `exclude` that are not there indeed.
 
     Raises:
         DataError: no such folder, no layout recognised, or files that the layout promises are absent; the first of
@@ -122,13 +134,19 @@ def open_dataset(root: Path, *, patient_pattern: str | None = None, exclude: Seq
     from medvisionllama.data.check.findings import raise_first
     from medvisionllama.data.check.listing import listing_findings
 
-    dataset, problems = index_dataset(root, patient_pattern=patient_pattern, exclude=exclude)
+    dataset, problems = index_dataset(
+        root, patient_pattern=patient_pattern, exclude=exclude, may_be_gone=may_be_gone
+    )
     raise_first([*problems, *listing_findings(dataset)], dataset.root)
     return dataset
 
 
 def index_dataset(
-    root: Path, *, patient_pattern: str | None = None, exclude: Sequence[str] = ()
+    root: Path,
+    *,
+    patient_pattern: str | None = None,
+    exclude: Sequence[str] = (),
+    may_be_gone: bool = False,
 ) -> tuple[Dataset, list["Finding"]]:
     """Index a dataset as `open_dataset` does, but only list what is wrong with names of files and segments.
 
@@ -150,7 +168,7 @@ def index_dataset(
         if not one.cases or not all({name, faulty[name]} & set(exclude) for name in one.cases)
     ]
     unknown = sorted(set(exclude) - names)
-    if unknown:
+    if unknown and not may_be_gone:
         raise DataError(
             f"{dataset.root} has no case and no patient {unknown[0]!r} to leave out (data.exclude); correct the name"
         )

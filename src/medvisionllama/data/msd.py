@@ -17,7 +17,7 @@ def read_dataset_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path} is not readable JSON ({error}); repair it or remove it to use images/ and labels/"
         ) from None
@@ -80,11 +80,14 @@ def inside(root: Path, relative: str) -> Path:
 
 def _channels(root: Path, modality: Any) -> tuple[str, ...]:
     try:
-        return tuple(str(modality[key]) for key in sorted(modality, key=int))
+        channels = tuple(str(modality[key]) for key in sorted(modality, key=int))
     except (TypeError, ValueError, KeyError):
+        channels = ()
+    if not channels:
         raise DataError(
             f"{root / 'dataset.json'}: 'modality' must map channel numbers to names, as {{'0': 'MRI'}}"
-        ) from None
+        )
+    return channels
 
 
 def _classes(root: Path, labels: Any) -> dict[int, str]:

@@ -178,7 +178,7 @@ def read_splits(path: Path) -> Splits:
         raise DataError(
             f"{path} does not exist; draw splits with: {command('data split', 'DATA', '--out', path)}"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise DataError(
             f"{path} is not a splits file; draw one with: {command('data split', 'DATA', '--out', path)}"
         ) from None

@@ -72,7 +72,7 @@ def open_dataset_of(run_dir: RunDir, config: Config, split: Split, *, instead: s
         raise DataError(
             f"the dataset of {run_dir.path} is no longer at {config.data.path}; put it back there, or correct data.path in {run_dir.config}"
         )
-    return open_configured(config.data)
+    return open_configured(config.data, begun=True)
 
 
 def parts_of(run_dir: RunDir, config: Config, dataset: Dataset) -> dict[str, str]:

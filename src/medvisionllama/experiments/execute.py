@@ -94,7 +94,7 @@ def _facts(files: RunFiles, dice: dict[str, float], evaluation_seconds: float) -
     run_dir = RunDir(files.path)
     config = read_config(run_dir.config)
     manifest, history = run_dir.read_manifest(), run_dir.read_history()
-    dataset = open_configured(config.data)
+    dataset = open_configured(config.data, begun=True)
     # Those too by whom the run was trained or chosen that it began with.
     seen = patients_by_part(run_dir, dataset.cases)
     patients = {**seen, "test": {dataset.patients[name] for name in manifest["cases"]["test"]}}

@@ -115,7 +115,7 @@ def _pictures(run_dir: RunDir, config: Config, table: pd.DataFrame) -> list[Pict
     """Overlays of the best, the median and the worst case, as far as their files are still where they were."""
     assert config.data.path is not None, "fit wrote it"
     try:
-        cases = {case.case_id: case for case in open_configured(config.data).cases}
+        cases = {case.case_id: case for case in open_configured(config.data, begun=True).cases}
     except DataError:
         return []
     ranked = mean_class_dice(table).sort_values(ascending=False)

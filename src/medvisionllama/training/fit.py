@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from medvisionllama.data.planning import read_plan
 from medvisionllama.data.sampling import BatchSampler, check_share
 from medvisionllama.data.splits import write_splits
 from medvisionllama.devices import choose_device, device_words, fast_layout, use_bf16
-from medvisionllama.errors import CheckpointError, ConfigError
+from medvisionllama.errors import CheckpointError, ConfigError, DataError
 from medvisionllama.llm import CATALOG
 from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_network, check_insert
@@ -140,7 +140,7 @@ def _fit(
             if resume:
                 run_dir.check_resumable()
             else:
-                run_dir.check_unused()
+                run_dir.check_unused(config.data.splits)
             check_insert(config.network)
         start = None
         # A run that goes on has them in its own weights, and the earlier run may be gone.
@@ -155,6 +155,7 @@ def _fit(
         )
         if resume:
             check_unchanged(run_dir, data)
+            data = with_test_of(run_dir, data)
     if not run_dir.state.is_file():
         check_time_left(config, processes.first(time.monotonic() - started), progress)
     torch.manual_seed(config.train.seed)
@@ -189,7 +190,7 @@ def _fit(
     )
     with alone_in(run_dir, processes):
         if not resume:
-            check_still_unused(run_dir, processes)
+            check_still_unused(run_dir, processes, config.data.splits)
         # Before anything is written: what cannot go on stays as it was.
         loop.resume()
         if processes.is_main:
@@ -264,7 +265,7 @@ def alone_in(run_dir: RunDir, processes: Processes) -> Iterator[None]:
         yield
 
 
-def check_still_unused(run_dir: RunDir, processes: Processes) -> None:
+def check_still_unused(run_dir: RunDir, processes: Processes, drawn: Path | None = None) -> None:
     """Refuse a folder that another run has filled while the scans were prepared.
 
     Raises:
@@ -273,7 +274,7 @@ def check_still_unused(run_dir: RunDir, processes: Processes) -> None:
     taken = ""
     if processes.is_main:
         try:
-            run_dir.check_unused()
+            run_dir.check_unused(drawn)
         except CheckpointError as error:
             taken = str(error)
     if processes.any(bool(taken)):
@@ -327,6 +328,20 @@ def check_unchanged(run_dir: RunDir, data: PreparedData) -> None:
         raise CheckpointError(
             f"the scans, or our rules for them, changed since {run_dir.path} began: its plan differs in {', '.join(changed)}; start a new run"
         )
+
+
+def with_test_of(run_dir: RunDir, data: PreparedData) -> PreparedData:
+    """The data with the test cases that a run began with, whatever scans its patients have had since.
+
+    Raises:
+        DataError: one of them is gone; going on would make the test smaller without a word.
+    """
+    test = tuple(run_dir.read_manifest().get("cases", {}).get("test", data.selection.test))
+    if gone := sorted(set(test) - set(data.selection.test)):
+        raise DataError(
+            f"the dataset no longer holds {gone[0]!r}, one of the test cases of {run_dir.path}; put it back, or start a new run"
+        )
+    return replace(data, selection=replace(data.selection, test=test))
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -408,7 +423,7 @@ def write_run_files(
         "num_cases": {part: len(names) for part, names in parts.items()},
         "cases": parts,
     }
+    write_json(run_dir.manifest, manifest)
     write_splits(data.splits, run_dir.splits)
     write_text(run_dir.plan, data.plan.model_dump_json(indent=2) + "\n")
-    write_json(run_dir.manifest, manifest)
     write_config(config, run_dir.config)

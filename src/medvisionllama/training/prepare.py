@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medvisionllama._files import canonical_hash
+from medvisionllama._files import canonical_hash, with_home
 from medvisionllama.config import Config
 from medvisionllama.data.cache import CachedCase, build_cache, fit_normalisation, found_classes
 from medvisionllama.data.check.facts import CaseFacts
@@ -138,14 +138,16 @@ def divide(config: Config, *, drawn: Path | None, begun: bool = False) -> tuple[
         DataError: a dataset or splits that cannot be used.
     """
     assert config.data.path is not None, "checked by the caller"
-    dataset = open_configured(config.data)
+    dataset = open_configured(config.data, begun=begun)
     if config.data.modality is not None:
         if len(config.data.modality) != len(dataset.channels):
             raise ConfigError(
                 f"data.modality names {len(config.data.modality)} channels, the dataset has {len(dataset.channels)}; name each"
             )
         dataset = replace(dataset, channels=config.data.modality)
-    splits = read_splits(drawn) if drawn else make_splits(dataset.patients, seed=config.data.split_seed)
+    splits = (
+        read_splits(with_home(drawn)) if drawn else make_splits(dataset.patients, seed=config.data.split_seed)
+    )
     if begun:
         dataset = dataset.only(patients_of(splits))
     patients = dataset.patients

@@ -39,6 +39,17 @@ def test_a_folder_that_another_run_has_filled_meanwhile_is_refused(tmp_path):
         check_still_unused(run_dir, ONE_PROCESS)
 
 
+def test_a_division_that_lies_where_a_run_is_to_go_is_not_replaced(tmp_path):
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.path.mkdir()
+    run_dir.splits.touch()
+    with pytest.raises(CheckpointError, match="is a division that is no run's"):
+        run_dir.check_unused()
+    run_dir.check_unused(run_dir.splits)
+    run_dir.manifest.touch()
+    run_dir.check_unused()
+
+
 def test_a_disk_without_locks_keeps_nobody_from_training(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no locks available")

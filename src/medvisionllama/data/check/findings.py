@@ -20,6 +20,7 @@ _ERRORS = {
     "missing-file": "files that the dataset names are absent",
     "no-partner": "an image without a label, or a label without an image",
     "listed-twice": "a case is listed twice",
+    "name-not-text": "names of files that are no text",
     "too-few-patients": "too few patients to divide",
     "unreadable": "files that cannot be read",
     "segment-names": "labels whose segments are numbered otherwise than in the others",

@@ -19,7 +19,7 @@ _FOLDERS = ("imagesTr", "labelsTr")
 
 
 def listing_findings(dataset: Dataset) -> list[Finding]:
-    """No cases, a case twice, or files that do not exist: what `open_dataset` refuses."""
+    """No cases, a case twice, names that are no text, or files that do not exist: what `open_dataset` refuses."""
     if not dataset.cases:
         message = f"{dataset.root} holds no labelled cases; put images and labels of the same names there"
         return [Finding("layout", message)]
@@ -31,11 +31,24 @@ def listing_findings(dataset: Dataset) -> list[Finding]:
         if len(cases) > 1:
             findings.append(Finding("listed-twice", f"{dataset.root}: {_twice(case_id, cases)}", (case_id,)))
     for case in dataset.cases:
+        if not _is_text(case.case_id):
+            # It would have no name in tables and pages.
+            message = f"{dataset.root}: {case.case_id!r} is no name in UTF-8; rename its image and its label"
+            findings.append(Finding("name-not-text", message, (case.case_id,), case.images[0]))
         for path in (*case.images, *([case.label] if case.label else [])):
             if not path.exists():
                 message = f"{dataset.root}: {path} is named by the dataset but does not exist; restore it or remove the case"
                 findings.append(Finding("missing-file", message, (case.case_id,), path))
     return findings
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written; bytes that are no UTF-8 are kept in a file's name as they are."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def class_name_findings(dataset: Dataset) -> list[Finding]:

@@ -122,7 +122,7 @@ def _known_cases(run_dir: RunDir, config: Config) -> tuple[dict[frozenset[Path],
     if config.data.path is None or not config.data.path.is_dir():
         return {}, {}
     try:
-        dataset = open_configured(config.data)
+        dataset = open_configured(config.data, begun=True)
         parts = parts_of(run_dir, config, dataset)
     except DataError:
         # A dataset that has changed since says nothing about this scan, which may be of no dataset at all.
