@@ -81,12 +81,20 @@ def difference(
 
     The interval is over patients; one who comes in several seeds is drawn with all of them. How much trainings vary
     is not in it: `by_seed` has the seeds' own differences.
+
+    Raises:
+        SystemExit: both were scored on other scans, so one of them was trained on another division.
     """
-    pairs = [
-        (dice - scores[machine, reference, seed]).groupby(patients).mean()
-        for (where, name, seed), dice in sorted(scores.items(), key=lambda item: item[0])
-        if (where, name) == (machine, arm) and (machine, reference, seed) in scores and arm != reference
-    ]
+    pairs = []
+    for (where, name, seed), dice in sorted(scores.items(), key=lambda item: item[0]):
+        if (where, name) != (machine, arm) or (machine, reference, seed) not in scores or arm == reference:
+            continue
+        other = scores[machine, reference, seed]
+        if set(dice.index) != set(other.index):
+            raise SystemExit(
+                f"{arm} and {reference} of seed {seed} were not scored on the same scans; keep cells of another dataset in another --results"
+            )
+        pairs.append((dice - other).groupby(patients).mean())
     if not pairs:
         return {}
     low, high = mean_of_seeds_interval(pairs)

@@ -46,20 +46,21 @@ class StemEmbed(nn.Module):
     ) -> None:
         super().__init__()
         fine, middle, coarse = channels
-        self.fine = ConvBlock(num_channels, fine, kernel=kernel_for(strides[0])) if fine else None
+        full, half, quarter = kernels_for(strides)
+        self.fine = ConvBlock(num_channels, fine, kernel=full) if fine else None
         self.middle = nn.Sequential(
-            ConvBlock(fine or num_channels, middle, stride=strides[0], kernel=kernel_for(strides[0])),
-            ConvBlock(middle, middle, kernel=kernel_for(strides[1])),
+            ConvBlock(fine or num_channels, middle, stride=strides[0], kernel=full),
+            ConvBlock(middle, middle, kernel=half),
         )
         self.coarse = nn.Sequential(
-            ConvBlock(middle, coarse, stride=strides[1], kernel=kernel_for(strides[1])),
-            ConvBlock(coarse, coarse, kernel=kernel_for(strides[2])),
+            ConvBlock(middle, coarse, stride=strides[1], kernel=half),
+            ConvBlock(coarse, coarse, kernel=quarter),
         )
         self.context = ContextDown(coarse, context, stride=strides[2], grid=grid) if context else None
         steps = [*strides, halving(grid)] if context else strides
         x, y, z = (math.prod(along) for along in zip(*steps, strict=True))
         self.stride = (x, y, z)
-        self.project = _projection(coarse, width, strides[2], context) if tokens else None
+        self.project = _projection(coarse, width, strides[2], quarter, context) if tokens else None
 
     def forward(self, image: ImageBatch) -> tuple[Tensor | None, Features]:
         full = image if self.fine is None else self.fine(image)
@@ -72,16 +73,28 @@ class StemEmbed(nn.Module):
         return None if self.project is None else self.project(deepest), features
 
 
-def _projection(coarse: int, width: int, stride: Triple, context: tuple[int, int] | None) -> nn.Conv3d:
+def _projection(
+    coarse: int, width: int, stride: Triple, kernel: Triple, context: tuple[int, int] | None
+) -> nn.Conv3d:
     """To tokens, from the stem's last stage or from the context's lower one, which lies at their stride."""
     if context:
         return nn.Conv3d(context[1], width, 1)
-    kernel = kernel_for(stride)
     x, y, z = (size // 2 for size in kernel)
     return Conv3d(coarse, width, kernel, stride=stride, padding=(x, y, z))
 
 
-def kernel_for(stride: Triple) -> Triple:
-    """Three voxels along the axes that are halved, one across slices that are still far apart."""
-    x, y, z = (3 if step > 1 else 1 for step in stride)
-    return (x, y, z)
+def kernels_for(strides: Sequence[Triple]) -> list[Triple]:
+    """A kernel for each stage, by the stride below it: one voxel across slices that are far apart, three from where
+    they are halved on.
+
+    What is left alone later is short, and its slices are near. So nnU-Net does (Isensee et al. 2021).
+
+    >>> kernels_for([(2, 2, 1), (2, 2, 2), (2, 2, 1)])
+    [(3, 3, 1), (3, 3, 3), (3, 3, 3)]
+    """
+    kernels: list[Triple] = []
+    for stride in strides:
+        before = kernels[-1] if kernels else (1, 1, 1)
+        x, y, z = (max(3 if step > 1 else 1, size) for step, size in zip(stride, before, strict=True))
+        kernels.append((x, y, z))
+    return kernels

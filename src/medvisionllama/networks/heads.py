@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from medvisionllama.networks.context import ContextUp
-from medvisionllama.networks.embeds import Features, kernel_for
+from medvisionllama.networks.embeds import Features, kernels_for
 from medvisionllama.networks.layers import ConvBlock, Rise
 from medvisionllama.types import LogitBatch, Triple
 
@@ -73,6 +73,7 @@ class SkipHead(nn.Module):
     ) -> None:
         super().__init__()
         fine, middle, coarse = channels
+        at_full, at_half, at_quarter = kernels_for(strides)
         deepest = context[0] if context else width
         has_deepest = tokens or context is not None
         self.add_tokens = nn.Conv3d(width, context[1], 1, bias=False) if tokens and context else None
@@ -81,11 +82,11 @@ class SkipHead(nn.Module):
         self.context = ContextUp(context, grid=grid) if context else None
         self.from_tokens = Rise(deepest, coarse, strides[2]) if has_deepest else None
         joined = 2 * coarse if has_deepest else coarse
-        self.join_quarter = _join(joined, coarse, strides[2], join_convolutions)
+        self.join_quarter = _join(joined, coarse, at_quarter, join_convolutions)
         self.to_half = Rise(coarse, middle, strides[1])
-        self.join_half = _join(2 * middle, middle, strides[1], join_convolutions)
+        self.join_half = _join(2 * middle, middle, at_half, join_convolutions)
         self.to_full = Rise(middle, fine, strides[0]) if fine else None
-        self.join_full = ConvBlock(2 * fine, fine, kernel=kernel_for(strides[0])) if fine else None
+        self.join_full = ConvBlock(2 * fine, fine, kernel=at_full) if fine else None
         self.out = nn.Conv3d(fine, num_outputs, 1) if fine else _overlapping(middle, num_outputs, strides[0])
         self.out_coarse = _overlapping(middle, num_outputs, strides[0]) if refine and fine else None
         if self.out_coarse is not None:
@@ -124,9 +125,8 @@ class SkipHead(nn.Module):
         return self.context(upper, lower if self.add_tokens is None else lower + self.add_tokens(grid))
 
 
-def _join(num_in: int, num_out: int, stride: Triple, number: int) -> nn.Module:
+def _join(num_in: int, num_out: int, kernel: Triple, number: int) -> nn.Module:
     """So many convolutions, the first of which mixes what was joined; one is as it was before there were more."""
-    kernel = kernel_for(stride)
     first = ConvBlock(num_in, num_out, kernel=kernel)
     more = [ConvBlock(num_out, num_out, kernel=kernel) for _ in range(number - 1)]
     return nn.Sequential(first, *more) if more else first

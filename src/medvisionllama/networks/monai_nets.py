@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medvisionllama.errors import ConfigError
-from medvisionllama.networks.embeds import Features, kernel_for
+from medvisionllama.networks.embeds import Features, kernels_for
 from medvisionllama.networks.layers import make_convolutions_safe
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.types import ImageBatch, LogitBatch, RivalName, Triple
@@ -129,28 +129,13 @@ def dynunet_strides(crop_size: Triple, strides: Sequence[Triple]) -> list[Triple
     return result
 
 
-def dynunet_kernels(strides: Sequence[Triple]) -> list[Triple]:
-    """A kernel for each stage: one voxel across slices that are far apart, and three from where they are halved on.
-
-    What is left alone later is short, and its slices are near. So nnU-Net does (Isensee et al. 2021).
-
-    >>> dynunet_kernels([(2, 2, 1), (2, 2, 2), (2, 2, 1)])
-    [(3, 3, 1), (3, 3, 3), (3, 3, 3), (3, 3, 3)]
-    """
-    kernels: list[Triple] = []
-    for stride in strides:
-        x, y, z = map(max, kernel_for(stride), kernels[-1] if kernels else (1, 1, 1))
-        kernels.append((x, y, z))
-    return [*kernels, (3, 3, 3)]
-
-
 def _dynunet(
     num_channels: int, num_outputs: int, crop: Triple, planned: Sequence[Triple], width: int
 ) -> tuple[nn.Module, Triple]:
     from medvisionllama.networks.dynunet import DynUNetV2
 
     strides = dynunet_strides(crop, planned)
-    kernels = dynunet_kernels(strides)
+    kernels = [*kernels_for(strides), (3, 3, 3)]
     network = DynUNetV2(
         3,
         num_channels,

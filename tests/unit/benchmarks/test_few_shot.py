@@ -298,6 +298,14 @@ def test_a_difference_is_the_mean_over_patients(module, tmp_path):
     assert summary.loc["block", "minus_no_tokens"] == pytest.approx(0.15)
 
 
+def test_cells_of_other_scans_are_no_pair(module):
+    difference = module("few_shot_summary").difference
+    dice = pd.Series({"a": 0.5, "b": 0.7})
+    scores = {("m", "block", 0): dice, ("m", "x", 0): dice.rename({"b": "c"})}
+    with pytest.raises(SystemExit, match="x and block of seed 0 were not scored on the same scans"):
+        difference(scores, {name: name for name in "abc"}, "m", "x", "block")
+
+
 def test_seeds_count_the_same_however_many_patients_they_share(module):
     summary = module("few_shot_summary")
     # Two seeds share half of their patients, who gain nothing; the mean over patients would be 0.2.

@@ -7,11 +7,11 @@ from medvisionllama.networks.factory import build_network
 STRIDES = ((2, 2, 1), (2, 2, 2), (2, 2, 2))
 
 
-def build(**changes):
+def build(*, strides=STRIDES, **changes):
     settings = {"stem_channels": (4, 6, 8), "context_channels": (10, 12), "tokens": False}
     torch.manual_seed(0)
     config = NetworkConfig(**(settings | changes))
-    return build_network(config, num_channels=1, num_outputs=3, crop_size=(32, 16, 16), strides=STRIDES)
+    return build_network(config, num_channels=1, num_outputs=3, crop_size=(32, 16, 16), strides=strides)
 
 
 @pytest.fixture
@@ -37,6 +37,15 @@ def test_full_resolution_adds_what_it_learns(image):
     fine = logits - network.head.out_coarse(half)
     # Within a cell of stride 2 voxels differ by what the finest features say.
     assert fine[..., 0::2, :, :].sub(fine[..., 1::2, :, :]).abs().max() > 0.1
+
+
+def test_slices_that_are_near_are_looked_across_though_they_are_halved_no_further():
+    network = build(strides=((2, 2, 1), (2, 2, 2), (2, 2, 1)))
+    stem, head = network.embed, network.head
+    kernels = [block.conv.kernel_size for block in (stem.fine, *stem.middle, *stem.coarse)]
+    assert kernels == [(3, 3, 1), (3, 3, 1), (3, 3, 3), (3, 3, 3), (3, 3, 3)]
+    kernels = [block.conv.kernel_size for block in (head.join_full, head.join_half, head.join_quarter)]
+    assert kernels == [(3, 3, 1), (3, 3, 3), (3, 3, 3)]
 
 
 def test_voxels_see_the_next_cell_of_stride_2_and_none_further():
