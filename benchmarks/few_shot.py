@@ -139,7 +139,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--published",
         action="store_true",
-        help="only the patients of our tables (cases.json), where a dataset holds others too",
+        help="only the scans of our tables (cases.json), where a dataset holds others too",
     )
     parser.add_argument("--minutes", type=float, help="instead of each row's own")
     parser.add_argument("--threads", type=int, help="CPU cores; by default 2 for small, all for large")

@@ -165,7 +165,7 @@ def train_run(
 
 
 def excluded(arguments: argparse.Namespace, row: str) -> list[str]:
-    """Patients that a cell leaves out of everything: a row's own, and with --published all whom our tables had not.
+    """What a cell leaves out of everything: a row's own patients, and with --published all scans that ours had not.
 
     Raises:
         SystemExit: a scan of ours is missing, so that no split would be ours.
@@ -179,8 +179,7 @@ def excluded(arguments: argparse.Namespace, row: str) -> list[str]:
     patients = open_dataset(arguments.data / spec.data).patients
     if missing := sorted(ours - patients.keys()):
         raise SystemExit(f"{spec.data} lacks {len(missing)} of the scans of our tables, such as {missing[0]}")
-    kept = {patients[case] for case in ours}
-    return sorted({*spec.exclude, *patients.values()} - (kept - {*spec.exclude}))
+    return [*spec.exclude, *sorted(patients.keys() - ours)]
 
 
 def check_begun(run: "RunDir", preset: str, settings: dict[str, Any]) -> None:

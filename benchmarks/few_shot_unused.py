@@ -33,7 +33,7 @@ def score_unused(run: "RunDir", progress: "Progress") -> pd.DataFrame:
     from medvisionllama.inference.predictor import Predictor
 
     config, predictor = read_config(run.config), Predictor.from_run(run.path)
-    dataset, plan = open_configured(config.data), predictor.plan
+    dataset, plan = open_configured(config.data, begun=True), predictor.plan
     cases = unused_cases(run, dataset)
     masks, declared = run.path / "predictions" / "unused", bool(dataset.classes)
     with progress.track("segmenting patients that were left out", len(cases)) as advance:

@@ -48,7 +48,7 @@ def compare(run: Path, *, every: int = 1) -> pd.DataFrame:
     looks = {
         name: looking(predictor, turn=turn) for name, turn in (("as it is", False), ("turned too", True))
     }
-    dataset = open_configured(config.data)
+    dataset = open_configured(config.data, begun=True)
     known = {dataset.patients[case_id] for case_id in trained}
     cases = [case for case in dataset.cases if case.patient_id not in known][::every]
     rows = []

@@ -72,5 +72,5 @@ def _same_names(wanted: Iterable[str], found: Iterable[str], where: Path) -> Non
     different = sorted(set(wanted) ^ set(found))
     if different:
         raise CheckpointError(
-            f"{where} does not fit the network of config.yaml (first difference: {different[0]}); restore both from one run"
+            f"{where} does not fit the network of config.yaml (first difference: {different[0]}); restore both from one run, or this version builds that network otherwise"
         )

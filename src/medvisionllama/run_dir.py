@@ -21,6 +21,7 @@ calibration.json       how far probabilities can be believed
 
 import json
 import platform
+import shlex
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -96,7 +97,7 @@ class RunDir:
         """Refuse a folder that would be overwritten; files make their folders themselves.
 
         Args:
-            drawn: the division that the new run obeys.
+            drawn: the division that the new run obeys, an absolute path.
 
         Raises:
             CheckpointError: it already holds a run, or somebody's division, which would be overwritten.
@@ -108,9 +109,10 @@ class RunDir:
                 f"{self.path} already holds a run; go on with it by --resume, or choose another --out"
             )
         # A run that was stopped before it was one has its manifest.
-        if self.splits.exists() and not self.manifest.exists() and drawn != self.splits:
+        if self.splits.exists() and not self.manifest.exists() and drawn != self.splits.resolve():
+            where = f"--set {shlex.quote(f'data.splits={self.splits}')}"
             raise CheckpointError(
-                f"{self.splits} is a division that is no run's; divide by it with --set data.splits={self.splits}, or choose another --out"
+                f"{self.splits} is a division that is no run's; divide by it with {where}, or choose another --out"
             )
 
     def check_resumable(self) -> None:

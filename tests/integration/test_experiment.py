@@ -339,6 +339,9 @@ def test_report_and_status_read_the_folder(undisturbed, cli):
     with (page.parent / "comparisons.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "dice"]
     assert {row["arm"] for row in rows} == {"block", "block-block-removed", "mlp"}
+    with (page.parent / "runs.csv").open() as file:
+        validated = {row["arm"] for row in csv.DictReader(file) if row["validation_dice"]}
+    assert validated == {"block", "mlp", "none"}, "what has its block removed has not been validated"
     for run in verbs.status(undisturbed).runs:
         assert f"../runs/{run.run_id}/report.html" in page.read_text()
         assert (undisturbed / "runs" / run.run_id / "report.html").is_file()

@@ -139,8 +139,8 @@ def _run_row(
     if variant is not None:
         # The weights are those of the run itself: its training is counted there.
         row |= {"seconds": 0.0, "evaluation_seconds": 0.0} if state == "done" else {}
-        # Its network is smaller than the one that was trained.
-        row |= {"frozen": None, "gflops": None, "gate_rms": None}
+        # Its network is smaller than the one that was trained, and has not been validated.
+        row |= {"frozen": None, "gflops": None, "gate_rms": None, "validation_dice": None}
     return {
         **names,
         "state": state,

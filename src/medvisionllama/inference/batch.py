@@ -375,14 +375,14 @@ def _write(
         "warnings": [*found["warnings"], *refused],
     }
     made = Made.of(record, sha256, outputs.made_by, instead=bool(refused), warnings=found["warnings"])
+    if not files["mask"].name.endswith(".dcm"):
+        write_mask(files["mask"], mask.array, mask.affine, like=first, classes=names)
     try:
-        if not files["mask"].name.endswith(".dcm"):
-            write_mask(files["mask"], mask.array, mask.affine, like=first, classes=names)
         outputs.ledger.add(made)
     except BaseException:
         # Of a mask without a line --resume would not know what made it, and stop at it. A signal may come when the
         # line is written already, and the mask is finished then.
-        if made not in outputs.ledger.lines():
+        if outputs.ledger.read().get(files["mask"].name) != made:
             files["mask"].unlink(missing_ok=True)
         raise
     # Whoever overwrites may have had the other of the two before, and two masks of one scan are one too many.

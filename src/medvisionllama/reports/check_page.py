@@ -6,7 +6,9 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from medvisionllama import __version__
 from medvisionllama._files import write_text
@@ -99,6 +101,7 @@ def _figure(facts: tuple[CaseFacts, ...], channels: tuple[str, ...]) -> str:
         wide = np.max(values) > 20 * np.min(values)
         axes.set(xticks=range(3), xticklabels=list("xyz"), title=title, yscale="log" if wide else "linear")
         axes.set_ylim(bottom=None if wide else 0)
+        _name_ticks(axes.yaxis)
     for index, name in enumerate(channels):
         scales = [
             case.channels[index].scale
@@ -110,4 +113,12 @@ def _figure(facts: tuple[CaseFacts, ...], channels: tuple[str, ...]) -> str:
             intensities.hist(scales, bins=edges, alpha=0.6, color=colour_of(index), label=name[:24])
             intensities.legend(frameon=False)
     intensities.set(xscale="log", title="width of the intensities", ylabel="cases")
+    _name_ticks(intensities.xaxis)
     return png(figure)
+
+
+def _name_ticks(axis: Axis) -> None:
+    """Plain numbers: matplotlib writes those of logarithmic axes as formulas, which are text in our pictures."""
+    if axis.get_scale() == "log":
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))

@@ -65,6 +65,7 @@ def write_report(run: Path) -> Path:
         colours=[colour_of(index) for index in range(len(plan.mask_classes))],
         best=max((record["dice"] for record in history if record["dice"] is not None), default=None),
         tolerance=_tolerance(table, config),
+        num_patients=0 if table is None else table["patient_id"].nunique(),
     )
     write_text(run_dir.report, page)
     return run_dir.report

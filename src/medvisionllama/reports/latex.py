@@ -39,17 +39,17 @@ def file_name(*parts: str) -> str:
     return "-".join(re.sub(r"[^A-Za-z0-9]+", "-", part).strip("-") or "x" for part in parts) + ".tex"
 
 
-def measure_latex(table: MeasureTable, *, reference: str, family: str) -> str:
+def measure_latex(table: MeasureTable, *, reference: str, family: str, rule: str = "") -> str:
     """A table of means and SDs; one with many columns becomes several, one below the other.
 
-    `family` says in words over which comparisons Holm's correction went.
+    `family` says in words over which comparisons Holm's correction went, `rule` how the measure is to be read.
     """
     caption = (
         f"{escape(table.metric.title)} of the model {escape(table.model)}: mean over patients and runs "
         rf"$\pm$ SD over runs; fractions of the training cases. Bold: best mean of a column. "
         f"$^{{+}}$ better, $^{{-}}$ worse than {escape(reference)} "
         rf"($p < 0.05$ by Wilcoxon over patients after Holm's correction {family}, and by t test over runs). "
-        r"$^{\dagger}$ fewer runs than other arms of the column."
+        r"$^{\dagger}$ fewer runs than other arms of the column." + (f" {escape(rule)}" if rule else "")
     )
     parts = [
         table.part(start, start + _MOST_COLUMNS) for start in range(0, len(table.columns), _MOST_COLUMNS)

@@ -68,6 +68,24 @@ class Study:
     """Where the page of a run is, from the study's own page, by run_id."""
 
     @property
+    def tolerance_words(self) -> str:
+        """Within what NSD counts a surface as met: `1 mm`, or `A 1 mm, B 3 mm`; empty if unknown."""
+        if "tolerance_mm" not in self.cases:
+            return ""
+        by_task = self.cases.groupby("task")["tolerance_mm"].first()
+        if by_task.nunique() == 1:
+            return f"{by_task.iloc[0]:g} mm"
+        return ", ".join(f"{task} {tolerance:g} mm" for task, tolerance in by_task.items())
+
+    def rule_of(self, metric: str) -> str:
+        """What must be said beside a measure, as a sentence; mostly nothing."""
+        if metric == "nsd" and self.tolerance_words:
+            return f"Tolerance: {self.tolerance_words}."
+        if metric == "hd95_mm":
+            return "A class in one of both masks alone counts as the diagonal of the scan."
+        return ""
+
+    @property
     def arm_names(self) -> list[str]:
         """Every arm in the order of `arms`, then those that only the tables know."""
         return list(dict.fromkeys([*self.arms, *self.runs["arm"], *self.summary["arm"]]))

@@ -48,7 +48,9 @@ def write_study(study: Study, folder: Path) -> Path:
     latex: dict[str, str] = {}
     for table in tables:
         name = _free(file_name("table", table.model, table.name), latex)
-        latex[name] = measure_latex(table, reference=study.reference, family=study.family_words)
+        latex[name] = measure_latex(
+            table, reference=study.reference, family=study.family_words, rule=study.rule_of(table.name)
+        )
     if sizes:
         latex["ablation.tex"] = size_latex(sizes, columns)
     for name, text in latex.items():

@@ -155,7 +155,8 @@ def _fit(
         )
         if resume:
             check_unchanged(run_dir, data)
-            data = with_test_of(run_dir, data)
+            if not is_member:  # whose own test nobody scores
+                data = with_test_of(run_dir, data)
     if not run_dir.state.is_file():
         check_time_left(config, processes.first(time.monotonic() - started), progress)
     torch.manual_seed(config.train.seed)

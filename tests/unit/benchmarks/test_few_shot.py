@@ -183,15 +183,19 @@ def test_every_arm_trains_for_the_minutes_it_is_given(module, monkeypatch, tmp_p
     assert seen == [(5, ("patient076",))]
 
 
-def test_the_patients_of_our_tables_can_be_had_of_a_larger_dataset(module, monkeypatch, tmp_path):
+def test_the_scans_of_our_tables_can_be_had_of_a_larger_dataset(module, monkeypatch, tmp_path):
     few_shot = module("few_shot_cell")
     ours = json.loads(few_shot.CASES.read_text())["Task101_ACDC"]
-    patients = {case: case.partition("_")[0] for case in [*ours, "patient999_frame01"]}
+    patients = {case: case.partition("_")[0] for case in [*ours, "patient999_frame01", "patient003_frame99"]}
     monkeypatch.setattr(
         "medvisionllama.data.index.open_dataset", lambda _: SimpleNamespace(patients=patients)
     )
     arguments = argparse.Namespace(data=tmp_path, published=True)
-    assert few_shot.excluded(arguments, "acdc-4") == ["patient076", "patient999"]
+    assert few_shot.excluded(arguments, "acdc-4") == [
+        "patient076",
+        "patient003_frame99",
+        "patient999_frame01",
+    ]
     arguments.published = False
     assert few_shot.excluded(arguments, "acdc-4") == ["patient076"]
     arguments.published = True

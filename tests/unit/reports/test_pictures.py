@@ -10,11 +10,12 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from medvisionllama.api import check
 from medvisionllama.colours import colour_of, rgb_of
 from medvisionllama.data.volume import Volume
-from medvisionllama.reports import pages, plots
+from medvisionllama.reports import check_page, pages, plots
 from medvisionllama.reports.thumbnails import colour_places, draw_slice
 
 
@@ -61,6 +62,20 @@ def test_the_check_page_sorts_numbers_as_numbers_and_names_by_their_numbers():
     program = f"{compare} console.log(JSON.stringify({json.dumps([row[::-1] for row in wanted])}.map((row) => row.sort(compare))))"
     run = subprocess.run(["node", "-e", program], capture_output=True, text=True, check=True)
     assert json.loads(run.stdout) == wanted
+
+
+@pytest.mark.parametrize("values", [(3, 9), (90, 700), (2, 80_000)])
+def test_logarithmic_axes_have_numbers(values):
+    figure = Figure()
+    axes = figure.subplots()
+    axes.hist(values, bins=np.geomspace(*values, 9))
+    axes.set(xscale="log")
+    check_page._name_ticks(axes.xaxis)
+    figure.canvas.draw()
+    ticks = [*axes.get_xticklabels(), *axes.get_xticklabels(minor=True)]
+    named = [tick.get_text() for tick in ticks if tick.get_text()]
+    assert len(named) > 1
+    assert all(float(name) > 0 for name in named)
 
 
 def test_an_overlay_of_two_structures_holds_the_outline_of_both():

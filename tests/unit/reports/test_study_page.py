@@ -493,6 +493,25 @@ def test_names_with_special_characters_are_escaped_in_html_and_latex(study, tmp_
     check_latex(text)
 
 
+@pytest.mark.parametrize(
+    ("tolerances", "words"), [({}, "1 mm"), ({"Task101": 3.0}, "Task04 1 mm, Task101 3 mm")]
+)
+def test_surface_dice_says_its_tolerance_and_hd95_its_rule(study, tmp_path, tolerances, words):
+    tolerance = study.cases["task"].map(tolerances).fillna(1.0)
+    summary = study.summary.replace({"metric": {"hd95_mm": "nsd"}})
+    changed = replace(
+        study,
+        cases=study.cases.assign(tolerance_mm=tolerance),
+        summary=pd.concat([study.summary, summary]).drop_duplicates(
+            ["task", "model", "arm", "fraction", "metric"]
+        ),
+    )
+    page = write_study(changed, tmp_path)
+    assert f"within the tolerance of {words} (1 is perfect)" in page.read_text()
+    assert f"Tolerance: {words}." in (tmp_path / "table-small-nsd.tex").read_text()
+    assert "counts as the diagonal of the scan." in (tmp_path / "table-small-hd95-mm.tex").read_text()
+
+
 def check_latex(text):
     plain = re.sub(r"\\[&%$#_{}]", "", text.replace(r"\\", "\n"))
     depth = 0
