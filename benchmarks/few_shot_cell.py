@@ -73,7 +73,8 @@ def train_ours(
     for rate in RATES if ARMS[arm].tuned else ():
         probe = path.with_name(f"{path.name}-rate{rate:g}")
         settings = {"train.learning_rate": rate}
-        rates[rate] = best_dice(train_run(arguments, row, arm, seed, probe, TUNING_SHARE * minutes, settings))
+        tried = train_run(arguments, row, arm, seed, probe, TUNING_SHARE * minutes, settings)
+        rates[rate] = round(tried.kept_record()["dice"], 4)
     chosen: dict[str, Any] = {"train.learning_rate": max(rates, key=rates.__getitem__)} if rates else {}
     if ARMS[arm].begun:
         chosen["train.start_from"] = str(earlier_run(arguments, row, arm).path)
@@ -86,7 +87,7 @@ def train_ours(
         write_table(unused, unused_table(cell_path(arguments, row, arm, seed)))
     history, manifest = run.read_history(), run.read_manifest()
     return table, {
-        "validation_dice": best_dice(run),
+        "validation_dice": round(run.kept_record()["dice"], 4),
         "unused_dice": None if unused.empty else round(mean_dice(unused), 4),
         **({"rates": rates} if rates else {}),
         **({"begun_with": begun_facts(manifest["started_from"], row)} if ARMS[arm].begun else {}),
@@ -196,11 +197,6 @@ def check_begun(run: "RunDir", preset: str, settings: dict[str, Any]) -> None:
                 raise SystemExit(
                     f"{run.path} was begun with {section}.{key}={begun[section][key]} and not {value}; move it away, or give another --runs"
                 )
-
-
-def best_dice(run: "RunDir") -> float:
-    """Validation Dice of the weights that a run keeps."""
-    return round(max(record["dice"] for record in run.read_history()), 4)
 
 
 def settings_but_network(preset: str) -> dict[str, Any]:

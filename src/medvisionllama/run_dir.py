@@ -5,7 +5,8 @@ plan.json          what was decided from the data
 splits.json        who trained, validated and was kept for the test, with a hash
 manifest.json      versions, hardware, seed, hashes of data, splits and block
 history.jsonl      one line per validation
-best.safetensors   trainable weights with the best validation Dice; the latest where no case validates
+best.safetensors   trainable weights that predict: the last whose validation Dice is not clearly behind; the latest
+                   where no case validates
 last/              state to resume from
 pseudo_labels/     masks that unlabelled scans train with
 evaluation.csv     one row per test case and class
@@ -20,10 +21,12 @@ calibration.json       how far probabilities can be believed
 """
 
 import json
+import math
 import platform
 import shlex
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,27 @@ _PACKAGES = (
     "nibabel",
     "safetensors",
 )
+
+
+LEAD = 0.01
+"""Of validation Dice, by which earlier weights must be ahead of later ones to be kept.
+
+Less is chance, where one look at a handful of cases tells; and later weights had more steps at a lower rate.
+"""
+
+
+def kept_of(dices: Sequence[float]) -> int:
+    """Place of the validation whose weights a run keeps: the last that was not clearly behind one before it.
+
+    >>> kept_of([0.70, 0.78, 0.775]), kept_of([0.70, 0.78, 0.76]), kept_of([0.78, 0.775, 0.765])
+    (2, 1, 1)
+    """
+    best, kept = -math.inf, 0
+    for place, dice in enumerate(dices):
+        if dice >= best - LEAD:
+            kept = place
+        best = max(best, dice)
+    return kept
 
 
 class RunDir:
@@ -162,6 +186,11 @@ class RunDir:
     def read_history(self) -> list[dict[str, Any]]:
         """Lines of history.jsonl; a line cut short by a kill is dropped."""
         return read_json_lines(self.history)
+
+    def kept_record(self) -> dict[str, Any]:
+        """The line of history.jsonl of the weights that are kept; empty if no case validates."""
+        scored = [record for record in self.read_history() if record["dice"] is not None]
+        return scored[kept_of([record["dice"] for record in scored])] if scored else {}
 
     def append_history(self, record: dict[str, Any]) -> None:
         append_json(self.history, record)

@@ -63,7 +63,7 @@ def write_report(run: Path) -> Path:
         dots=None if table is None else plots.dice_by_case(table),
         pictures=[] if table is None else _pictures(run_dir, config, table),
         colours=[colour_of(index) for index in range(len(plan.mask_classes))],
-        best=max((record["dice"] for record in history if record["dice"] is not None), default=None),
+        kept=run_dir.kept_record().get("dice"),
         tolerance=_tolerance(table, config),
         num_patients=0 if table is None else table["patient_id"].nunique(),
     )

@@ -216,7 +216,7 @@ def _fit(
         finished=finished,
         steps=loop.state.step,
         seconds=loop.state.elapsed_seconds,
-        validation_dice=loop.state.best,
+        validation_dice=loop.state.kept,
         is_main=processes.is_main,
     )
 
@@ -310,10 +310,7 @@ def say_long_warmup(config: Config, total_steps: int | None, progress: Progress)
 
 def say_never_found(run_dir: RunDir, num_cases: int, progress: Progress) -> None:
     """Name the classes that the weights which are kept find in no validation case, which a mean Dice hides."""
-    scored = [record for record in run_dir.read_history() if record["dice"] is not None]
-    # The first of equals, as the loop saves them.
-    kept = max(scored, key=lambda record: record["dice"], default={})
-    if names := kept.get("never_found"):
+    if names := run_dir.kept_record().get("never_found"):
         progress.say(
             f"look at this: in {run_dir.path}, {' and '.join(map(repr, names))} was found in none of the {num_cases} validation cases (or of those that have it); train longer, or begin again with another --set train.seed"
         )

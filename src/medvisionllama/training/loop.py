@@ -230,11 +230,10 @@ class TrainingLoop:
             if too_long is not None and not record:
                 self._put_off_validation(too_long, progress)
                 return True
-            # Without validation cases there never is a best one, and each save takes the place of the last.
-            dice, best = record["dice"], self.state.best
+            dice = record["dice"]
             if dice is not None:
                 self.state.dices.append(dice)
-            if (best is None or dice > best) and self.processes.is_main:
+            if self.state.keeps_last and self.processes.is_main:
                 facts = {**self.facts, "step": self.state.step, "validation_dice": dice}
                 save_tensors(self.run_dir.best, self.parameters, facts)
         self._tick()
@@ -302,8 +301,8 @@ class TrainingLoop:
         return True
 
     def _note(self, loss: float) -> str:
-        best = self.state.best
-        validated = "" if best is None else f"  validation Dice {best:.4f}"
+        kept = self.state.kept
+        validated = "" if kept is None else f"  validation Dice {kept:.4f}"
         return f"step {self.state.step}  loss {loss:.3f}{validated}"
 
     def _tick(self) -> None:

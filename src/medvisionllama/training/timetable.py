@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from medvisionllama.config import TrainConfig
+from medvisionllama.run_dir import kept_of
 
 _MOST_VALIDATION = 0.25
 """Share of a run's minutes that all of its validations may take; if they would, the last one alone is made."""
@@ -43,9 +44,14 @@ class LoopState:
     """Of the steps since the last validation."""
 
     @property
-    def best(self) -> float | None:
-        """None before the first validation, and where there are no cases for one."""
-        return max(self.dices, default=None)
+    def kept(self) -> float | None:
+        """Validation Dice of the weights that are kept; None before the first one, and where no case validates."""
+        return self.dices[kept_of(self.dices)] if self.dices else None
+
+    @property
+    def keeps_last(self) -> bool:
+        """Whether the weights of the last validation are those that are kept, as where no case validates."""
+        return not self.dices or kept_of(self.dices) == len(self.dices) - 1
 
 
 @dataclass

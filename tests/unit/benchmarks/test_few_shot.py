@@ -45,7 +45,12 @@ def trained_run(path: Path, dice: float, **facts) -> SimpleNamespace:
     manifest = {"network": network, "precision": "no", "splits_sha256": "", "cases": {"train": []}}
     manifest |= {"git_revision": "a", **facts}
     record = {"step": 1, "seconds": 1.0, "dice": dice}
-    return SimpleNamespace(path=path, read_history=lambda: [record], read_manifest=lambda: manifest)
+    return SimpleNamespace(
+        path=path,
+        read_history=lambda: [record],
+        kept_record=lambda: record,
+        read_manifest=lambda: manifest,
+    )
 
 
 def test_arms_are_compared_on_one_machine_only(module, tmp_path):

@@ -55,6 +55,20 @@ def test_a_quick_validation_after_a_slow_one_is_not_repeated(loop):
     assert loop.timetable.validation_due()
 
 
+def test_later_weights_are_kept_unless_earlier_ones_are_clearly_ahead(loop, monkeypatch, tmp_path):
+    kept = []
+    monkeypatch.setattr(
+        module, "save_tensors", lambda path, tensors, facts: kept.append(facts["validation_dice"])
+    )
+    loop.facts, loop.parameters, loop.run_dir = {}, {}, RunDir(tmp_path)
+    loop.processes.is_main = True
+    for dice in (0.70, 0.78, 0.775, 0.765, 0.772):
+        loop.validate = lambda *_, dice=dice: {"dice": dice}
+        assert loop._validate(Silent(), never)
+        assert loop.state.kept == kept[-1] == loop.run_dir.kept_record()["dice"]
+    assert kept == [0.70, 0.78, 0.775, 0.772]
+
+
 def rounds_at(progress):
     return min(3, int(4 * progress))
 
@@ -80,7 +94,7 @@ def test_a_validation_that_would_eat_the_run_is_made_at_its_end_alone(loop):
     loop._tick()
     assert loop.timetable.validation_due()
     loop._validate(lines, never)
-    assert (loop.state.validated_step, loop.state.best) == (0, None)
+    assert (loop.state.validated_step, loop.state.kept) == (0, None)
     assert "takes about 0.33 of the 1 minutes, so from now on it is done once, at the end" in lines.said[0]
     for loop.now in (16.2, 30.1, 39.9):
         loop._tick()
@@ -94,7 +108,7 @@ def test_a_validation_that_would_eat_the_run_is_made_at_its_end_alone(loop):
     assert loop.timetable.validation_due()
     loop._validate(lines, never)
     assert patience == [pytest.approx(0.25 * 60 / 4), None]
-    assert loop.state.best == 0.5
+    assert loop.state.kept == 0.5
     assert len(lines.said) == 1
 
 
