@@ -26,7 +26,7 @@ import platform
 import shlex
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ import torch
 from medvisionllama._files import append_json, files_sha256, read_json_lines, write_text
 from medvisionllama._machine import available_cores
 from medvisionllama.config import read_config
-from medvisionllama.errors import CheckpointError, command
+from medvisionllama.errors import CheckpointError, DataError, command
 
 _PACKAGES = (
     "medvisionllama",
@@ -182,6 +182,24 @@ class RunDir:
                 f"{self.manifest} is missing or damaged; restore it or start a new run"
             ) from None
         return manifest
+
+    def cases_of(self, part: str, there: Collection[str], *, otherwise: str) -> tuple[str, ...]:
+        """Cases of a part as the run began with them, whatever came into the dataset since.
+
+        Args:
+            there: cases of the dataset.
+            otherwise: what else can be done where one is gone.
+
+        Raises:
+            CheckpointError: the manifest is missing or damaged.
+            DataError: a case is gone, so that results would be of fewer.
+        """
+        names: list[str] = self.read_manifest()["cases"][part]
+        if gone := sorted(set(names) - set(there)):
+            raise DataError(
+                f"the dataset no longer holds {gone[0]!r}, one of the {part} cases of {self.path}; put it back, or {otherwise}"
+            )
+        return tuple(names)
 
     def read_history(self) -> list[dict[str, Any]]:
         """Lines of history.jsonl; a line cut short by a kill is dropped."""

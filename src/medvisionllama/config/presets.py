@@ -64,7 +64,7 @@ def reference() -> Settings:
     """The published code's data flow: the block before positions and transformer, frozen random mappers.
 
     Its scales differ: the last norm's weights are 1 there, the update of a mapper counts a quarter (1 / rank), and
-    positions start with deviation 1. So do its schedule (halved on a plateau) and its augmentation.
+    positions start with deviation 1. So does its augmentation.
     """
     return {
         "data": _PUBLISHED_DATA,
@@ -77,7 +77,7 @@ def reference() -> Settings:
             "mapper": "lora",
             "block": {"source": "llama-3.1-8b"},
         },
-        "train": _PUBLISHED_TRAINING,
+        "train": {**_PUBLISHED_TRAINING, "schedule": "plateau"},
         "inference": {"flip": False},
     }
 

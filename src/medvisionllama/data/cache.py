@@ -32,7 +32,7 @@ from medvisionllama.data.volume import Volume, to_ras
 from medvisionllama.errors import DataError
 from medvisionllama.types import ImageArray, LabelArray, SpacingMm
 
-_FORMAT = 6
+_FORMAT = 7
 _CENTRES_PER_CLASS = 1000
 _SAMPLES = 10_000
 _WORKERS = 4
@@ -376,7 +376,11 @@ def _digested(source: ScanSource, digest: Any) -> bytes | None:
 def _write_arrays(case: Case, contents: list[bytes | None], plan: Plan, folder: Path) -> dict[str, Any]:
     """Preprocess a case from its files' bytes, the label's last if it has one."""
     image = to_ras(read_image(case.sources, contents[: len(case.sources)]))
-    facts = {"spacing_mm": image.spacing_mm, "moments": image_moments(image.array)}
+    facts = {
+        "spacing_mm": image.spacing_mm,
+        "moments": image_moments(image.array),
+        "ranges": [(float(channel.min()), float(channel.max())) for channel in image.array],
+    }
     if case.label is None:
         contents.clear()
         sizes = _save_arrays({"image": to_grid(image, plan, case.sources[0])}, folder)

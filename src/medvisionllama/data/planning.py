@@ -29,6 +29,8 @@ from medvisionllama.types import NetworkShapes, SpacingMm, Triple
 
 # Computed tomography: of vessels, by a cone of rays, without and with contrast; and nnU-Net's name for its scaling.
 _CT = {"ct", "cta", "cbct", "ncct", "cect", "ctnormalization"}
+# Hounsfield units of air in a lung or around a body, and the lowest that a file may hold for what was not scanned.
+AIR, _LOWEST_CT = -900, -5000
 # Words that only look as if they told a side.
 _NO_SIDES = {"leftover", "leftovers", "cleft", "righteous"} | {
     f"{start}right" for start in ("al", "b", "birth", "copy", "down", "f", "forth", "out", "playw", "up", "w")
@@ -255,6 +257,14 @@ def _flips(dataset: Dataset, data: DataConfig, *, allowed: bool) -> tuple[tuple[
     if not dataset.classes:
         return (0,), f"left and right are mirrored; {why.SIDES_UNNAMED}"
     return (0,), "left and right are mirrored, since no class name tells them apart"
+
+
+def has_values_of_ct(low: float, high: float) -> bool:
+    """Whether a scan reaches from air to tissue in Hounsfield units, whatever its channel is called.
+
+    Air is -1000; outside of the circle some scanners write lower values. MRI has none below 0.
+    """
+    return _LOWEST_CT <= low <= AIR and high > 0
 
 
 def is_ct(channel: str) -> bool:

@@ -19,6 +19,8 @@ from medvisionllama.types import FoldName
 
 TEST_SHARE = 0.1
 NUM_FOLDS = 5
+LEAST_PATIENTS = 3
+"""One for each part: who trains, who validates and who tests."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ def make_splits(patients: Mapping[str, str], *, seed: int = 0) -> Splits:
         DataError: fewer than three patients, one for each part.
     """
     unique = sorted(set(patients.values()))
-    if len(unique) < 3:
+    if len(unique) < LEAST_PATIENTS:
         raise DataError(
-            f"a split needs at least 3 patients (train, validation, test), found {len(unique)}; label more patients, or check data.patient_pattern"
+            f"a split needs at least {LEAST_PATIENTS} patients (train, validation, test), found {len(unique)}; label more patients, train on all of them without a score (--fold all), or check data.patient_pattern"
         )
     order = [unique[index] for index in np.random.default_rng(seed).permutation(len(unique))]
     num_test = max(1, round(TEST_SHARE * len(order)))
@@ -81,6 +83,11 @@ def make_splits(patients: Mapping[str, str], *, seed: int = 0) -> Splits:
         shuffled = np.random.default_rng([seed, number]).permutation(len(train))
         folds.append(Fold(tuple(train[index] for index in shuffled), tuple(sorted(validation))))
     return Splits(seed, tuple(sorted(test)), tuple(folds))
+
+
+def undivided(patients: Mapping[str, str], *, seed: int = 0) -> Splits:
+    """One fold in which everyone trains: for `--fold all` of fewer patients than a division needs."""
+    return Splits(seed, (), (Fold(tuple(sorted(set(patients.values()))), ()),))
 
 
 def patients_of(splits: Splits) -> set[str]:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +14,8 @@ from medvisionllama.config import Config
 from medvisionllama.data.index import Dataset, open_configured, patient_of
 from medvisionllama.data.labels import FOREGROUND, may_be_cropped, on_one_grid, whole_label
 from medvisionllama.data.readers import read_label
-from medvisionllama.data.splits import patients_of, read_splits, select
 from medvisionllama.data.volume import Volume, same_place, shear_fault, to_ras
-from medvisionllama.errors import CheckpointError, ConfigError, DataError
+from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.evaluation.masks import Pair, by_name, check_values, classes_of, read_mask
 from medvisionllama.evaluation.metrics import measure
 from medvisionllama.progress import Progress, Silent
@@ -75,25 +73,13 @@ def open_dataset_of(run_dir: RunDir, config: Config, split: Split, *, instead: s
     return open_configured(config.data, begun=True)
 
 
-def parts_of(run_dir: RunDir, config: Config, dataset: Dataset) -> dict[str, str]:
+def parts_of(run_dir: RunDir) -> dict[str, str]:
     """Part of a run that each of its cases belongs to; training patients that a fraction left out have none.
 
     By the run's manifest: neither who came into the dataset's folder since, nor a new scan of a patient, is in any.
-    A run without one is divided by its splits.
     """
-    with suppress(CheckpointError, KeyError, TypeError):
-        named = run_dir.read_manifest()["cases"]
-        return {name: part for part in ("train", "validation", "test") for name in named[part]}
-    splits = read_splits(run_dir.splits)
-    chosen = select(
-        splits,
-        dataset.only(patients_of(splits)).patients,
-        fold=config.data.fold,
-        fraction=config.data.fraction,
-        num_cases=config.data.num_cases,
-    )
-    parts = {"train": chosen.train, "validation": chosen.validation, "test": chosen.test}
-    return {name: part for part, names in parts.items() for name in names}
+    cases = run_dir.read_manifest()["cases"]
+    return {name: part for part, names in cases.items() for name in names}
 
 
 def read_pair(pair: Pair, classes: dict[int, str], *, merged: bool = False) -> tuple[Volume, Volume]:

@@ -8,10 +8,10 @@ import pandas as pd
 from medvisionllama._files import write_json
 from medvisionllama.config import Config, read_config
 from medvisionllama.data.index import Case, Dataset
-from medvisionllama.errors import CheckpointError, DataError, command
+from medvisionllama.errors import CheckpointError, command
 from medvisionllama.evaluation.calibrate import CalibrationTally
 from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
-from medvisionllama.evaluation.evaluate import Split, evaluate_files, open_dataset_of, parts_of, write_table
+from medvisionllama.evaluation.evaluate import Split, evaluate_files, open_dataset_of, write_table
 from medvisionllama.evaluation.masks import Pair
 from medvisionllama.evaluation.members import check_distinct, check_unseen, name_ensemble
 from medvisionllama.inference.cleaning import Cleaning, cleaning_of, write_choice
@@ -166,10 +166,5 @@ def _cases(run_dir: RunDir, config: Config, split: Split) -> tuple[Dataset, list
         split,
         instead=f"score a run of a fold by its number, or masks of new scans: {masks}",
     )
-    parts = parts_of(run_dir, config, dataset)
-    gone = sorted({name for name, part in parts.items() if part == split} - set(dataset.patients))
-    if gone:
-        raise DataError(
-            f"{config.data.path} no longer holds {gone[0]!r}, one of the {split} cases of {run_dir.path}; put it back, or train a run without it"
-        )
-    return dataset, [case for case in dataset.cases if parts.get(case.case_id) == split]
+    names = run_dir.cases_of(split, dataset.patients, otherwise="train a run without it")
+    return dataset, [case for case in dataset.cases if case.case_id in names]

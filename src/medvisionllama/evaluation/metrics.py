@@ -83,11 +83,13 @@ def _ratio(part: int, whole: int, *, empty: float) -> float:
 def _surface(
     predicted: MaskArray, truth: MaskArray, spacing_mm: SpacingMm, axes: Axes | None, tolerance_mm: float
 ) -> tuple[float, float]:
+    from scipy.ndimage import find_objects
+
     if not predicted.any() or not truth.any():
         if not predicted.any() and not truth.any():
             return 1.0, 0.0
         return 0.0, _diagonal(truth.shape, spacing_mm, axes)
-    box = _bounding_box(predicted | truth)
+    (box,) = find_objects((predicted | truth).view(np.uint8))
     neighbours = _neighbours(truth.shape)
     a, b = (_edge_points(mask[box], neighbours, spacing_mm, axes) for mask in (predicted, truth))
     there, back = _distances(a, b), _distances(b, a)
@@ -133,12 +135,3 @@ def _distances(points: NDArray[np.float64], others: NDArray[np.float64]) -> NDAr
     from scipy.spatial import KDTree
 
     return np.asarray(KDTree(others).query(points)[0], dtype=np.float32)
-
-
-def _bounding_box(mask: MaskArray) -> tuple[slice, ...]:
-    box = []
-    for axis in range(mask.ndim):
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        filled = np.flatnonzero(mask.any(axis=others))
-        box.append(slice(int(filled[0]), int(filled[-1]) + 1))
-    return tuple(box)

@@ -78,10 +78,6 @@ class BlockCache:
         value = self._manifest().get(key, default)
         return value if default is None or isinstance(value, type(default)) else default
 
-    def sha256(self, file: str) -> str:
-        """Checksum of a kept file."""
-        return str(self.noted("sha256", {}).get(file) or file_sha256(self.folder / file))
-
     def tensors(self, file: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Read a file of tensors, verified, converting one after the other.
 

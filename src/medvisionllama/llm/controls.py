@@ -31,7 +31,9 @@ def controlled(tensor: Tensor, weights: BlockWeights, *, seed: int, name: str) -
     if weights == "permuted":
         order = torch.randperm(tensor.numel(), generator=generator)
         return tensor.flatten()[order].view_as(tensor)
-    return tensor
+    if weights == "pretrained":
+        return tensor
+    raise ValueError(f"{weights!r} makes nothing out of a checkpoint's tensors")
 
 
 def moment_matched(tensor: Tensor, generator: torch.Generator) -> Tensor:

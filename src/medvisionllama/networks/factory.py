@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -175,16 +175,18 @@ def build_insert(config: NetworkConfig, *, grid: Triple, seed: int = 0) -> nn.Mo
     if config.insert == "mlp":
         ratio = config.insert_mlp_ratio or config.mlp_ratio
         return MLPInsert(config.width, ratio=ratio, dropout=config.dropout, gated=gated)
-    return LLMInsert(
-        config.width,
-        build_block(config.block, seed=seed),
-        mapper=config.mapper,
-        rank=config.mapper_rank,
-        gated=gated,
-        seed=seed,
-        grid=grid,
-        prompt=build_prompt(config.block, seed=seed),
-    )
+    if config.insert == "llm":
+        return LLMInsert(
+            config.width,
+            build_block(config.block, seed=seed),
+            mapper=config.mapper,
+            rank=config.mapper_rank,
+            gated=gated,
+            seed=seed,
+            grid=grid,
+            prompt=build_prompt(config.block, seed=seed),
+        )
+    assert_never(config.insert)
 
 
 def check_insert(config: NetworkConfig) -> None:

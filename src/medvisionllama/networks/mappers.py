@@ -48,4 +48,5 @@ def make_mapper(kind: MapperKind, num_in: int, num_out: int, *, rank: int, seed:
         raise ValueError(f"mapper={kind!r} is not known; known: {', '.join(_KINDS)}")
     if kind == "linear":
         return nn.Linear(num_in, num_out)
-    return LowRankLinear(num_in, num_out, rank=rank, train_base=kind == "linear+lora", seed=seed)
+    train_base = {"lora": False, "linear+lora": True}[kind]
+    return LowRankLinear(num_in, num_out, rank=rank, train_base=train_base, seed=seed)

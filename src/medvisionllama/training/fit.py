@@ -21,7 +21,7 @@ from medvisionllama.data.planning import read_plan
 from medvisionllama.data.sampling import BatchSampler, check_share
 from medvisionllama.data.splits import write_splits
 from medvisionllama.devices import choose_device, device_words, fast_layout, use_bf16
-from medvisionllama.errors import CheckpointError, ConfigError, DataError
+from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.llm import CATALOG
 from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_network, check_insert
@@ -156,7 +156,8 @@ def _fit(
         if resume:
             check_unchanged(run_dir, data)
             if not is_member:  # whose own test nobody scores
-                data = with_test_of(run_dir, data)
+                test = run_dir.cases_of("test", data.selection.test, otherwise="start a new run")
+                data = replace(data, selection=replace(data.selection, test=test))
     if not run_dir.state.is_file():
         check_time_left(config, processes.first(time.monotonic() - started), progress)
     torch.manual_seed(config.train.seed)
@@ -326,20 +327,6 @@ def check_unchanged(run_dir: RunDir, data: PreparedData) -> None:
         raise CheckpointError(
             f"the scans, or our rules for them, changed since {run_dir.path} began: its plan differs in {', '.join(changed)}; start a new run"
         )
-
-
-def with_test_of(run_dir: RunDir, data: PreparedData) -> PreparedData:
-    """The data with the test cases that a run began with, whatever scans its patients have had since.
-
-    Raises:
-        DataError: one of them is gone; going on would make the test smaller without a word.
-    """
-    test = tuple(run_dir.read_manifest().get("cases", {}).get("test", data.selection.test))
-    if gone := sorted(set(test) - set(data.selection.test)):
-        raise DataError(
-            f"the dataset no longer holds {gone[0]!r}, one of the test cases of {run_dir.path}; put it back, or start a new run"
-        )
-    return replace(data, selection=replace(data.selection, test=test))
 
 
 def make_accelerator(config: Config) -> Accelerator:

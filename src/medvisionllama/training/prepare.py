@@ -1,7 +1,8 @@
 """From a dataset's folder to what training needs: division, plan, and preprocessed cases."""
 
+import shlex
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +16,17 @@ from medvisionllama.data.fingerprint import Fingerprint, fingerprint
 from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.index import Case, Dataset, open_configured, patient_of_stranger
 from medvisionllama.data.places import fit_places
-from medvisionllama.data.planning import Plan, make_plan
-from medvisionllama.data.splits import Selection, Splits, make_splits, patients_of, read_splits, select
+from medvisionllama.data.planning import AIR, Plan, has_values_of_ct, is_ct, make_plan
+from medvisionllama.data.splits import (
+    LEAST_PATIENTS,
+    Selection,
+    Splits,
+    make_splits,
+    patients_of,
+    read_splits,
+    select,
+    undivided,
+)
 from medvisionllama.errors import ConfigError, DataError, command
 from medvisionllama.inference.inputs import Scan, collect_scans
 from medvisionllama.progress import Progress
@@ -84,6 +94,8 @@ def prepare_data(
         values = ", ".join(map(str, plan.classes))
         progress.say(f"label values found: {values}; the dataset names no classes, which names.json can do")
     training = [cases[name] for name in selection.train]
+    for line in (*_like_ct(training, plan), *_untaught(training, plan)):
+        progress.say(f"look at this: {line}")
     rules = fit_normalisation(training, plan.channels, rules=plan.channel_rules)
     plan = plan.with_normalisation(rules, len(training))
     plan = plan.model_copy(update={"places": fit_places(training, merged=plan.merged)})
@@ -145,9 +157,7 @@ def divide(config: Config, *, drawn: Path | None, begun: bool = False) -> tuple[
                 f"data.modality names {len(config.data.modality)} channels, the dataset has {len(dataset.channels)}; name each"
             )
         dataset = replace(dataset, channels=config.data.modality)
-    splits = (
-        read_splits(with_home(drawn)) if drawn else make_splits(dataset.patients, seed=config.data.split_seed)
-    )
+    splits = read_splits(with_home(drawn)) if drawn else _draw_splits(config, dataset.patients)
     if begun:
         dataset = dataset.only(patients_of(splits))
     patients = dataset.patients
@@ -162,6 +172,14 @@ def divide(config: Config, *, drawn: Path | None, begun: bool = False) -> tuple[
             f"data.num_cases={wanted}: fold {config.data.fold} has {len(chosen.train)} training cases; give at most so many, or leave it out to use all"
         )
     return dataset, splits, chosen
+
+
+def _draw_splits(config: Config, patients: Mapping[str, str]) -> Splits:
+    """Who leaves nobody out needs no division, so a single labelled patient is enough."""
+    draw = make_splits
+    if config.data.fold == "all" and len(set(patients.values())) < LEAST_PATIENTS:
+        draw = undivided
+    return draw(patients, seed=config.data.split_seed)
 
 
 def unlabelled_cases(
@@ -252,6 +270,35 @@ def _say_division(dataset: Dataset, selection: Selection) -> str:
     if not selection.validation:
         return f"{dataset.name}: all {scans} train; none is left to choose weights by or to score the run"
     return f"{dataset.name}: {scans}; {len(selection.train)} train, {len(selection.validation)} validate, {len(selection.test)} are kept for the test"
+
+
+def _like_ct(cases: Sequence[CachedCase], plan: Plan) -> list[str]:
+    """Channels with the values of CT that would be scaled as MRI is, since nothing calls them CT."""
+    if plan.normalisation_rules:  # somebody chose
+        return []
+    like_ct = [
+        name
+        for number, name in enumerate(plan.channels)
+        if not is_ct(name)
+        and sum(has_values_of_ct(*case.facts["ranges"][number]) for case in cases) > len(cases) / 2
+    ]
+    if not like_ct:
+        return []
+    names = ",".join("CT" if name in like_ct else name for name in plan.channels)
+    return [
+        f"the channel {' and '.join(like_ct)} reaches down to {AIR} and below in most training scans, as CT does, and is scaled scan by scan, as MRI is; if it is CT, stop and give --set {shlex.quote(f'data.modality={names}')}"
+    ]
+
+
+def _untaught(cases: Sequence[CachedCase], plan: Plan) -> list[str]:
+    """Classes that no training case has: no number of steps will teach them."""
+    taught = {int(value) for case in cases for value in case.facts["class_voxels"]}
+    names = [name for value, name in plan.classes.items() if value not in taught]
+    if plan.merged or not names:
+        return []
+    return [
+        f"no training case has {' or '.join(map(repr, names))}, so the network cannot learn it; train on more cases, or on others by another --fold or data.split_seed"
+    ]
 
 
 def _say_warnings(dataset: Dataset, found: Fingerprint, progress: Progress) -> None:

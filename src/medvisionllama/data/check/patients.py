@@ -13,6 +13,7 @@ from statistics import median
 from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.index import PERSON, PLACE, Case
+from medvisionllama.data.splits import LEAST_PATIENTS
 
 _ENDING = re.compile(r"(?:[_.-][a-z]?\d{1,3}|[_.-][a-z]|(?<=\d)[a-z])$", re.IGNORECASE)
 # A number of any length is a visit's as well: 1001_10002, OAS30001_MR_d0129, BraTS-GLI-00001-001.
@@ -57,9 +58,9 @@ class _Alike:
 def patient_findings(cases: Sequence[Case]) -> list[Finding]:
     """Too few patients for a split."""
     found = len({case.patient_id for case in cases})
-    if found >= 3:
+    if found >= LEAST_PATIENTS:
         return []
-    message = f"a split needs at least 3 patients (train, validation, test), found {found}; label more patients, or check data.patient_pattern (--patient-pattern)"
+    message = f"a split needs at least {LEAST_PATIENTS} patients (train, validation, test), found {found}; label more patients, train on all of them without a score (--fold all), or check data.patient_pattern (--patient-pattern)"
     return [Finding("too-few-patients", message)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.check.outliers import MIN_CASES, find_outliers
-from medvisionllama.data.planning import is_ct
+from medvisionllama.data.planning import AIR, has_values_of_ct, is_ct
 
 # The smallest ratio to the median that is worth a look.
 SPACING_FACTOR, EXTENT_FACTOR, INTENSITY_FACTOR, VOLUME_FACTOR = 1.5, 2.0, 5.0, 4.0
@@ -16,8 +16,6 @@ MIXTURE_RATIO = 10.0
 # Labels smaller than this may be equal by chance.
 _DUPLICATE_LABEL_VOXELS = 50
 _FLAT_RATIO = 16.0
-# Hounsfield units of air in a lung or around a body, and the lowest that a file may hold for what was not scanned.
-_AIR, _LOWEST_CT = -900, -5000
 
 
 def class_findings(cases: Sequence[CaseFacts], classes: Mapping[int, str]) -> list[Finding]:
@@ -94,10 +92,9 @@ def ct_findings(cases: Sequence[CaseFacts], channels: Sequence[str]) -> list[Fin
     findings = []
     for number, name in enumerate(channels):
         facts = [case.channels[number] for case in cases if number < len(case.channels)]
-        # Air is -1000; outside of the circle some scanners write lower values. MRI has none below 0.
-        like_ct = sum(_LOWEST_CT <= one.low <= _AIR and one.high > 0 for one in facts)
+        like_ct = sum(has_values_of_ct(one.low, one.high) for one in facts)
         if facts and not is_ct(name) and like_ct > len(facts) / 2:
-            message = f"the channel {number} ({name}) reaches down to {_AIR} and below in {like_ct} of {len(facts)} scans, as CT does, and is not called so, so it would be scaled as MRI is; name it CT in names.json or dataset.json"
+            message = f"the channel {number} ({name}) reaches down to {AIR} and below in {like_ct} of {len(facts)} scans, as CT does, and is not called so, so it would be scaled as MRI is; name it CT in names.json or dataset.json"
             findings.append(Finding("ct-undeclared", message))
     return findings
 

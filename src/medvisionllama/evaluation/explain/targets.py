@@ -10,7 +10,7 @@ from medvisionllama.data.labels import label_on_grid
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.readers import ScanSource, read_label
 from medvisionllama.data.volume import Volume
-from medvisionllama.errors import ConfigError, DataError
+from medvisionllama.errors import CheckpointError, ConfigError, DataError
 from medvisionllama.evaluation.evaluate import Split, merged_foreground, open_dataset_of, parts_of
 from medvisionllama.evaluation.masks import read_mask
 from medvisionllama.inference.inputs import collect_scans, files_of_scan
@@ -76,7 +76,7 @@ def scans_to_explain(
         if label is not None:
             raise ConfigError("--label is the mask of one image; a split has the dataset's labels")
         dataset = open_dataset_of(run_dir, config, split, instead="give images to explain")
-        parts = parts_of(run_dir, config, dataset)
+        parts = parts_of(run_dir)
         return [_of_dataset(case, split) for case in dataset.cases if parts.get(case.case_id) == split]
     scans = collect_scans(images, channels=plan.channels)
     if label is not None and len(scans) != 1:
@@ -123,8 +123,8 @@ def _known_cases(run_dir: RunDir, config: Config) -> tuple[dict[frozenset[Path],
         return {}, {}
     try:
         dataset = open_configured(config.data, begun=True)
-        parts = parts_of(run_dir, config, dataset)
-    except DataError:
+        parts = parts_of(run_dir)
+    except (CheckpointError, DataError):
         # A dataset that has changed since says nothing about this scan, which may be of no dataset at all.
         return {}, {}
     return {_places(case.sources): case for case in dataset.cases}, parts

@@ -1,0 +1,113 @@
+"""What preparing says of the scans that train, before a step is made."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from medvisionllama.config import load_config
+from medvisionllama.data.splits import read_splits, select, undivided, write_splits
+from medvisionllama.errors import DataError
+from medvisionllama.training.prepare import prepare_data
+
+
+class Lines(list):
+    """Progress that keeps what is said."""
+
+    say = list.append
+
+    def track(self, *_):
+        from medvisionllama.progress import Silent
+
+        return Silent().track("", 0)
+
+
+def said(root, **settings):
+    lines = Lines()
+    prepared = prepare_data(load_config("small", {"data.path": root, **settings}), drawn=None, progress=lines)
+    return prepared, " ".join(line for line in lines if line.startswith("look at this"))
+
+
+def below_water(root, *, air, number=None):
+    """Shift the scans' intensities (of the first `number`), so that they begin at `air`."""
+    for path in sorted((root / "imagesTr").iterdir())[:number]:
+        scan = nib.load(path)
+        voxels = scan.get_fdata(dtype=np.float32) * 10
+        nib.save(nib.Nifti1Image(voxels - voxels.min() + np.float32(air), scan.affine), path)
+
+
+def test_values_of_ct_under_another_name_are_pointed_out(dataset_folder):
+    root = dataset_folder(channels=("scan",))
+    below_water(root, air=-1024)
+    prepared, words = said(root)
+    assert prepared.plan.channel_rules == ("image",)
+    assert "the channel scan reaches down to -900 and below in most training scans, as CT does" in words
+    assert "stop and give --set data.modality=CT" in words
+    told, words = said(root, **{"data.modality": ["CT"]})
+    assert told.plan.channel_rules == ("dataset",)
+    assert "as CT does" not in words
+    assert "as CT does" not in said(root, **{"data.normalisation": ["image"]})[1]
+
+
+def test_a_channel_of_ct_among_others_is_named(dataset_folder):
+    root = dataset_folder(channels=("one scan", "another"))
+    for path in (root / "imagesTr").iterdir():
+        scan = nib.load(path)
+        voxels = scan.get_fdata(dtype=np.float32)
+        voxels[..., 1] -= 1100
+        voxels[..., 1] *= 2
+        voxels[0, 0, 0, 1] = 300
+        nib.save(nib.Nifti1Image(voxels, scan.affine), path)
+    words = said(root)[1]
+    assert "the channel another reaches down" in words
+    assert "--set 'data.modality=one scan,CT'" in words
+
+
+@pytest.mark.parametrize(("air", "number"), [(0, None), (-200, None), (-1024, 1), (-9000, None)])
+def test_others_are_not_taken_for_ct(dataset_folder, air, number):
+    root = dataset_folder(channels=("scan",))
+    below_water(root, air=air, number=number)
+    assert "as CT does" not in said(root)[1]
+
+
+def test_a_class_that_no_training_case_has_is_named(dataset_folder):
+    root = dataset_folder()
+    prepared, words = said(root)
+    assert "no training case has" not in words
+    for case_id in prepared.selection.train:
+        path = root / "labelsTr" / f"{case_id}.nii.gz"
+        label = nib.load(path)
+        nib.save(nib.Nifti1Image(np.minimum(label.get_fdata(), 1).astype(np.uint8), label.affine), path)
+    words = said(root)[1]
+    assert "no training case has 'Posterior', so the network cannot learn it; train on more cases" in words
+    assert "no training case has" not in said(root, **{"data.labels": "foreground"})[1]
+
+
+@pytest.mark.parametrize("num_cases", [1, 2])
+def test_one_labelled_patient_can_train_where_nobody_is_left_out(dataset_folder, tmp_path, num_cases):
+    root = dataset_folder(num_cases=num_cases, frames=2)
+    with pytest.raises(DataError, match=rf"at least 3 patients .* found {num_cases}; .* \(--fold all\)"):
+        said(root)
+    prepared, _ = said(root, **{"data.fold": "all"})
+    assert len(prepared.train) == 2 * num_cases
+    assert prepared.validation == ()
+    # As a run that goes on reads them.
+    write_splits(prepared.splits, tmp_path / "splits.json")
+    again = prepare_data(
+        load_config("small", {"data.path": root, "data.fold": "all"}),
+        drawn=tmp_path / "splits.json",
+        begun=True,
+        progress=Lines(),
+    )
+    assert again.hashes == prepared.hashes
+
+
+def test_a_division_of_nobody_has_no_fold_to_score(tmp_path):
+    patients = {"a_1": "a", "a_2": "a", "b_1": "b"}
+    splits = undivided(patients, seed=3)
+    write_splits(splits, tmp_path / "splits.json")
+    assert read_splits(tmp_path / "splits.json") == splits
+    assert json.loads((tmp_path / "splits.json").read_text())["test"] == []
+    with pytest.raises(DataError, match="no patient of the validation part"):
+        select(splits, patients, fold=0)
