@@ -292,6 +292,18 @@ def test_frames_have_slopes_of_their_own(tmp_path):
     np.testing.assert_allclose(read_header(path).affine, affine_of())
 
 
+def test_frames_without_slopes_have_that_of_their_file_as_in_secondary_captures(tmp_path):
+    stored = voxels(np.uint16) >> 4
+    dataset = enhanced(stored)
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7.3"
+    dataset.Modality, dataset.RescaleSlope, dataset.RescaleIntercept = "CT", "2", "-1024"
+    dataset.BitsStored, dataset.HighBit = 12, 11
+    save([dataset], tmp_path)
+    read = read_voxels(tmp_path)
+    assert read.dtype == np.int16
+    np.testing.assert_array_equal(read[0], stored.transpose(2, 1, 0).astype(int) * 2 - 1024)
+
+
 def test_frames_may_repeat_plane_and_pixel_size_each(tmp_path):
     stored, place = voxels(), {"orientation": rotation((0.2, -0.4, 1.0)), "spacing": (0.7, 0.9, 3.0)}
     dataset = enhanced(stored, **place)

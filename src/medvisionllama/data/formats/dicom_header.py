@@ -317,7 +317,8 @@ def _slices(path: Path, dataset: Any) -> Iterator[Slice]:
             group("PlanePositionSequence"),
             group("PlaneOrientationSequence"),
             group("PixelMeasuresSequence"),
-            group("PixelValueTransformationSequence"),
+            # Secondary captures have no such group; their one rescaling stands at the top.
+            group("PixelValueTransformationSequence") or dataset,
         )
 
 
