@@ -189,6 +189,25 @@ def test_a_mask_of_another_scan_of_the_same_name_is_not_taken_for_this_one_s(run
     assert "the mask of another series" in outcome.err
 
 
+@pytest.mark.parametrize("more", [("--overwrite",), ("--overwrite", "--resume")])
+def test_a_mask_of_another_patient_s_series_is_not_overwritten(run, tmp_path, cli, more):
+    stored = np.random.default_rng(0).integers(0, 500, (8, 16, 16)).astype(np.int16)
+    for patient in ("p1", "p2"):
+        save(classic(stored), tmp_path / patient / "CT")
+    mask = tmp_path / "m" / "CT.dcm"
+    command = ("predict", run, "--out", mask.parent, *more)
+    assert cli(*command, tmp_path / "p1" / "CT").code == 0
+    first, uid = mask.read_bytes(), open_series(tmp_path / "p1").series_uid
+    outcome = cli(*command, tmp_path / "p2" / "CT")
+    assert outcome.code == 2
+    assert f"{mask} is the mask of another series ({uid}) than series Scan" in outcome.err
+    assert "choose another --out" in outcome.err
+    assert mask.read_bytes() == first
+    # What is damaged is nobody's mask.
+    mask.write_bytes(first[:200])
+    assert cli(*command, tmp_path / "p2" / "CT").code == 0
+
+
 @real
 def test_the_folder_one_stands_in_has_a_name(run, data_root, tmp_path, cli, monkeypatch):
     monkeypatch.chdir(data_root / "dicom" / "study1" / "FLAIR")

@@ -119,8 +119,8 @@ class Outputs:
             keep_going: list a scan that has changed since its mask was made, too, to be refused in its turn.
 
         Raises:
-            DataError: a file would replace a scan, or one that nobody said may go; or a mask that is there is
-                another scan's, or was made by other networks or in another way.
+            DataError: a file would replace a scan, one that nobody said may go, or the DICOM mask of another
+                series; or a mask that is there is another scan's, or was made by other networks or in another way.
         """
         if self.folder.name.endswith(SUFFIXES) or (self.folder.exists() and not self.folder.is_dir()):
             raise DataError(f"--out is a folder for masks, not a file: {self.folder}; give a folder's name")
@@ -144,6 +144,8 @@ class Outputs:
                     raise DataError(
                         f"{file} already exists; choose another --out, or give --overwrite to replace it, --resume to keep it"
                     )
+                if overwrite and file.exists() and file.name.endswith(".dcm"):
+                    _check_replaced(file, scan.images[0])
             # Of the two files only the one that is asked for needs to be ours.
             there = [file for file in masks if file.exists()] if resume else []
             if any(file.name not in made for file in there):
@@ -212,15 +214,29 @@ def _check_same_scan(mask: Path, scan: Scan) -> None:
     """Raise DataError if the mask that is there belongs to another scan of this name."""
     source = scan.images[0]
     if mask.name.endswith(".dcm"):
-        if isinstance(source, Series) and referenced_series(mask) not in {"", source.series_uid}:
-            raise DataError(
-                f"{mask} is the mask of another series than {source}, whose folder has the same name; choose another --out"
-            )
+        _check_series(mask, referenced_series(mask), source)
         return
     ours, theirs = read_header(source), read_header(mask)
     if ours.shape != theirs.shape or not same_place(ours.affine, theirs.affine, ours.shape):
         raise DataError(
             f"{mask} lies on another grid than {source}, so it is the mask of another scan of that name; choose another --out"
+        )
+
+
+def _check_replaced(mask: Path, source: ScanSource) -> None:
+    """Raise DataError if a DICOM mask that may be replaced is another patient's, say, of a folder of this name."""
+    try:
+        theirs = referenced_series(mask)
+    except DataError:
+        return  # damaged, so nobody's
+    _check_series(mask, theirs, source)
+
+
+def _check_series(mask: Path, theirs: str, source: ScanSource) -> None:
+    """Raise DataError if the series that a mask refers to is another; "" is unknown, as it is of damaged scans."""
+    if theirs and isinstance(source, Series) and source.series_uid not in {"", theirs}:
+        raise DataError(
+            f"{mask} is the mask of another series ({theirs}) than {source}, whose folder has the same name; choose another --out, or remove it first"
         )
 
 
