@@ -281,6 +281,22 @@ def test_a_file_that_is_not_dicom_is_refused(tmp_path, content):
     assert "holds no DICOM series" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [("8.dcm", b"", "it is empty"), ("8.IMA", b"\0" * 900, "it does not begin as DICOM does")],
+)
+def test_a_slice_that_did_not_arrive_is_damage_of_the_series_beside_it(tmp_path, name, content, reason):
+    for folder in ("a", "b"):
+        save(classic(stored(7)), tmp_path / folder)
+    lost = tmp_path / "a" / name
+    lost.write_bytes(content)
+    words = f"{lost} is damaged or truncated ({reason}); copy it again from its source"
+    assert refusal(tmp_path / "a") == words
+    bad, good = find_series(tmp_path, keep_going=True)
+    assert refusal(bad) == words
+    assert read_voxels(good).shape == (1, 5, 8, 7)
+
+
 def test_a_preamble_followed_by_junk_is_refused(tmp_path):
     path = tmp_path / "a.dcm"
     for junk in (b"", b"\xff" * 300, b"\x08\x00\x16\x00UI\xff\xff" + b"1" * 20, b"\0" * 500):

@@ -23,6 +23,7 @@ from medvisionllama.data.formats.header import too_large, unreadable
 from medvisionllama.errors import DataError, MedVisionLlamaError
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+_SLICES = {".dcm", ".ima"}
 _DIRECTORY = "1.2.840.10008.1.3.10"
 # What their voxels hold is measured: Hounsfield units, activity. How they are shown changes nothing in it.
 _MEASURED = {"CT", "PT"}
@@ -208,6 +209,13 @@ def is_dicom(path: Path) -> bool:
     return head[128:] == b"DICM" or (
         head[:2] == b"\x08\x00" and head[2:4] in {b"\x00\x00", b"\x05\x00", b"\x08\x00", b"\x16\x00"}
     )
+
+
+def check_named_as_slice(path: Path) -> None:
+    """Raise DataError if a file is called what slices are, and holds none: a copy that was stopped leaves such."""
+    if path.suffix.lower() in _SLICES and not is_dicom(path):
+        reason = "it does not begin as DICOM does" if path.stat().st_size else "it is empty"
+        raise damaged(path, ValueError(reason))
 
 
 def read_dataset(path: Path, tags: Sequence[str] | None = None) -> Any:

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 from medvisionllama.data.formats.dicom_header import (
     FileHeader,
     Slice,
+    check_named_as_slice,
     is_dicom,
     read_dataset,
     read_file_header,
@@ -55,7 +57,7 @@ def find_series(*paths: Path, keep_going: bool = False) -> tuple[Series, ...]:
 
     Files that are no scans are passed over: other formats, directories, reports, masks, presentation states,
     screenshots and localisers. The same image under two names counts once, and a series that lies in several places
-    is one.
+    is one. A .dcm or .ima file that is no DICOM is damaged if it lies beside slices.
 
     Args:
         keep_going: a damaged DICOM file is the fault of the series in its folder, which it may belong to, or, where
@@ -69,18 +71,30 @@ def find_series(*paths: Path, keep_going: bool = False) -> tuple[Series, ...]:
     damaged: dict[Path, tuple[Path, str]] = {}
     # Paths may lie within one another.
     files = {file.parent.resolve() / file.name: file for path in paths for file in _files_of(path)}
-    for file in files.values():
+    others: list[Path] = []
+
+    @contextmanager
+    def noted(file: Path) -> Iterator[None]:
         try:
-            header = read_file_header(file)
+            yield
         except DataError as error:
             if not keep_going:
                 raise
             damaged.setdefault(file.parent, (file, str(error)))
-            continue
-        if header is not None:
-            groups.setdefault(header.series_uid, []).append(header)
+
+    for file in files.values():
+        with noted(file):
+            header = read_file_header(file)
+            if header is None:
+                others.append(file)
+            else:
+                groups.setdefault(header.series_uid, []).append(header)
     found = [_series(group) for group in groups.values()]
     told = {file.parent for series in found for file in series.files}
+    for file in others:
+        if file.parent in told:
+            with noted(file):
+                check_named_as_slice(file)
     found = [_with_fault(series, damaged) for series in found]
     found += [_without_header(*fault) for folder, fault in damaged.items() if folder not in told]
     return tuple(sorted(found, key=lambda series: (series.folder, series.number or 0, series.series_uid)))
