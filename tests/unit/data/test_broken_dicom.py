@@ -159,7 +159,7 @@ BROKEN = {
     "one uid, two places": (same_uid_elsewhere, "file06 and .+file07 are two images with the same SOPInstanceUID"),
     "two echoes": (echoes, r"series Scan .+ holds 2 volumes \(echoes, phases or time points\), which differ in EchoTime; put"),
     "a series exported twice": (exported_twice, r"series Scan .+ holds each image twice, with one SOPInstanceUID \(.+file00, .+file20\); remove all copies but one"),
-    "frames of two time points": (several_frames_in_time, "holds 2 volumes"),
+    "frames of two time points": (several_frames_in_time, r"holds 2 volumes \(.+\); split the multi-frame file file00 first, so that each is a series of its own"),
     "another plane": (one(ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), "lies in another plane than file00"),
     "slightly another plane": (one(ImageOrientationPatient=[*rotation((0.02, 0, 0))]), "lies in another plane than file00"),
     "other pixels": (one(PixelSpacing=[0.75, 0.6]), "file06 has pixels of 0.75 by 0.6 mm, file00 of 0.75 by 0.5 mm"),

@@ -127,9 +127,12 @@ def _check_one_volume(series: Series, heights: np.ndarray) -> None:
         _check_one_export(series, here)
         differ = [name for index, name in enumerate(MARKS) if len({piece.marks[index] for piece in here}) > 1]
         by = f", which differ in {differ[0]}" if differ else ""
-        raise DataError(
-            f"{series} holds {counts[0]} volumes (echoes, phases or time points){by}; put the files of one of them into a folder of their own"
+        way = (
+            "put the files of one of them into a folder of their own"
+            if len(series.files) > 1
+            else f"split the multi-frame file {series.files[0].name} first, so that each is a series of its own"
         )
+        raise DataError(f"{series} holds {counts[0]} volumes (echoes, phases or time points){by}; {way}")
     index = int(np.flatnonzero(np.diff(places) == 0)[0])
     one, two = series.slices[index : index + 2]
     raise DataError(
