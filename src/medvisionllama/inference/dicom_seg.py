@@ -119,7 +119,8 @@ def _sources(series: Series, frames: np.ndarray, distance_mm: float) -> tuple[li
         distance_mm: of the slices on the scan's grid.
     """
     datasets = [read_dataset(file) for file in series.files]
-    multiframe = len(series.files) < len(series.slices)
+    # By how they are made: each may hold a single frame.
+    multiframe = any(dataset.get("PerFrameFunctionalGroupsSequence") for dataset in datasets)
     if multiframe and len(series.files) > 1:
         raise DataError(
             f"{series} is spread over {len(series.files)} multi-frame files, which a DICOM mask cannot refer to; write the mask as NIfTI"

@@ -352,6 +352,13 @@ def _in_two_files(folder):
     save([low, high], folder)
 
 
+def _in_a_file_for_each_frame(folder):
+    frames = [enhanced(stored((1, 8, 5)), origin=(-10, 20, 30 + 5 * number)) for number in range(6)]
+    for frame in frames:
+        frame.SeriesInstanceUID = frames[0].SeriesInstanceUID
+    save(frames, folder)
+
+
 @pytest.mark.filterwarnings("ignore:Invalid value for VR DA")
 @pytest.mark.parametrize(
     ("prepare", "mask", "name", "message"),
@@ -367,6 +374,7 @@ def _in_two_files(folder):
         (None, np.full((5, 8, 6), -1), "mask.dcm", r"values without a class name \(\[-1\]\)"),
         (_without_frame_of_reference, np.ones((5, 8, 6)), "mask.dcm", "has no FrameOfReferenceUID"),
         (_in_two_files, np.ones((5, 8, 6)), "mask.dcm", "spread over 2 multi-frame files"),
+        (_in_a_file_for_each_frame, np.ones((5, 8, 6)), "mask.dcm", "spread over 6 multi-frame files"),
     ],
 )
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, prepare, mask, name, message):
