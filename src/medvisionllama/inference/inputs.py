@@ -97,6 +97,12 @@ def _checked(scan: Scan, channels: Sequence[str]) -> Scan:
     headers = [read_header(path) for path in scan.images]
     found = sum(header.num_channels for header in headers)
     if found != len(channels):
+        first = scan.images[0]
+        if isinstance(first, Series):
+            names = ", ".join(f"CASE_{number:04d}.nii.gz" for number in range(len(channels)))
+            raise DataError(
+                f"{first} is one channel, the run was trained on {len(channels)} ({', '.join(channels)}); give the series of a case as {names} (medvisionllama data convert writes them so from imagesTs/CASE_0000/ and so on)"
+            )
         raise DataError(
             f"{scan.images[0]} has {found} channels, the run was trained on {len(channels)} ({', '.join(channels)}); give scans like those"
         )
