@@ -6,9 +6,10 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,32 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def as_before(paths: Iterable[Path]) -> Iterator[ExitStack]:
+    """Have files again as they were, or absent, when the block ends, unless it calls `pop_all` of what this yields.
+
+    A process that is killed within leaves what was there beside it, under a hidden name, `.before-` and more.
+    """
+    with ExitStack() as tidy, ExitStack() as undo:
+        for path in paths:
+            if not path.exists():
+                undo.callback(path.unlink, missing_ok=True)
+                continue
+            other = path.with_name(f".before-{secrets.token_hex(8)}-{path.name[-40:]}")
+            tidy.callback(other.unlink, missing_ok=True)
+            try:
+                os.link(path, other)
+            except OSError:  # a disk without hard links, or somebody else's file
+                shutil.copy2(path, other)
+            undo.callback(_put_back, path, other)
+        yield undo
+
+
+def _put_back(path: Path, other: Path) -> None:
+    if not path.exists() or not path.samefile(other):
+        other.replace(path)
 
 
 @contextmanager

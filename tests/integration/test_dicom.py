@@ -317,3 +317,19 @@ def test_a_mask_that_cannot_be_dicom_takes_no_file_of_the_user_s_place(run, tmp_
     with pytest.raises(DataError, match="where it would go as NIfTI, is no mask of ours"):
         api.predict(run, tmp_path / "CT", out=tmp_path / "m", **more)
     assert own.read_bytes() == b"drawn by hand"
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_a_dicom_mask_stays_where_the_new_one_has_no_place(run, tmp_path, monkeypatch, maps):
+    save(classic(np.random.default_rng(0).integers(0, 500, (8, 16, 16)).astype(np.int16)), tmp_path / "CT")
+    api.predict(run, tmp_path / "CT", out=tmp_path / "m")
+    (tmp_path / "m" / "CT.nii.gz").write_bytes(b"drawn by hand")
+    before = {path: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+
+    def refuse(*_):
+        raise DataError("a header that the standard does not like")
+
+    monkeypatch.setattr("medvisionllama.inference.batch.write_seg", refuse)
+    with pytest.raises(DataError, match="where it would go as NIfTI, is no mask of ours"):
+        api.predict(run, tmp_path / "CT", out=tmp_path / "m", overwrite=True, uncertainty=maps)
+    assert {path: path.read_bytes() for path in (tmp_path / "m").rglob("*") if path.is_file()} == before

@@ -402,21 +402,45 @@ def test_resume_takes_no_map_that_came_with_a_mask_of_another_format(runs, scans
     assert api.predict(runs[0], scan, **asked) == []
 
 
-def test_an_overwrite_that_is_stopped_after_a_mask_leaves_none_under_the_line_of_before(
-    runs, scans, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("broken", ["inference.batch.write_mask", "inference.ledger.append_json"])
+@pytest.mark.parametrize("maps", [False, True])
+def test_an_overwrite_that_fails_leaves_all_as_it_was(runs, scans, tmp_path, monkeypatch, broken, maps):
     scan, folder = scans / "phantom_000.nii.gz", tmp_path / "m"
 
-    def stop(*_, **__):
-        raise KeyboardInterrupt
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    api.predict(runs[1], scan, out=folder)
+    api.predict(runs[1], scan, out=folder, probabilities=maps)
+    # As somebody corrected it by hand.
+    (folder / scan.name).write_bytes(b"precious")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with monkeypatch.context() as patch:
-        patch.setattr(batch, "write_mask", stop)
-        with pytest.raises(KeyboardInterrupt):
-            api.predict(runs[0], scan, out=folder, overwrite=True)
-    assert not list(folder.glob("*.nii.gz"))
-    assert len(api.predict(runs[1], scan, out=folder, resume=True)) == 1
+        patch.setattr(f"medvisionllama.{broken}", full)
+        with pytest.raises(OSError, match="No space"):
+            api.predict(runs[0], scan, out=folder, overwrite=True, uncertainty=maps)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert len(api.predict(runs[0], scan, out=folder, overwrite=True, uncertainty=maps)) == 1
+    assert not list(folder.rglob(".*"))
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_a_mask_of_before_lies_there_until_the_new_one_does_but_never_beside_its_maps(
+    runs, scans, tmp_path, monkeypatch, maps
+):
+    scan, folder = scans / "phantom_000.nii.gz", tmp_path / "m"
+    api.predict(runs[1], scan, out=folder)
+    first, here, left = (folder / scan.name).read_bytes(), [], []
+
+    def write(path, *arguments, **options):
+        # What a process that is killed now would leave.
+        here.append(path.exists() and path.read_bytes() == first)
+        left.extend(file.read_bytes() == first for file in folder.glob(".before-*"))
+        return write_mask(path, *arguments, **options)
+
+    monkeypatch.setattr(batch, "write_mask", write)
+    api.predict(runs[0], scan, out=folder, overwrite=True, uncertainty=maps)
+    assert (here, left) == ([not maps], [True])
+    assert not list(folder.rglob(".*"))
 
 
 def test_volumes_are_counted_before_there_is_a_mask_without_a_line(runs, scans, tmp_path, monkeypatch):
@@ -494,7 +518,7 @@ def test_an_interrupted_overwrite_leaves_no_mask_beside_the_map_of_another(
         patch.setattr(batch, "write_mask", stop)
         with pytest.raises(KeyboardInterrupt):
             api.predict(runs[0], scan, out=folder, uncertainty=True, overwrite=True)
-    assert len(api.predict(runs[1], scan, out=folder, uncertainty=True, resume=True)) == 1
+    assert api.predict(runs[1], scan, out=folder, uncertainty=True, resume=True) == []
     expected = Predictor.from_run(runs[1]).predict(scan, uncertainty=True).uncertainty / 255
     written = nib.load(folder / "uncertainty" / scan.name).get_fdata()
     np.testing.assert_allclose(written, expected, atol=1e-6)

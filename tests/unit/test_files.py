@@ -3,11 +3,13 @@ import os
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from medvisionllama._files import (
+    as_before,
     atomic_path,
     canonical_hash,
     file_sha256,
@@ -44,6 +46,29 @@ def test_a_failed_write_keeps_the_old_content(tmp_path):
         fail_while_writing(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_files_are_as_before_unless_what_is_done_to_them_is_kept(tmp_path, monkeypatch, links, fails):
+    def refuse(*_):
+        raise PermissionError
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    changed, removed, _, new = paths = [tmp_path / name for name in "abcd"]
+    for path in paths[:3]:
+        path.write_text("old")
+    with suppress(ZeroDivisionError), as_before(paths) as undo:
+        write_text(changed, "new")
+        removed.unlink()
+        write_text(new, "new")
+        if fails:
+            raise ZeroDivisionError
+        undo.pop_all()
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    old = {path.name: "old" for path in paths[:3]}
+    assert found == (old if fails else {"a": "new", "c": "old", "d": "new"})
 
 
 def test_the_file_does_not_exist_until_it_is_whole(tmp_path):

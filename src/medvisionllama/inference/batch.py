@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from medvisionllama._files import locked, write_text
+from medvisionllama._files import as_before, locked, write_text
 from medvisionllama.data.formats.dicom_labels import referenced_series
 from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.readers import SUFFIXES, ScanSource, read_header
@@ -84,10 +84,9 @@ class Outputs:
         return [self.mask(scan), fallback] if fallback else [self.mask(scan)]
 
     def outdated(self, scan: Scan) -> list[Path]:
-        """What must go before a mask is replaced, since it shows the prediction of before.
+        """What goes when a mask is replaced, since it shows the prediction of before.
 
-        Those are the mask itself, which a crash would leave beside new maps or under the ledger's line of the run
-        before, and maps that nobody asks for now, if the ledger calls them ours.
+        Those are the mask itself, and maps that nobody asks for now, if the ledger calls them ours.
         """
         files = self.files(scan)
         unasked = {kind: self.map_file(scan, kind) for kind in MAPS if kind not in files}
@@ -103,9 +102,9 @@ class Outputs:
         ]
         return [*maps, files["mask"], *self.made_masks(scan)]
 
-    def made_masks(self, scan: Scan, *, but: Path | None = None) -> list[Path]:
+    def made_masks(self, scan: Scan) -> list[Path]:
         """Masks of a scan that lie there and are ours by the ledger; others of such a name are the user's own."""
-        there = [mask for mask in self.masks(scan) if mask != but and mask.exists()]
+        there = [mask for mask in self.masks(scan) if mask.exists()]
         made = {line.mask for line in self.ledger.lines()} if there else set()
         return [mask for mask in there if mask.name in made]
 
@@ -351,9 +350,8 @@ def _finish(
         outputs.check_table(names, overwrite=overwrite)
         if not outputs.still_missing(scan, overwrite=overwrite, resume=resume):
             return None
-        for file in outputs.outdated(scan) if overwrite else ():
-            file.unlink(missing_ok=True)
-        return _write(scan, read.sha256, prediction, found, outputs, names)
+        before = outputs.outdated(scan) if overwrite else []
+        return _write(scan, read.sha256, prediction, found, outputs, names, before)
 
 
 def _write(
@@ -363,50 +361,69 @@ def _write(
     found: dict[str, Any],
     outputs: Outputs,
     names: dict[int, str],
+    before: Sequence[Path],
 ) -> dict[str, Any]:
-    """Write maps, mask and the line that says what made it, and return what is told of them."""
+    """Write maps, mask and the line that says what made it, and return what is told of them.
+
+    Args:
+        before: what the prediction of before has left and must go; all is as it was if a file cannot be written.
+    """
+    masks, files = outputs.masks(scan), outputs.files(scan)
+    maps = {*files.values(), *before} - {*masks}
+    with as_before({*masks, *maps}) as undo:
+        # Where maps come or go, a process that is killed must leave no mask of before beside them.
+        for file in before if maps else ():
+            file.unlink(missing_ok=True)
+        files["mask"], refused = _write_files(scan, prediction, outputs, names)
+        record = {
+            "case": scan.case_id,
+            "source": _source(scan.images[0]),
+            **{kind: str(path) for kind, path in files.items()},
+            **found,
+            "warnings": [*found["warnings"], *refused],
+        }
+        made = Made.of(record, sha256, outputs.made_by, instead=bool(refused), warnings=found["warnings"])
+        try:
+            outputs.ledger.add(made)
+        except BaseException:
+            # Of a mask without a line --resume would not know what made it, and stop at it. A signal may come when
+            # the line is written already, and the mask is finished then.
+            if outputs.ledger.read().get(files["mask"].name) == made:
+                undo.pop_all()
+            raise
+        undo.pop_all()
+    # Whoever overwrites may have had the other of the two before, and two masks of one scan are one too many.
+    for other in {*before, *outputs.made_masks(scan)} - {files["mask"]}:
+        other.unlink(missing_ok=True)
+    if not outputs.has_table(names):
+        write_text(outputs.table, label_table(names))
+    return record
+
+
+def _write_files(
+    scan: Scan, prediction: Prediction, outputs: Outputs, names: dict[int, str]
+) -> tuple[Path, list[str]]:
+    """Write maps and mask; returns the file of the mask, and why it is not the kind that was asked for."""
     mask, files, refused = prediction.mask, outputs.files(scan), []
     for kind in MAPS:
         shares = getattr(prediction, kind)
         if shares is not None:
             write_shares(files[kind], shares, mask.affine, like=scan.images[0])
-    first = scan.images[0]
+    first, place = scan.images[0], files["mask"]
     if isinstance(first, Series) and outputs.fallback(scan):
         try:
-            write_seg(files["mask"], mask.array, first, names)
+            write_seg(place, mask.array, first, names)
         except DataError as error:
             refused = [f"written as NIfTI: {error}"]
             # The work of the network must not be lost for a header that the standard does not like.
-            instead_of_seg = outputs.fallback(scan) or files["mask"]
-            if instead_of_seg.exists() and instead_of_seg not in outputs.made_masks(scan):
+            place = outputs.fallback(scan) or place
+            if place.exists() and place not in outputs.made_masks(scan):
                 raise DataError(
-                    f"{error}; and {instead_of_seg}, where it would go as NIfTI, is no mask of ours: choose another --out"
+                    f"{error}; and {place}, where it would go as NIfTI, is no mask of ours: choose another --out"
                 ) from None
-            files["mask"] = instead_of_seg
-    record = {
-        "case": scan.case_id,
-        "source": _source(first),
-        **{kind: str(path) for kind, path in files.items()},
-        **found,
-        "warnings": [*found["warnings"], *refused],
-    }
-    made = Made.of(record, sha256, outputs.made_by, instead=bool(refused), warnings=found["warnings"])
-    if not files["mask"].name.endswith(".dcm"):
-        write_mask(files["mask"], mask.array, mask.affine, like=first, classes=names)
-    try:
-        outputs.ledger.add(made)
-    except BaseException:
-        # Of a mask without a line --resume would not know what made it, and stop at it. A signal may come when the
-        # line is written already, and the mask is finished then.
-        if outputs.ledger.read().get(files["mask"].name) != made:
-            files["mask"].unlink(missing_ok=True)
-        raise
-    # Whoever overwrites may have had the other of the two before, and two masks of one scan are one too many.
-    for other in outputs.made_masks(scan, but=files["mask"]):
-        other.unlink()
-    if not outputs.has_table(names):
-        write_text(outputs.table, label_table(names))
-    return record
+    if not place.name.endswith(".dcm"):
+        write_mask(place, mask.array, mask.affine, like=first, classes=names)
+    return place, refused
 
 
 def _check_unchanged(scan: Scan, sha256: str) -> None:
