@@ -16,6 +16,7 @@ import yaml
 
 from medvisionllama._files import write_json
 from medvisionllama.config import read_config, write_config
+from medvisionllama.evaluation.evaluate import read_table, write_table
 from medvisionllama.experiments import execute as executing
 from medvisionllama.experiments import verbs
 from medvisionllama.experiments.matrix import expand
@@ -325,6 +326,35 @@ def test_a_trained_run_is_evaluated_where_its_data_is_now(phantoms, tmp_path, mo
     assert set(facts["test_dice"]) == {"none"}
     # Whatever looks at the run later, as its page does, finds the scans too.
     assert read_config(files.config).data.path == new / "phantoms"
+
+
+def test_a_further_evaluation_measures_nothing_again_that_is_as_it_was(phantoms, tmp_path):
+    settings = {"train.max_steps": 2, "train.num_validations": 1}
+
+    def study(**changes):
+        arms = {"block": {"set": {"network.block.weights": "random"}, **changes}}
+        matrix = write(tmp_path, arms=arms, reference="block", **{"set": settings})
+        experiment = Experiment.create(tmp_path / "out", matrix, data_root=phantoms.parent)
+        return experiment, *expand(experiment.matrix)
+
+    experiment, run = study()
+    assert executing.execute(experiment, run, progress=Silent())
+    files = experiment.files(run.run_id)
+    facts, table = files.read_done() or {}, RunDir(files.path).evaluation
+    # As code of before would have measured it.
+    write_table(read_table(table).assign(dice=0.4321), table)
+    write_json(files.done, {**facts, "test_dice": {"block": 0.4321}, "evaluation_seconds": 1000.0})
+    old = table.read_bytes()
+    assert executing.execute(*study(also=["block_removed"]), progress=Silent())
+    found = files.read_done() or {}
+    assert (table.read_bytes(), found["test_dice"]["block"]) == (old, 0.4321)
+    assert set(found["test_dice"]) == {"block", "block-block-removed"}
+    assert found["evaluation_seconds"] > 1000
+    # A table that says something else than the record is not what was measured.
+    write_table(read_table(table).assign(dice=0.9), table)
+    assert executing.execute(*study(also=["block_removed"]), progress=Silent())
+    again = files.read_done() or {}
+    assert again["test_dice"] == {**found["test_dice"], "block": pytest.approx(facts["test_dice"]["block"])}
 
 
 def test_report_and_status_read_the_folder(undisturbed, cli):

@@ -93,6 +93,11 @@ def collect(
     )
 
 
+def is_as_told(table: pd.DataFrame, dice: float) -> bool:
+    """Whether a table still has the mean class Dice that the record of its run tells."""
+    return abs(mean_dice(table) - dice) <= _ROUNDING
+
+
 def _code(facts: Mapping[str, Any]) -> set[str]:
     """What made a run; experiments of before that was told have revisions, or the last one alone."""
     revisions = facts.get("git_revisions", [facts.get("git_revision")])
@@ -161,10 +166,9 @@ def _cases(run: PlannedRun, variant: Variant | None, facts: Mapping[str, Any], p
         )
     table = read_table(file)
     told, names = facts.get("test_dice", {}), _names(run, variant)
-    found = mean_dice(table)
-    if abs(found - told.get(names["arm"], found)) > _ROUNDING:
+    if names["arm"] in told and not is_as_told(table, told[names["arm"]]):
         raise CheckpointError(
-            f"{file} was written again since the run was done (mean class Dice {found:.4f}, then {told[names['arm']]:.4f}), so it may be cleaned or measured otherwise than the others; delete {path / 'done.json'}, and postprocessing.json if it alone has one, and `experiment run` evaluates it again"
+            f"{file} was written again since the run was done (mean class Dice {mean_dice(table):.4f}, then {told[names['arm']]:.4f}), so it may be cleaned or measured otherwise than the others; delete {path / 'done.json'}, and postprocessing.json if it alone has one, and `experiment run` evaluates it again"
         )
     for place, (name, value) in enumerate({**names, "splits_sha256": facts["splits_sha256"]}.items()):
         table.insert(place, name, value)

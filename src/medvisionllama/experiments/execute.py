@@ -9,10 +9,11 @@ from typing import Any
 from medvisionllama._files import write_json
 from medvisionllama.config import Config, read_config, write_config
 from medvisionllama.data.index import open_configured
-from medvisionllama.evaluation.evaluate import mean_dice
-from medvisionllama.evaluation.evaluate_run import evaluate_run
+from medvisionllama.evaluation.evaluate import mean_dice, read_table
+from medvisionllama.evaluation.evaluate_run import evaluate_run, table_file
+from medvisionllama.experiments.collect import is_as_told
 from medvisionllama.experiments.fair import matched_settings, sizes_of_run
-from medvisionllama.experiments.matrix import WITHOUT_EFFECT, PlannedRun, Settings, variant_name
+from medvisionllama.experiments.matrix import WITHOUT_EFFECT, PlannedRun, Settings, Variant, variant_name
 from medvisionllama.experiments.store import Experiment, RunFiles
 from medvisionllama.networks.factory import check_insert
 from medvisionllama.progress import Progress
@@ -31,25 +32,48 @@ def execute(experiment: Experiment, run: PlannedRun, *, progress: Progress) -> b
         MedVisionLlamaError: whatever training or evaluation finds wrong.
     """
     files = experiment.files(run.run_id)
+    before: Settings = {}
     if files.trained.is_file():
         _keep_up(experiment, run, files)
+        before = _measured(run, files)
     else:
         result = _train(experiment, run, files, progress)
         if not result.finished:
             return False
         write_json(files.trained, {key: getattr(result, key) for key in _TRAINED})
     started = time.monotonic()
-    dice = {run.arm: mean_dice(evaluate_run(files.path, progress=progress))}
-    for variant in run.also:
-        table = evaluate_run(files.path, block_removed=variant == "block_removed", progress=progress)
-        dice[variant_name(run.arm, variant)] = mean_dice(table)
-    seconds = time.monotonic() - started
+    dice: dict[str, float] = dict(before.get("test_dice", {}))
+    for name, variant in _evaluations(run).items():
+        if name not in dice:
+            table = evaluate_run(files.path, block_removed=variant == "block_removed", progress=progress)
+            dice[name] = mean_dice(table)
+    seconds = before.get("evaluation_seconds", 0.0) + time.monotonic() - started
     write_json(files.done, _facts(files, dice, seconds))
     # Weights and tables stay; what only an unfinished run needs would fill the disk.
     for member in RunDir(files.path).members():
         shutil.rmtree(member.state.parent, ignore_errors=True)
         shutil.rmtree(member.pseudo_labels(1).parent, ignore_errors=True)
     return True
+
+
+def _evaluations(run: PlannedRun) -> dict[str, Variant | None]:
+    """What is measured of a run, by the name that it has in the tables."""
+    return {run.arm: None} | {variant_name(run.arm, variant): variant for variant in run.also}
+
+
+def _measured(run: PlannedRun, files: RunFiles) -> Settings:
+    """Facts of what was measured before and is still as it was.
+
+    It is not measured again beside a further evaluation: code that has changed since would score this arm by other
+    rules than those that were done with it.
+    """
+    facts = files.read_done() or {}
+    told, kept = facts.get("test_dice", {}), {}
+    for name, variant in _evaluations(run).items():
+        file = table_file(RunDir(files.path), "test", block_removed=variant == "block_removed")
+        if name in told and file.is_file() and is_as_told(read_table(file), told[name]):
+            kept[name] = told[name]
+    return {**facts, "test_dice": kept} if kept else {}
 
 
 def _train(experiment: Experiment, run: PlannedRun, files: RunFiles, progress: Progress) -> RunResult:
