@@ -131,8 +131,10 @@ def _limits(row: Mapping[Any, Any]) -> Iterable[str]:
     if row["metric"] == "dice" and not pd.isna(needed) and math.isfinite(needed):
         if needed > row["num_patients"]:
             yield f"{int(needed)} patients would be needed to detect {MARGIN}"
-        else:
+        elif t_reach(row["seed_sd"], int(row["num_runs"])) < MARGIN:
             yield f"enough patients to detect {MARGIN}, were this the only comparison ({int(needed)} needed)"
+        else:
+            yield f"enough patients to detect {MARGIN} ({int(needed)} needed), but {_too_few_runs(row)} cannot show it"
     enough = row["num_patients"] >= TRUSTED_PATIENTS
     if row["metric"] == "dice" and enough and row["low"] > -MARGIN and row["high"] < MARGIN:
         rules_out = f"the interval leaves no room for a mean difference of {MARGIN} either way"
@@ -140,6 +142,12 @@ def _limits(row: Mapping[Any, Any]) -> Iterable[str]:
         yield rules_out + ("" if runs_agree else ", for these trainings; others may differ by more")
     if row["low"] > 0 or row["high"] < 0:
         yield "the interval leaves out 0, but is not corrected for the number of comparisons"
+
+
+def _too_few_runs(row: Mapping[Any, Any]) -> str:
+    if row["num_runs"] < 2:
+        return "one training each"
+    return f"{int(row['num_runs'])} trainings that vary by {number(row['seed_sd'], 3)} (SD)"
 
 
 def _doubts(row: Mapping[Any, Any], metric: Metric) -> Iterable[str]:

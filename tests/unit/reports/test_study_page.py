@@ -285,8 +285,16 @@ def test_the_answer_says_what_is_shown_and_no_more(written):
         ),
         ({**OPEN, "low": 0.0001}, "is not corrected for the number of comparisons"),
         (
-            {**OPEN, "patients_needed": 12.0},
+            {**OPEN, "patients_needed": 12.0, "num_runs": 5},
             "enough patients to detect 0.01, were this the only comparison (12 needed)",
+        ),
+        (
+            {**OPEN, "patients_needed": 12.0},
+            "enough patients to detect 0.01 (12 needed), but 2 trainings that vary by 0.003 (SD) cannot show it",
+        ),
+        (
+            {**OPEN, "patients_needed": 12.0, "num_runs": 1, "seed_sd": float("nan"), "seed_p": float("nan")},
+            "enough patients to detect 0.01 (12 needed), but one training each cannot show it",
         ),
         ({"seed_sd": 0.02}, "better than none; from run to run it varies by more than itself (SD 0.020)"),
         (
