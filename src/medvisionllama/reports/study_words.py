@@ -227,10 +227,15 @@ def _unlike(done: pd.DataFrame) -> list[str]:
             f"In {files} of {len(groups)} repetitions the arms were not trained on the same files: scans or labels changed "
             "meanwhile, or an arm trains on scans that the others lack."
         )
-    clocks = sum(group["machine"].nunique() > 1 and group["steps"].nunique() > 1 for group in groups)
-    if clocks:
+    mixed = [group["steps"].nunique() > 1 for group in groups if group["machine"].nunique() > 1]
+    if clocks := sum(mixed):
         lines.append(
             f"In {clocks} of {len(groups)} repetitions the arms ran on different machines and made different numbers of "
             "steps: equal minutes were not equal work."
+        )
+    if alike := len(mixed) - clocks:
+        lines.append(
+            f"In {alike} of {len(groups)} repetitions the arms made equal steps on different machines, or with other threads "
+            "or precision: a part of a small difference may come of that."
         )
     return lines
