@@ -56,6 +56,23 @@ def test_watching_ends_at_the_second_look_that_finds_all_over(study, cli, monkey
     assert "2 runs: 2 done" in outcome.out
 
 
+@pytest.mark.parametrize(("limit", "longer"), [("train.epochs", 10), ("train.max_steps", 1)])
+def test_the_time_left_is_that_of_the_training_shares_that_are_left(study, limit, longer):
+    matrix = yaml.safe_load((study.path / "matrix.yaml").read_text())
+    matrix |= {"set": {limit: 5}, "fractions": [0.1, 1.0]}
+    (study.path / "matrix.yaml").write_text(yaml.safe_dump(matrix))
+    few, other, *whole = expand(Experiment.open(study.path).matrix)
+    assert [run.fraction for run in whole] == [1.0, 1.0]
+    facts = {"test_dice": {"none": 0.5}, "seconds": 360.0, "evaluation_seconds": 36.0}
+    write_json(study.files(few.run_id).done, facts)
+    with lock_if_free(study.files(other.run_id).lock):
+        left = verbs.status(study.path).seconds_left()
+        # One run of a tenth of the cases, and two of all of them.
+        assert left == pytest.approx(360 + 36 + 2 * (longer * 360 + 36))
+        write_json(study.files(whole[0].run_id).done, {**facts, "seconds": 1000.0})
+        assert verbs.status(study.path).seconds_left() == pytest.approx(360 + 36 + 1000 + 36)
+
+
 def test_an_error_with_brackets_is_shown_as_it_is(study, cli, monkeypatch):
     for run in expand(study.matrix):
         study.files(run.run_id).add_failure("no [/red] in [memory]", "Traceback ...", where="here")

@@ -1,10 +1,11 @@
 """The verbs of `medvisionllama experiment` as functions."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -165,26 +166,39 @@ class Status:
         return {run_id: found[-1]["error"] if found else "" for run_id, found in records.items()}
 
     def seconds_left(self) -> float | None:
-        """At the mean pace of the finished runs of the same task and model, in as many slots as work now.
+        """At the mean pace of the finished runs most like them, in as many slots as work now.
 
         None if nothing works, or nothing is done to judge by.
         """
-        working, done = self.count("running"), self.count("done")
+        working = self.count("running")
+        done = [(run, self._facts(run)) for run in self.runs if self.states[run.run_id] == "done"]
         if not working or not done:
             return None
-        seconds: dict[tuple[str, str], list[float]] = {}
-        left: list[tuple[str, str]] = []
+        alike: dict[tuple[str, str, float], list[PlannedRun]] = {}
         for run in self.runs:
-            if self.states[run.run_id] == "done":
-                facts = self.experiment.files(run.run_id).read_done() or {}
-                seconds.setdefault((run.task, run.model), []).append(
-                    facts.get("seconds", 0.0) + facts.get("evaluation_seconds", 0.0)
-                )
-            else:
-                left.append((run.task, run.model))
-        means = {key: sum(times) / len(times) for key, times in seconds.items()}
-        usual = sum(map(sum, seconds.values())) / done
-        return sum(means.get(key, usual) for key in left) / working
+            if self.states[run.run_id] != "done":
+                alike.setdefault((run.task, run.model, run.fraction), []).append(run)
+        return sum(len(runs) * _usual_seconds(runs[0], done) for runs in alike.values()) / working
+
+    def _facts(self, run: PlannedRun) -> dict[str, Any]:
+        return self.experiment.files(run.run_id).read_done() or {}
+
+
+def _usual_seconds(run: PlannedRun, done: Sequence[tuple[PlannedRun, dict[str, Any]]]) -> float:
+    """What finished runs of the same task, model and fraction took, or as near to these as there are any.
+
+    Epochs take the longer the more cases train: those of another fraction are counted by its share.
+    """
+    near = [one for one in done if (one[0].task, one[0].model) == (run.task, run.model)] or done
+    near = [one for one in near if one[0].fraction == run.fraction] or near
+    train = run.config(data=Path()).train
+    by_epochs = train.epochs is not None and train.max_steps is None
+    longest = math.inf if train.max_minutes is None else 60 * train.max_minutes
+    seconds = 0.0
+    for other, facts in near:
+        share = run.fraction / other.fraction if by_epochs else 1.0
+        seconds += min(share * facts.get("seconds", 0.0), longest) + facts.get("evaluation_seconds", 0.0)
+    return seconds / len(near)
 
 
 def status(matrix: Path | str, *, out: Path | str | None = None) -> Status:
