@@ -24,6 +24,10 @@ DataRoot = Annotated[
     typer.Option(help="Folder under which the datasets lie; by default MEDVISIONLLAMA_DATA, or as before."),
 ]
 
+_SECONDS_BETWEEN_LOOKS = 3
+_SECONDS_TO_BEGIN_AGAIN = 60
+"""A failed run may be about to be tried again: its worker has to start, perhaps on another machine."""
+
 
 @app.command()
 def plan(
@@ -158,16 +162,17 @@ def status(
     from rich.text import Text
 
     def shown() -> Group:
-        # As it is: an error may have brackets, which rich would take for markup.
-        return Group(status_table(found), Text(status_words(found)))
+        # As it is: an error may have brackets, which rich would take for markup. Words first: a screen that is too
+        # low loses what is below.
+        return Group(Text(status_words(found)), status_table(found))
 
     with Live(shown(), auto_refresh=False) as live:
-        still = 0
-        # A failed run may be about to be tried again: twice over is over.
-        while still < 2:
-            time.sleep(3)
+        seconds_over = 0
+        while found.count("done") < len(found.runs) and seconds_over < _SECONDS_TO_BEGIN_AGAIN:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
             found = verbs.status(matrix, out=out)
-            still = still + 1 if found.count("done") + found.count("failed") == len(found.runs) else 0
+            is_over = found.count("done") + found.count("failed") == len(found.runs)
+            seconds_over = seconds_over + _SECONDS_BETWEEN_LOOKS if is_over else 0
             live.update(shown(), refresh=True)
 
 
