@@ -91,7 +91,9 @@ def run(
     # done nothing is needed any more.
     states = experiment.states(chosen)
     left = [one for one in chosen if states[one.run_id] != "done"]
-    datasets = {one.task: experiment.data_of(one) for one in {one.task: one for one in left}.values()}
+    datasets = {experiment.data_of(one): one.scans for one in {one.task: one for one in left}.values()}
+    # Phantoms are made anew on a node that has none.
+    needed = [folder for folder, scans in datasets.items() if scans.phantoms is None]
     _check_splits(experiment, left)
     starts = _earlier_runs(experiment, left)
     if not matrix.is_dir():
@@ -105,7 +107,7 @@ def run(
         slots=slots,
         threads=threads,
         gpus_per_run=gpus_per_run,
-        folders=[*datasets.values(), *starts],
+        folders=[*needed, *starts],
     )
     return launch(experiment, chosen, workers, retries=retries, progress=progress or Silent())
 

@@ -345,3 +345,14 @@ def test_a_cluster_s_workers_are_told_where_the_data_is(experiment, monkeypatch)
     (experiment.data_root / "Task_A").mkdir()
     verbs.run(experiment.path, backend="ray")
     assert told["worker"] == worker.command(experiment.data_root)
+
+
+def test_a_cluster_s_nodes_make_their_own_phantoms(tmp_path, write_matrix, monkeypatch):
+    told = {}
+    monkeypatch.setenv("MEDVISIONLLAMA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(ray_backend, "RayBackend", lambda folder, **options: told.update(options))
+    monkeypatch.setattr(verbs, "launch", lambda *arguments, **options: None)
+    (tmp_path / "Task_A").mkdir()
+    matrix = write_matrix(tasks={"a": {"data": "Task_A"}, "made": {"phantoms": 3}})
+    verbs.run(matrix, out=tmp_path / "out", data=tmp_path, backend="ray")
+    assert told["folders"] == [tmp_path / "Task_A"]
