@@ -28,7 +28,7 @@ from medvisionllama.training.prepare import divide, plan_of
 from medvisionllama.training.timetable import total_steps
 from medvisionllama.types import SpacingMm, Triple
 
-_DIVIDING = {"path", "modality", "patient_pattern", "exclude", "splits", "split_seed"}
+_DIVIDING = {"path", "modality", "patient_pattern", "exclude", "splits", "split_seed", "num_cases"}
 """Settings that decide which scans there are and who trains on them."""
 START_SECONDS = 8.0
 """Of each run, before its first step: Python, libraries, headers, the block."""
@@ -188,12 +188,14 @@ class _Known:
         facts = {case.case_id: case for case in found.facts}
         for run in runs:
             # What a fraction leaves out may train without labels.
-            fraction = 1.0 if config.unlabelled.scans == "unused" else run.fraction
+            all_are_seen = config.unlabelled.scans == "unused"
+            fraction = 1.0 if all_are_seen else run.fraction
+            number = None if all_are_seen else config.data.num_cases
             seed = None if config.data.splits else run.settings.get("data.split_seed")
-            if (place := (key, fraction, run.fold, seed)) in self._counted:
+            if (place := (key, fraction, number, run.fold, seed)) in self._counted:
                 continue
             drawn = splits if seed is None else make_splits(dataset.patients, seed=seed)
-            chosen = select(drawn, dataset.patients, fold=run.fold, fraction=fraction)
+            chosen = select(drawn, dataset.patients, fold=run.fold, fraction=fraction, num_cases=number)
             for name in {*chosen.train, *chosen.validation} - counted.keys():
                 counted[name] = _prepared_bytes(facts[name].shape, facts[name].spacing_mm, plan)
             self._counted.add(place)

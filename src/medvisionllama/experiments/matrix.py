@@ -30,7 +30,7 @@ _LIMITS = ("train.epochs", "train.max_steps", "train.max_minutes")
 _PLAIN: Settings = {"train.members": 1, "inference.turn": False}
 """What averages is left out: of several networks it would hide what seeds are to show, of several looks it takes
 most of the time. A matrix may set it."""
-_AXES = {"data.fold", "data.fraction", "data.num_cases", "train.seed", "data.path", "out"}
+_AXES = {"data.fold", "data.fraction", "train.seed", "data.path", "out"}
 WITHOUT_EFFECT = {"train.device", "train.save_seconds"}
 """Settings that change no result, and therefore no id."""
 
@@ -279,7 +279,8 @@ class _Cell:
         if self.matrix.split_per_seed:
             place["data.split_seed"] = seed
         digest = canonical_hash([self.hashed, place])[:8]
-        share = f"{100 * fraction:g}pc"
+        number = self.settings.get("data.num_cases")
+        share = f"{100 * fraction:g}pc" if number is None else f"{number}cases"
         task = self.matrix.tasks[self.task]
         return PlannedRun(
             f"{self.task}-{self.model}-{self.arm.name}-{share}-f{fold}-s{seed}-{digest}",
@@ -354,6 +355,10 @@ def _settings(matrix: Matrix, task: str, model: str, arm: Arm, where: str) -> tu
     taken = sorted(_AXES & set(settings))
     if taken:
         raise ConfigError(f"{where}: {taken[0]} is an axis of the matrix; leave it out of 'set'")
+    if "data.num_cases" in arm.settings:
+        raise ConfigError(
+            f"{where}: arms are compared on equal training cases; give data.num_cases to the matrix or a task"
+        )
     if any(key in settings for key in _LIMITS):
         # A limit that the matrix did not ask for would cut its runs short.
         settings = {**dict.fromkeys(_LIMITS), **settings}
@@ -376,9 +381,14 @@ def _check_runnable(matrix: Matrix, arm: Arm, settings: Settings, config: Config
             f"{where}: split_per_seed draws the splits; leave data.splits and data.split_seed out"
         )
     fractions = arm.spec.fractions or matrix.fractions
-    if config.unlabelled.scans == "unused" and max(fractions) == 1.0:
+    number = config.data.num_cases
+    if number is not None and fractions != (1.0,):
         raise ConfigError(
-            f"{where}: of all training cases none is left for unlabelled.scans=unused; give the arm `fractions` below 1"
+            f"{where}: data.num_cases={number} and fractions {fractions} both say how much trains; give one of them"
+        )
+    if config.unlabelled.scans == "unused" and number is None and max(fractions) == 1.0:
+        raise ConfigError(
+            f"{where}: of all training cases none is left for unlabelled.scans=unused; give the arm `fractions` below 1, or the task data.num_cases"
         )
     if config.data.splits is None and max(matrix.folds) >= NUM_FOLDS:
         raise ConfigError(f"{where}: fold {max(matrix.folds)} does not exist; folds are 0 to {NUM_FOLDS - 1}")

@@ -150,6 +150,12 @@ def _notes(experiment: Experiment, runs: Sequence[PlannedRun], code: frozenset[s
             "Each seed has a division of the patients of its own, the same one in every arm: a patient may train in "
             "one seed and be tested in another, never both in one run."
         )
+    numbers = {(run.task, run.model): run.settings.get("data.num_cases") for run in runs}
+    words = [f"{task}, {model}: {number}" for (task, model), number in numbers.items() if number is not None]
+    if words:
+        notes.append(
+            f"100 % of the training cases stands for as many as data.num_cases names ({'; '.join(words)})."
+        )
     strangers = experiment.strangers(runs)
     if strangers:
         notes.append(

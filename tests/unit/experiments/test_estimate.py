@@ -107,6 +107,23 @@ def test_scans_in_the_cache_are_counted_once_for_all_arms(made):
         assert found.prepared_gigabytes == pytest.approx(cases * 5 * 16**3 / 1e9)
 
 
+def test_so_many_cases_train_and_are_counted_and_more_than_there_are_is_said(made, write_matrix, monkeypatch):
+    monkeypatch.setattr(estimating, "time_steps", lambda config, shapes: Timing(step=10.0, forward=1.0))
+    tasks = {
+        name: {"data": "Task_A", "set": {"data.num_cases": cases}}
+        for name, cases in (("few", 4), ("all", 99))
+    }
+    arms = {"none": {"set": {"network.insert": "none"}}}
+    path = write_matrix(tasks=tasks, arms=arms, set=made.matrix.set)
+    experiment = Experiment.create(made.path, path, data_root=None)
+    found = estimate(experiment, expand(experiment.matrix), timed=True, progress=Silent())
+    # Three passes over 4 cases in batches of 2; 2 validations of 4 cases; 2 test cases seen and mirrored.
+    few, _ = found.rows
+    assert few.hours == pytest.approx((6 * 10 + 2 * 4 + 2 * 2 + START_SECONDS) / 3600)
+    assert found.prepared_gigabytes == pytest.approx((4 + 4) * 5 * 16**3 / 1e9)
+    assert "14 training cases" in found.problems[0]
+
+
 def test_a_resampled_scan_has_its_own_label_in_the_cache_too():
     plan = SimpleNamespace(resize=False, spacing_mm=(2.0, 2.0, 2.0), channels=("T1", "T2"))
     size = estimating._prepared_bytes((16, 16, 16), (1.0, 1.0, 1.0), plan)

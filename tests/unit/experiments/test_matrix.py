@@ -116,6 +116,18 @@ def test_a_split_for_each_seed_is_the_seed():
     assert all("data.split_seed" not in run.settings for run in expand(matrix()))
 
 
+def test_a_task_may_train_on_so_many_cases_and_use_the_others_without_labels():
+    arms = {**MINIMAL["arms"], "self": {"set": {"unlabelled.scans": "unused"}}}
+    tasks = {
+        "a": {"data": "A", "set": {"data.num_cases": 4}},
+        "b": {"data": "A", "set": {"data.num_cases": 8}},
+    }
+    runs = expand(matrix(arms=arms, tasks=tasks))
+    found = [run.config(data=Path("x")).data for run in runs]
+    assert [(data.num_cases, data.fraction) for data in found] == [(4, 1.0)] * 3 + [(8, 1.0)] * 3
+    assert runs[0].run_id.startswith("a-small-none-4cases-f0-s0-")
+
+
 def test_a_matched_arm_knows_the_settings_of_its_target():
     arms = {**MINIMAL["arms"], "mlp": {"match": {"arm": "block", "by": "trainable"}}}
     *_, run = expand(matrix(arms=arms, seeds=[9]))
@@ -154,6 +166,14 @@ BROKEN = {
     "what a fraction leaves over, of all cases": (
         {"arms": {"none": {}, "self": {"set": {"unlabelled.scans": "unused"}}}, "fractions": [0.1, 1.0]},
         "give the arm `fractions` below 1",
+    ),
+    "a number of cases beside fractions": (
+        {"tasks": {"a": {"data": "A", "set": {"data.num_cases": 4}}}, "fractions": [0.1]},
+        "data.num_cases=4 and fractions (0.1,) both say how much trains",
+    ),
+    "a number of cases of one arm": (
+        {"arms": {"none": {}, "few": {"set": {"data.num_cases": 4}}}},
+        "equal training cases",
     ),
     "splits beside a split for each seed": (
         {"split_per_seed": True, "set": {"data.splits": "s.json"}},

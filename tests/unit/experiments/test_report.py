@@ -129,6 +129,14 @@ def test_code_that_changed_under_way_is_told(folds):
     assert "The runs were made by 3 versions of the code: abc, medvisionllama 1" in report(folds)[0]
 
 
+def test_what_a_number_of_cases_makes_of_percents_is_told(tmp_path, write_matrix):
+    tasks = {"a": {"data": "Task_A", "set": {"data.num_cases": 4}}, "b": {"data": "Task_B"}}
+    few = Experiment.create(
+        tmp_path / "experiment", write_matrix(**{**FOLDS, "tasks": tasks}), data_root=tmp_path
+    )
+    assert "stands for as many as data.num_cases names (a, small: 4)." in report(few)[0]
+
+
 def test_attempts_of_a_failed_run_are_counted(folds):
     run = expand(folds.matrix)[0]
     for number in range(2):
