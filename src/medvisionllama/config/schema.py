@@ -343,7 +343,7 @@ class NetworkConfig(Section):
         elif self.insert != "none" or self.tokens or self.head != "skip":
             # Else an arm would be called by a block that it does not have.
             raise ValueError(
-                f"architecture={self.architecture} has no tokens and no insert; take it with --preset {self.architecture}, or set network.tokens=false and network.insert=none with it"
+                f"architecture={self.architecture} has no tokens and no insert; take it with --preset {self.architecture}, or set network.tokens=false, network.insert=none and network.head=skip with it"
             )
         multiple = _WIDTHS.get(self.architecture, 1)
         if (self.base_channels or multiple) % multiple:

@@ -1,5 +1,7 @@
 """MONAI's networks in our shell: the same numbers as without it, on crops and scans of any shape."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,3 +162,11 @@ def test_preset_of_a_rival_builds_it_and_counts_it():
 def test_settings_that_would_mislabel_a_rival_are_refused(preset, settings, message):
     with pytest.raises(ConfigError, match=message):
         load_config(preset, settings)
+
+
+def test_a_rival_within_any_preset_is_had_by_what_the_refusal_says():
+    rival = {"network.architecture": "unet"}
+    with pytest.raises(ConfigError) as refused:
+        load_config("paper", rival)
+    told = re.findall(r"(network\.\w+)=(\w+)", str(refused.value))
+    assert load_config("paper", {**rival, **dict(told)}).network.architecture == "unet"
