@@ -13,8 +13,9 @@ from medvisionllama.data.transforms import Augmentation
 from medvisionllama.errors import ConfigError
 from medvisionllama.types import ImageBatch, LabelBatch, Triple
 
-_MARGIN = 0.25
-"""A region larger by this share is cut out, so that rotation and zoom bring in tissue, not padding."""
+_MARGIN = 0.5
+"""A region larger by this share is cut out, so that rotation and zoom bring in tissue, not padding, which would be
+called background: of crops within an organ 0.1 % then is, and of a quarter 2 %, in some crops 12 %."""
 
 
 class BatchSampler:

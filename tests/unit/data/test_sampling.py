@@ -193,6 +193,28 @@ def test_cases_without_labels_are_cut_anywhere(dataset_folder, write_nifti, tmp_
     assert labels.eq(0).all()
 
 
+def test_crops_within_an_organ_hold_no_padding(write_nifti, tmp_path):
+    label = np.full((72, 72, 72), 2, np.uint8)
+    label[24:48, 24:48, 24:48] = 1
+    root = tmp_path / "data"
+    write_nifti(root / "images" / "a1.nii.gz", label + 1.0, dtype=np.float32)
+    write_nifti(root / "labels" / "a1.nii.gz", label)
+    dataset = open_dataset(root)
+    plan = make_plan(
+        dataset, fingerprint(dataset), DataConfig(crop_size=(16, 16, 16)), flip=False, patch_size=None
+    )
+    cases = build_cache(dataset.cases, plan, folder=tmp_path / "cache")
+    update = {"classes": {1: "a", 2: "b"}, "normalisation": fit_normalisation(cases, plan.channels)}
+    settings = DataConfig(foreground_share=1.0), AugmentConfig(elastic=0.05)
+    sampler = BatchSampler(cases, plan.model_copy(update=update), *settings, batch_size=4, seed=0)
+    crops = [crop for step in range(60) for crop in sampler.batch(step)[1]]
+    # Of the middle of the scan, so far from its end that all around is labelled.
+    background = [float((crop == 0).float().mean()) for crop in crops if crop[8, 8, 8] == 1]
+    assert len(background) > 60
+    assert np.mean(background) < 0.002
+    assert max(background) < 0.05
+
+
 def test_a_structure_of_three_voxels_among_sixty_classes_is_found(write_nifti, tmp_path):
     rng = np.random.default_rng(0)
     label = np.zeros((40, 40, 40), np.uint8)
