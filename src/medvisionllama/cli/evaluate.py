@@ -85,7 +85,7 @@ def evaluate(
     from medvisionllama.cli._progress import TerminalProgress
     from medvisionllama.cli._tables import print_choice, print_summary
     from medvisionllama.evaluation.evaluate import to_json
-    from medvisionllama.evaluation.evaluate_run import calibration_file, table_file
+    from medvisionllama.evaluation.evaluate_run import Scored
     from medvisionllama.inference.cleaning import read_choice
     from medvisionllama.run_dir import RunDir
 
@@ -105,20 +105,20 @@ def evaluate(
     )
     run_dir, split = RunDir(predictions), split or "test"
     choice = read_choice(run_dir) if choose_cleaning else None
-    calibrated = calibration_file(run_dir, split, also=also or [], block_removed=block_removed)
+    scored = Scored(run_dir, split, tuple(also or ()), block_removed)
     if as_json:
         more = {} if choice is None else {"cleaning": choice.model_dump(mode="json")}
         if calibration:
-            more["calibration"] = json.loads(calibrated.read_text())
+            more["calibration"] = json.loads(scored.calibration.read_text())
         typer.echo(to_json(table, more))
         return
     print_summary(table)
     if also:
-        typer.echo(str(table_file(run_dir, split, also=also, block_removed=block_removed)))
+        typer.echo(str(scored.table))
     if choice is not None:
         print_choice(choice, run_dir.postprocessing)
     if calibration:
-        _show_calibration(json.loads(calibrated.read_text()), calibrated)
+        _show_calibration(json.loads(scored.calibration.read_text()), scored.calibration)
 
 
 def _show_calibration(facts: dict[str, Any], where: Path) -> None:

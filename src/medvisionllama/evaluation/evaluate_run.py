@@ -1,6 +1,7 @@
 """A run, or the mean of several, measured on one of the first run's own splits."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +9,7 @@ import pandas as pd
 from medvisionllama._files import write_json
 from medvisionllama.config import Config, read_config
 from medvisionllama.data.index import Case, Dataset
+from medvisionllama.data.planning import Plan
 from medvisionllama.errors import CheckpointError, command
 from medvisionllama.evaluation.calibrate import CalibrationTally
 from medvisionllama.evaluation.cleaning import check_choosable, choose_cleaning, clean_files
@@ -20,6 +22,40 @@ from medvisionllama.inference.predictor import Predictor, check_alike
 from medvisionllama.inference.writers import write_mask
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What of a run is measured, which names its masks and tables."""
+
+    run_dir: RunDir
+    split: Split = "test"
+    also: tuple[Path | str, ...] = ()
+    """Further runs whose probabilities are averaged with this one's."""
+    block_removed: bool = False
+
+    @property
+    def name(self) -> str:
+        """`test`, `validation-block-removed`, `test-with-fold1`."""
+        others = name_ensemble(self.run_dir, [RunDir(Path(path)) for path in self.also])
+        return "-".join(filter(None, (self.split, "block-removed" if self.block_removed else "", others)))
+
+    @property
+    def masks(self) -> Path:
+        return self.run_dir.path / "predictions" / self.name
+
+    @property
+    def table(self) -> Path:
+        name = self.name
+        return self.run_dir.evaluation if name == "test" else self.run_dir.path / f"evaluation-{name}.csv"
+
+    @property
+    def calibration(self) -> Path:
+        """How well it is calibrated; calibration.json is of the validation cases."""
+        name = self.name
+        if name == "validation":
+            return self.run_dir.calibration
+        return self.run_dir.path / f"calibration-{name}.json"
 
 
 def evaluate_run(
@@ -42,7 +78,7 @@ def evaluate_run(
         also: further runs whose probabilities are averaged with this one's; masks and table get names of their own.
         block_removed: leave the frozen block out of the trained network; masks and table get names of their own.
         choose: find out which components to remove, and write postprocessing.json; on validation only.
-        calibration: write how far the probabilities can be believed; see `calibration_file`.
+        calibration: write how far the probabilities can be believed; see `Scored.calibration`.
         tolerance_mm: of NSD; by default the run's own setting.
 
     Raises:
@@ -78,25 +114,17 @@ def evaluate_run(
         device="cpu" if config.train.device == "cpu" else "auto",
         block_removed=block_removed,
     )
-    part = _part(run_dir, split, also=also, block_removed=block_removed)
+    scored = Scored(run_dir, split, tuple(also), block_removed)
     tally = CalibrationTally(predictor.plan) if calibration else None
-    masks = run_dir.path / "predictions" / part
     with progress.track(f"segmenting the {split} cases", len(cases)) as advance:
         declared = bool(dataset.classes)
         pairs = segment_cases(
-            predictor, cases, masks, cleaning, declared=declared, tally=tally, advance=advance
+            predictor, cases, scored.masks, cleaning, declared=declared, tally=tally, advance=advance
         )
     if tally is not None:
-        file = calibration_file(run_dir, split, also=also, block_removed=block_removed)
-        tally.write(file, members, weights, split)
+        tally.write(scored.calibration, members, weights, split)
     if choose:
-        choice = choose_cleaning(run_dir, pairs, predictor.plan, progress)
-        if choice.weights_sha256 != weights[0]:
-            raise CheckpointError(
-                f"{run_dir.path} was trained further meanwhile; choose again when it has ended"
-            )
-        clean_files(pairs, choice, predictor.plan.places)
-        write_choice(run_dir, choice)
+        _choose(run_dir, pairs, predictor.plan, weights[0], progress)
     table = evaluate_files(
         pairs,
         predictor.plan.mask_classes,
@@ -104,9 +132,8 @@ def evaluate_run(
         tolerance_mm=config.inference.tolerance_mm if tolerance_mm is None else tolerance_mm,
         progress=progress,
     )
-    file = table_file(run_dir, split, also=also, block_removed=block_removed)
-    write_table(table, file)
-    if file == run_dir.evaluation:
+    write_table(table, scored.table)
+    if scored.table == run_dir.evaluation:
         write_json(run_dir.scored, {"weights_sha256": weights[0], "cleaning": cleaning.model_dump()})
     return table
 
@@ -135,26 +162,17 @@ def segment_cases(
     return pairs
 
 
-def table_file(
-    run_dir: RunDir, split: Split, *, also: Sequence[Path | str] = (), block_removed: bool = False
-) -> Path:
-    """Where `evaluate_run` writes its table."""
-    part = _part(run_dir, split, also=also, block_removed=block_removed)
-    return run_dir.evaluation if part == "test" else run_dir.path / f"evaluation-{part}.csv"
+def _choose(run_dir: RunDir, pairs: Sequence[Pair], plan: Plan, weights: str, progress: Progress) -> None:
+    """Choose which components go, clean the masks so, and write the choice.
 
-
-def calibration_file(
-    run_dir: RunDir, split: Split, *, also: Sequence[Path | str] = (), block_removed: bool = False
-) -> Path:
-    """Where `evaluate_run` writes how well it is calibrated; calibration.json is of the validation cases."""
-    part = _part(run_dir, split, also=also, block_removed=block_removed)
-    return run_dir.calibration if part == "validation" else run_dir.path / f"calibration-{part}.json"
-
-
-def _part(run_dir: RunDir, split: Split, *, also: Sequence[Path | str], block_removed: bool) -> str:
-    """Name of what is measured, for files: `test`, `validation-block-removed`, `test-with-fold1`."""
-    others = name_ensemble(run_dir, [RunDir(Path(path)) for path in also])
-    return "-".join(filter(None, (split, "block-removed" if block_removed else "", others)))
+    Raises:
+        CheckpointError: other weights than those that made the masks are there by now.
+    """
+    choice = choose_cleaning(run_dir, pairs, plan, progress)
+    if choice.weights_sha256 != weights:
+        raise CheckpointError(f"{run_dir.path} was trained further meanwhile; choose again when it has ended")
+    clean_files(pairs, choice, plan.places)
+    write_choice(run_dir, choice)
 
 
 def _cases(run_dir: RunDir, config: Config, split: Split) -> tuple[Dataset, list[Case]]:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from medvisionllama.errors import CheckpointError
 from medvisionllama.evaluation.evaluate import mean_dice, read_table
-from medvisionllama.evaluation.evaluate_run import table_file
+from medvisionllama.evaluation.evaluate_run import Scored
 from medvisionllama.evaluation.metrics import Measures
 from medvisionllama.experiments.matrix import PlannedRun, Variant, variant_name
 from medvisionllama.experiments.store import Experiment, State
@@ -159,7 +159,7 @@ def _run_row(
 
 
 def _cases(run: PlannedRun, variant: Variant | None, facts: Mapping[str, Any], path: Path) -> pd.DataFrame:
-    file = table_file(RunDir(path), "test", block_removed=variant == "block_removed")
+    file = Scored(RunDir(path), block_removed=variant == "block_removed").table
     if not file.is_file():
         raise CheckpointError(
             f"{file} is missing, though the run is done; delete {path / 'done.json'}, and `experiment run` evaluates it again"

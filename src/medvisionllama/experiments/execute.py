@@ -10,7 +10,7 @@ from medvisionllama._files import write_json
 from medvisionllama.config import Config, read_config, write_config
 from medvisionllama.data.index import open_configured
 from medvisionllama.evaluation.evaluate import mean_dice, read_table
-from medvisionllama.evaluation.evaluate_run import evaluate_run, table_file
+from medvisionllama.evaluation.evaluate_run import Scored, evaluate_run
 from medvisionllama.experiments.collect import is_as_told
 from medvisionllama.experiments.fair import matched_settings, sizes_of_run
 from medvisionllama.experiments.matrix import WITHOUT_EFFECT, PlannedRun, Settings, Variant, variant_name
@@ -70,7 +70,7 @@ def _measured(run: PlannedRun, files: RunFiles) -> Settings:
     facts = files.read_done() or {}
     told, kept = facts.get("test_dice", {}), {}
     for name, variant in _evaluations(run).items():
-        file = table_file(RunDir(files.path), "test", block_removed=variant == "block_removed")
+        file = Scored(RunDir(files.path), block_removed=variant == "block_removed").table
         if name in told and file.is_file() and is_as_told(read_table(file), told[name]):
             kept[name] = told[name]
     return {**facts, "test_dice": kept} if kept else {}
