@@ -70,7 +70,9 @@ class TrainingLoop:
         started: float,
     ) -> None:
         self.sampler = sampler
-        self.batches = Ahead(sampler.batch, num_batch_threads(config, accelerator.device))
+        self.batches = Ahead(
+            batch_maker(sampler, accelerator.device), num_batch_threads(config, accelerator.device)
+        )
         self.validate = validate
         self.config = config
         self.run_dir = run_dir
@@ -196,28 +198,30 @@ class TrainingLoop:
         set_learning_rate(self._inner_optimizer(), rate)
         # Dropout draws from the global generator; seeding it here leaves no generator state to save.
         torch.manual_seed(_step_seed(self.config.seed, self.sampler.rank, self.state.step))
-        total = 0.0
+        device = self.accelerator.device
+        # Read, with the gradient, when all is computed: a GPU that is asked in between waits for its next orders.
+        mean = torch.zeros((), dtype=torch.float64, device=device)
         for part in range(self.config.accumulate):
             images, labels = self.batches[self.state.step * self.config.accumulate + part]
-            device = self.accelerator.device
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             last = part + 1 == self.config.accumulate
             # Gradients travel once a step, with the last batch.
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self.model(images.to(device), labels.to(device)) / self.config.accumulate
+                loss = self.model(images, labels) / self.config.accumulate
                 self.accelerator.backward(loss)
-            total += float(loss.detach())
-        total = self.processes.mean(total)
-        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)
+            mean += loss.detach()
+        gradient = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)
+        total, norm = torch.stack([self.processes.mean(mean), gradient.double()]).tolist()
         if not math.isfinite(total) or not math.isfinite(norm):
             raise CheckpointError(
-                f"the loss became {total} and its gradient {float(norm)} at step {self.state.step}; go on from the last save with --resume and a lower --set train.learning_rate, or --set train.precision=fp32"
+                f"the loss became {total} and its gradient {norm} at step {self.state.step}; go on from the last save with --resume and a lower --set train.learning_rate, or --set train.precision=fp32"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
             self.average.update(self.state.step)
         self.state.step += 1
-        return total
+        return float(total)
 
     def _validate(self, progress: Progress, interrupted: Callable[[], bool]) -> bool:
         """Validate; False if interrupted, and then the run that goes on makes it anew."""
@@ -311,6 +315,16 @@ class TrainingLoop:
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return inner
+
+
+def batch_maker(sampler: BatchSampler, device: torch.device) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """The sampler's batches; for a GPU in memory that it copies from by itself, while it computes."""
+
+    def pinned(number: int) -> tuple[Tensor, Tensor]:
+        images, labels = sampler.batch(number)
+        return images.pin_memory(), labels.pin_memory()
+
+    return pinned if device.type == "cuda" else sampler.batch
 
 
 def num_batch_threads(config: TrainConfig, device: torch.device) -> int:

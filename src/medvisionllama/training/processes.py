@@ -35,9 +35,9 @@ class Processes:
         """The first process's value: those that judged time for themselves would part ways and wait forever."""
         return value if self.num == 1 else float(broadcast(self._number(value)))
 
-    def mean(self, value: float) -> float:
-        """Mean over the processes."""
-        return value if self.num == 1 else float(self.sum(self._number(value))) / self.num
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the processes, element by element."""
+        return self.sum(values) / self.num
 
     def any(self, flag: bool) -> bool:  # noqa: FBT001 - a value to agree on, not an option
         """Whether it is true in any process."""

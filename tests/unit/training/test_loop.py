@@ -3,12 +3,17 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medvisionllama.config import load_config
 from medvisionllama.progress import Silent
 from medvisionllama.run_dir import RunDir
 from medvisionllama.training import loop as module
 from medvisionllama.training.loop import TrainingLoop
+from medvisionllama.training.processes import Processes
 from medvisionllama.training.timetable import Timetable
 
 
@@ -229,3 +234,39 @@ def test_a_single_case_that_takes_too_long_counts_once_and_then_at_the_end(loop)
     assert loop.state.dices == [0.5, 0.5]
     assert len(lines.said) == 1
     assert "from now on it is done once, at the end" in lines.said[0]
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often Python asks for a tensor's value, for which it waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+class Distance(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(3))
+
+    def forward(self, images, labels):
+        return ((images - self.place) ** 2).mean() + labels.float().mean() / 3
+
+
+def test_a_step_asks_for_its_loss_when_all_its_batches_are_done(loop):
+    batches = [(torch.rand(2, 3), torch.ones(2)) for _ in range(3)]
+    loop.config = load_config("small", {"train.accumulate": 3}).train
+    loop.accelerator, loop.model = Accelerator(cpu=True), Distance()
+    loop.processes, loop.batches = Processes(loop.accelerator), batches
+    loop.sampler, loop.parameters = SimpleNamespace(rank=0), dict(loop.model.named_parameters())
+    loop.optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+    loop.optimizer.param_groups[0]["scale"] = 1.0
+    expected = sum(float(loop.model(*batch).detach() / 3) for batch in batches)
+    with Reads() as reads:
+        loss = loop._step()
+    assert loss == expected
+    assert reads.number == 0, "the one reading of several values at once is no such question"

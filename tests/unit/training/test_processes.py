@@ -70,7 +70,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_shares_given_sums_over_the_batch
 def test_one_process_agrees_with_itself():
     processes = Processes(Accelerator(cpu=True))
     assert processes.is_main
-    assert (processes.first(3.5), processes.mean(3.5)) == (3.5, 3.5)
+    assert (processes.first(3.5), float(processes.mean(torch.tensor(3.5)))) == (3.5, 3.5)
     assert processes.any(True)
     assert not processes.any(False)
     with processes.machine_first() as is_first:
