@@ -69,10 +69,13 @@ class FrozenBlock(nn.Module):
         self._hides_what_follows = causal and family.is_causal(config)
         self._windows = [family.window(config, position) if causal else None for position in positions]
         self._kinds = [family.rotary_kind(config, position) for position in positions]
+        kinds = dict.fromkeys(self._kinds)
         with family.refusing_nonsense():
-            self._at_origin = (
-                {} if rotary is None else {kind: cosine_at_origin(rotary, kind) for kind in set(self._kinds)}
-            )
+            cosines = {} if rotary is None else {kind: cosine_at_origin(rotary, kind) for kind in kinds}
+        self._turned = list(cosines)
+        for kind, cosine in cosines.items():
+            # A buffer moves with the block; else a GPU would wait in each call for its copy.
+            self.register_buffer(f"at_origin_{kind}", cosine, persistent=False)
 
     @classmethod
     def from_pretrained(
@@ -227,13 +230,13 @@ class FrozenBlock(nn.Module):
 
     def _angles(self, tokens: Tensor, positions: Tensor | None) -> dict[str | None, Angles]:
         """Angles for each kind of layer; empty for families that have none."""
-        if not self._at_origin:
+        if not self._turned:
             return {}
         # Angles in the products' precision keep queries and keys in it.
         dtype = autocast_dtype(tokens.device.type) or tokens.dtype
         like = tokens.new_empty(0, dtype=dtype)
         if self.rotary is None:
-            return {kind: no_angles(cosine, like) for kind, cosine in self._at_origin.items()}
+            return {kind: no_angles(getattr(self, f"at_origin_{kind}"), like) for kind in self._turned}
         if positions is None:
             if self.needs_positions:
                 raise ValueError(
@@ -246,7 +249,7 @@ class FrozenBlock(nn.Module):
                 f"positions have shape {tuple(positions.shape)}, rotary={self.mode!r} needs {wanted}"
             )
         angles = axial_angles if self.needs_positions else sequence_angles
-        return {kind: angles(self.rotary, positions, like, kind) for kind in dict.fromkeys(self._kinds)}
+        return {kind: angles(self.rotary, positions, like, kind) for kind in self._turned}
 
     def _visibility(
         self, length: int, window: int | None, device: torch.device

@@ -119,6 +119,15 @@ def test_a_random_block_of_smollm2_begins_as_its_model_began(name):
     assert all(tensor.std() == pytest.approx(1 / 24, rel=0.02) for tensor in matrices)
 
 
+def test_the_angles_of_no_turn_move_with_the_block_and_are_none_of_its_tensors(folder):
+    block = FrozenBlock.from_pretrained(folder)
+    before, held = block.sha256(), dict(block.named_buffers())
+    assert held
+    assert not held.keys() & (block.state_dict().keys() | block.frozen_tensors().keys())
+    assert {buffer.device.type for buffer in block.to("meta").buffers()} == {"meta"}
+    assert FrozenBlock.from_pretrained(folder, rotary=True).sha256() == before
+
+
 def test_permuting_tokens_permutes_outputs(folder):
     order = torch.randperm(7, generator=torch.Generator().manual_seed(2))
     block = FrozenBlock.from_pretrained(folder)
