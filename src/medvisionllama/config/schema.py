@@ -401,8 +401,8 @@ class TrainConfig(Section):
     accumulate: Positive = 1
     """Batches whose gradients are averaged before a step."""
     batch_threads: Annotated[int, Field(ge=0, le=64)] | None = None
-    """Threads that make the next batches while this one trains; by default 4 beside a GPU, and 0 on a CPU, whose
-    cores the network needs. The batches are the same."""
+    """Threads that make the next batches while this one trains; by default one for each of the run's cores beside a
+    GPU, but 4 to 16, and 0 on a CPU, whose cores the network needs. The batches are the same."""
     optimizer: Literal["adam", "adamw", "muon"] = "adamw"
     """`muon` makes the update of each kernel orthogonal and leaves the rest to AdamW: more from each step."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Generic, Self, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
@@ -16,17 +19,21 @@ class Ahead(Generic[T]):
     Args:
         make: from a number to its batch; called from several threads at once.
         num_threads: 0 makes each batch when it is asked for.
+        one_core_each: keep PyTorch in each of the threads to one core; else each may use all.
     """
 
-    def __init__(self, make: Callable[[int], T], num_threads: int) -> None:
+    def __init__(self, make: Callable[[int], T], num_threads: int, *, one_core_each: bool = False) -> None:
         self.make = make
         self.num_threads = num_threads
+        self.one_core_each = one_core_each
         self._pool: ThreadPoolExecutor | None = None
         self._coming: dict[int, Future[T]] = {}
 
     def __enter__(self) -> Self:
         if self.num_threads:
-            self._pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="batch")
+            # Said in a thread, it holds for that thread.
+            begin = partial(torch.set_num_threads, 1) if self.one_core_each else None
+            self._pool = ThreadPoolExecutor(self.num_threads, "batch", initializer=begin)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -34,6 +41,9 @@ class Ahead(Generic[T]):
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+            if self.one_core_each:
+                # It holds for threads to come as well, to which the caller's own number is given back.
+                torch.set_num_threads(torch.get_num_threads())
 
     def forget(self) -> None:
         """Make again what was made ahead: `make` gives other batches from now on."""

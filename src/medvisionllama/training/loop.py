@@ -8,6 +8,7 @@ own.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from medvisionllama._machine import available_cores
 from medvisionllama.checkpoint import copy_into, load_tensors, save_tensors, trainable
 from medvisionllama.config import TrainConfig
 from medvisionllama.data.sampling import BatchSampler
@@ -70,8 +72,11 @@ class TrainingLoop:
         started: float,
     ) -> None:
         self.sampler = sampler
+        device = accelerator.device
         self.batches = Ahead(
-            batch_maker(sampler, accelerator.device), num_batch_threads(config, accelerator.device)
+            batch_maker(sampler, device),
+            num_batch_threads(config, device),
+            one_core_each=device.type == "cuda",
         )
         self.validate = validate
         self.config = config
@@ -328,10 +333,15 @@ def batch_maker(sampler: BatchSampler, device: torch.device) -> Callable[[int], 
 
 
 def num_batch_threads(config: TrainConfig, device: torch.device) -> int:
-    """As set; by default none on a CPU, whose cores the network needs, and four beside a GPU."""
+    """As set; by default none on a CPU, whose cores the network needs, and one a core beside a GPU, 4 to 16."""
     if config.batch_threads is not None:
         return config.batch_threads
-    return 0 if device.type == "cpu" else 4
+    if device.type == "cpu":
+        return 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # torchrun keeps each of several processes to one thread, which says nothing of their cores.
+    cores = torch.get_num_threads() if processes == 1 else len(available_cores()) // processes
+    return max(4, min(16, cores // config.members))
 
 
 def _step_seed(*numbers: int) -> int:

@@ -2,6 +2,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from medvisionllama.training.ahead import Ahead
 
@@ -57,3 +58,16 @@ def test_the_threads_are_gone_afterwards():
     with Ahead(square, 2) as ahead:
         ahead[0]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batch")]
+
+
+def test_threads_of_one_core_each_leave_all_others_as_they_are():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with Ahead(lambda _: torch.get_num_threads(), 2, one_core_each=True) as ahead:
+            assert [ahead[number] for number in range(5)] == [1] * 5
+            assert torch.get_num_threads() == 3
+        with Ahead(lambda _: torch.get_num_threads(), 2) as ahead:
+            assert ahead[0] == torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

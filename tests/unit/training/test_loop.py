@@ -12,7 +12,7 @@ from medvisionllama.config import load_config
 from medvisionllama.progress import Silent
 from medvisionllama.run_dir import RunDir
 from medvisionllama.training import loop as module
-from medvisionllama.training.loop import TrainingLoop
+from medvisionllama.training.loop import TrainingLoop, num_batch_threads
 from medvisionllama.training.processes import Processes
 from medvisionllama.training.timetable import Timetable
 
@@ -270,3 +270,21 @@ def test_a_step_asks_for_its_loss_when_all_its_batches_are_done(loop):
         loss = loop._step()
     assert loss == expected
     assert reads.number == 0, "the one reading of several values at once is no such question"
+
+
+@pytest.mark.parametrize(
+    ("cores", "members", "processes", "threads"),
+    [(2, 1, 1, 4), (12, 1, 1, 12), (12, 2, 1, 6), (64, 1, 1, 16), (64, 1, 8, 8), (64, 1, 16, 4)],
+)
+def test_beside_a_gpu_a_run_makes_batches_on_its_share_of_the_cores(
+    cores, members, processes, threads, monkeypatch
+):
+    # As torchrun sets them.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores if processes == 1 else 1)
+    monkeypatch.setattr(module, "available_cores", lambda: list(range(cores)))
+    config = load_config("small", {"train.members": members}).train
+    assert num_batch_threads(config, torch.device("cuda")) == threads
+    assert num_batch_threads(config, torch.device("cpu")) == 0
+    config = config.model_copy(update={"batch_threads": 3})
+    assert num_batch_threads(config, torch.device("cuda")) == 3
