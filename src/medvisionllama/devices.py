@@ -10,6 +10,9 @@ from medvisionllama.errors import ConfigError
 from medvisionllama.types import DeviceChoice, PrecisionChoice
 
 N = TypeVar("N", bound=nn.Module)
+_BAD_CUDNN = range(90800, 91500)
+"""Versions whose 3-D convolutions in bf16 give wrong numbers or take many times as long; some versions of PyTorch
+go around them, slowly and with much memory (its issues 163539, 166122 and 166643)."""
 _THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -46,6 +49,18 @@ def device_words(wanted: DeviceChoice, precision: PrecisionChoice) -> str:
         return f"{torch.cuda.get_device_name()}, in {numbers}"
     why = "" if wanted == "cpu" else "; PyTorch sees no GPU"
     return f"the CPU, {torch.get_num_threads()} threads, in {numbers}{why}"
+
+
+def convolution_caution(device: torch.device, *, bf16: bool, cudnn: int | None) -> str | None:
+    """What to look at before convolutions in bf16 run on a GPU, if anything.
+
+    Args:
+        cudnn: its version as `torch.backends.cudnn.version` tells it; None if there is none.
+    """
+    if device.type != "cuda" or not bf16 or cudnn is None or cudnn not in _BAD_CUDNN:
+        return None
+    version = f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
+    return f"look at this: 3-D convolutions in bf16 are wrong or very slow with cuDNN {version}; pip install 'nvidia-cudnn-cu12>=9.15' (cu13 if PyTorch is for CUDA 13), or give --set train.precision=fp32"
 
 
 def thread_limits(threads: int) -> dict[str, str]:

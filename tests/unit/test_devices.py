@@ -1,8 +1,9 @@
 """What is said of the device that is used."""
 
+import pytest
 import torch
 
-from medvisionllama.devices import device_words
+from medvisionllama.devices import convolution_caution, device_words
 
 
 def test_who_has_a_gpu_is_told_that_it_is_not_seen(monkeypatch):
@@ -16,3 +17,20 @@ def test_a_gpu_is_called_by_its_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert device_words("auto", "bf16") == "NVIDIA H200, in bf16"
+
+
+@pytest.mark.parametrize(
+    ("cudnn", "said"),
+    [
+        (90701, None),
+        (90800, "cuDNN 9.8.0;"),
+        (91002, "cuDNN 9.10.2;"),
+        (91400, "cuDNN 9.14.0;"),
+        (91500, None),
+    ],
+)
+def test_a_cudnn_that_is_bad_at_bf16_is_pointed_out_with_the_cure(cudnn, said):
+    line = convolution_caution(torch.device("cuda"), bf16=True, cudnn=cudnn)
+    assert line is None if said is None else said in line and "nvidia-cudnn-cu12>=9.15" in line
+    assert convolution_caution(torch.device("cuda"), bf16=False, cudnn=cudnn) is None
+    assert convolution_caution(torch.device("cpu"), bf16=True, cudnn=None) is None

@@ -20,7 +20,7 @@ from medvisionllama.data.cache import describe
 from medvisionllama.data.planning import read_plan
 from medvisionllama.data.sampling import BatchSampler, check_share
 from medvisionllama.data.splits import write_splits
-from medvisionllama.devices import choose_device, device_words, fast_layout, use_bf16
+from medvisionllama.devices import choose_device, convolution_caution, device_words, fast_layout, use_bf16
 from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.llm import CATALOG
 from medvisionllama.llm.block import tensors_sha256
@@ -200,6 +200,12 @@ def _fit(
             write_run_files(run_dir, config, data, facts, {**sessions, "started_from": started_from})
         say_long_warmup(config, loop.timetable.total_steps, progress)
         progress.say(f"training on {device_words(config.train.device, config.train.precision)}")
+        if caution := convolution_caution(
+            accelerator.device,
+            bf16=accelerator.mixed_precision == "bf16",
+            cudnn=torch.backends.cudnn.version(),
+        ):
+            progress.say(caution)
         if config.train.members > 1:
             progress.say(
                 f"{config.train.members} networks train side by side; predictions are the mean of theirs"
