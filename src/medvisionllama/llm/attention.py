@@ -1,8 +1,9 @@
 """The attention of every frozen layer, registered with `transformers` under one name.
 
-The layer projects queries, keys and values; this computes with them. Unusual: key-value heads are shared, never
-repeated; what a token may see is told by the block in each call, never by the layer; the fused kernel serves unless
-plain products are faster or the family caps its scores (Gemma 2), which the kernel cannot.
+The layer projects queries, keys and values; this computes with them. Unusual: key-value heads are shared, and
+repeated only where a GPU's kernel cannot share them; what a token may see is told by the block in each call, never
+by the layer; the fused kernel serves unless plain products are faster or the family caps its scores (Gemma 2),
+which the kernel cannot.
 """
 
 from typing import Any
@@ -56,6 +57,9 @@ def frozen_attention(
     if softcap is not None or (plain_is_faster(query) and attention_mask is None and not is_causal):
         attended = _plain(query, key, value, attention_mask, scaling, is_causal, softcap)
     else:
+        if query.is_cuda and (attention_mask is not None or query.dtype == torch.float32):
+            # Most versions of PyTorch share heads there in plain products alone, which hold n × n scores.
+            key, value = _repeated(key, query.shape[1]), _repeated(value, query.shape[1])
         attended = F.scaled_dot_product_attention(
             query,
             key,
@@ -66,6 +70,11 @@ def frozen_attention(
             enable_gqa=query.shape[1] != key.shape[1],
         )
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _repeated(shared: Tensor, heads: int) -> Tensor:
+    """Keys or values `[b, key-value heads, n, d]`, each as often as query heads share it: `[b, heads, n, d]`."""
+    return shared.repeat_interleave(heads // shared.shape[1], dim=1)
 
 
 def _plain(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medvisionllama.llm import FrozenBlock
+from medvisionllama.llm import FrozenBlock, attention
 from medvisionllama.llm.attention_weights import attention_received, attention_weights, watching
 from medvisionllama.llm.rotary import grid_positions
 from tiny_llama import save_tiny_llama
@@ -110,3 +110,14 @@ def test_nobody_looks_when_the_context_has_ended(tmp_path):
         raise RuntimeError
     block(tokens_of(block.width))
     assert not seen
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_repeated_heads_attend_as_shared_ones_do(masked):
+    query, key, value = (torch.randn(2, heads, 9, 8) for heads in (6, 2, 2))
+    mask = torch.ones(9, 9, dtype=torch.bool).tril() if masked else None
+    found = [
+        attention.frozen_attention(torch.nn.Identity(), query, *pair, mask, scaling=0.3, is_causal=False)[0]
+        for pair in ((key, value), (attention._repeated(key, 6), attention._repeated(value, 6)))
+    ]
+    torch.testing.assert_close(*found)
