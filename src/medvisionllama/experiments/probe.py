@@ -61,6 +61,9 @@ def time_steps(config: Config, shapes: NetworkShapes) -> Timing:
         float(loss.detach())
 
     batch = config.train.batch_size
+    if device.type == "cuda":
+        # The first step of all loads libraries and kernels, for longer than any other takes.
+        step(1)
     warm = _seconds(lambda: step(1), once=True)
     if warm > _LONG_SECONDS:
         # Too long to repeat: the crops of a batch cost alike.
