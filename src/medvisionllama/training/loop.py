@@ -1,10 +1,10 @@
 """The training loop: steps, validations, saves.
 
 A step is a function of the seed, the step's number and the weights: batch, augmentation and dropout are drawn from
-them alone. So a run limited by epochs or steps that was killed and resumed repeats exactly what the uninterrupted
-run does; one limited by minutes goes on from the same weights, but its learning rate follows the clock. Several
-processes share each batch and do together what one would, but for rounding and for dropout, of which each draws its
-own.
+them alone. So on a CPU a run limited by epochs or steps that was killed and resumed repeats exactly what the
+uninterrupted run does. On a GPU it does so to rounding: cuDNN may add up a weight's gradient in any order. One
+limited by minutes goes on from the same weights, but its learning rate follows the clock. Several processes share
+each batch and do together what one would, but for rounding and for dropout, of which each draws its own.
 """
 
 import math
