@@ -184,11 +184,13 @@ main()
 """
 
 SAYS_WHAT_IT_HOLDS = """
+from accelerate import Accelerator
+
 from medvisionllama.checkpoint import frozen
 from medvisionllama.cli.main import main
-from medvisionllama.training import loop
+from medvisionllama.training import sharding
 
-shard = loop.shard_frozen_block
+shard = sharding.shard_frozen_block
 
 
 def shard_and_say(model, processes):
@@ -198,7 +200,9 @@ def shard_and_say(model, processes):
     print("process", processes.index, "holds", held / sum(whole.values()), flush=True)
 
 
-loop.shard_frozen_block = shard_and_say
+sharding.shard_frozen_block = shard_and_say
+# With several GPUs Accelerate refuses to wrap shards; here it takes them for such.
+Accelerator.multi_device = property(lambda self: True)
 main()
 """
 

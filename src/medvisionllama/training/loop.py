@@ -43,7 +43,7 @@ from medvisionllama.training.optim import (
 )
 from medvisionllama.training.processes import Processes
 from medvisionllama.training.self_training import SelfTraining
-from medvisionllama.training.sharding import shard_frozen_block
+from medvisionllama.training.sharding import prepare_sharded
 from medvisionllama.training.timetable import MOST_MASKS, LoopState, Timetable, total_steps
 
 _ECHO_SECONDS = 2.0
@@ -89,8 +89,10 @@ class TrainingLoop:
         self.parameters = trainable(self.network)
         optimizer = make_optimizer(self.network, config)
         if config.shard_block and self.processes.num > 1:
-            shard_frozen_block(model, self.processes)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+            self.model = prepare_sharded(model, self.processes)
+            self.optimizer = accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = AveragedWeights(self.parameters, config.ema_decay) if config.ema_decay else None
         self.timetable = Timetable(config, total_steps(config, len(sampler.cases)))
         self._clock = started

@@ -13,6 +13,15 @@ from medvisionllama.training.losses import SupervisedSegmenter
 from medvisionllama.training.processes import Processes
 
 
+def prepare_sharded(model: SupervisedSegmenter, processes: Processes) -> DistributedDataParallel:
+    """Divide the block, and wrap the model as Accelerate would, which refuses to wrap shards on GPUs."""
+    shard_frozen_block(model, processes)
+    # The rest of it: the shards are there already.
+    model.to(processes.accelerator.device)
+    # As if for evaluation it is given its precision, and not wrapped.
+    return DistributedDataParallel(processes.accelerator.prepare_model(model, evaluation_mode=True))
+
+
 def shard_frozen_block(model: SupervisedSegmenter, processes: Processes) -> None:
     """Keep a share of each layer's frozen weights in each process, in place, before DDP wraps the model."""
     # Half a second or more, which runs that share nothing need not wait for.
