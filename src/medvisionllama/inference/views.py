@@ -133,10 +133,13 @@ def _moved(
     wanted = np.array([shape[first], shape[second]])
     # grid_sample counts each axis from -1 to 1 across its full length and names the last axis first.
     unit = (matrix * wanted / given[:, None])[::-1, ::-1]
-    theta = volume.new_tensor(np.concatenate([unit, np.zeros((2, 1))], axis=1))
+    theta = torch.tensor(np.concatenate([unit, np.zeros((2, 1))], axis=1), dtype=volume.dtype)
     # Channels and planes are all moved alike.
     planes = volume[0].movedim(axis + 1, 1)
     flat = planes.flatten(0, 1)[None]
+    # On the CPU, as a GPU may be allowed to round what multiplies positions.
     grid = F.affine_grid(theta[None], [1, 1, *wanted.tolist()], align_corners=False)
-    moved = F.grid_sample(flat, grid, mode="bilinear", padding_mode=padding, align_corners=False)
+    moved = F.grid_sample(
+        flat, grid.to(volume.device), mode="bilinear", padding_mode=padding, align_corners=False
+    )
     return moved[0].unflatten(0, planes.shape[:2]).movedim(1, axis + 1)[None]

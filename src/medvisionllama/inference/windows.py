@@ -92,7 +92,7 @@ class SlidingWindow:
         shown = seen(slab[None], view, self.axis, self.plan)
         with self.context():
             logits = self._blend_row(shown)
-        return brought_back(logits, view, self.axis, self.plan, (x, y, z))
+        return brought_back(logits, view, self.axis, self.plan, (x, y, z)).cpu()
 
     def _blend_row(self, slab: Tensor) -> LogitBatch:
         """Logits `[1, k, x, y, z]` of a slab `[1, c, x, y, z]` one window thick."""
@@ -106,11 +106,13 @@ class SlidingWindow:
             here = _box(corner, window)
             # Windows visit the device one by one; the scan itself, which may be large, stays in main memory.
             # The averaged thing must be linear in what is averaged, so blend logits and squash once.
-            logits = self.network(padded[here].to(self.device)).float().cpu()
+            logits = self.network(padded[here].to(self.device)).float()
             if not total.numel():
-                total = torch.zeros(1, logits.shape[1], *padded.shape[2:])
-                weight = torch.zeros(1, 1, *padded.shape[2:])
-            total[here] += logits * weights
+                shape = (1, logits.shape[1], *padded.shape[2:])
+                place = _place_of_sums(logits.device, math.prod(shape))
+                total, weights = torch.zeros(shape, device=place), weights.to(place)
+                weight = torch.zeros(1, 1, *padded.shape[2:], device=place)
+            total[here] += logits.to(total.device) * weights
             weight[here] += weights
         return (total / weight)[inside]
 
@@ -169,6 +171,16 @@ def _box(corner: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
     """Where a box lies in `[b, k, x, y, z]`."""
     sides = (slice(start, start + length) for start, length in zip(corner, size, strict=True))
     return (slice(None), slice(None), *sides)
+
+
+def _place_of_sums(device: torch.device, number: int) -> torch.device:
+    """Where so many logits of a row are added up: where they are computed if there is plenty of room, else in main
+    memory, to which each window's logits are then brought."""
+    if device.type != "cuda":
+        return device
+    # Turned back, a row is there up to four times; half of what is free is left to others.
+    fits = 8 * 4 * number < torch.cuda.mem_get_info(device)[0]
+    return device if fits else torch.device("cpu")
 
 
 def _row_weights(window: Triple, axis: int) -> Tensor:

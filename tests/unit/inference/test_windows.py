@@ -11,7 +11,13 @@ from torch import nn
 from medvisionllama.data.planning import Plan
 from medvisionllama.inference.slabs import native_mask
 from medvisionllama.inference.views import coverage, views_of
-from medvisionllama.inference.windows import SlidingWindow, _row_weights, slab_axis, window_starts
+from medvisionllama.inference.windows import (
+    SlidingWindow,
+    _place_of_sums,
+    _row_weights,
+    slab_axis,
+    window_starts,
+)
 
 CROP = (8, 8, 4)
 
@@ -317,3 +323,11 @@ def test_gradients_stay_on_between_the_pieces():
     planes = SlidingWindow(_Voxelwise(3), _plan(), 2, 0.5).probabilities(_image((9, 9, 20)), flip=False)
     next(planes)
     assert torch.is_grad_enabled()
+
+
+def test_rows_are_added_up_on_a_gpu_that_has_room_for_them(monkeypatch):
+    cpu, gpu, number = torch.device("cpu"), torch.device("cuda"), 3 * 512 * 512 * 96
+    for free, place in ((80 * 2**30, gpu), (2 * 2**30, cpu)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 * 2**30))
+        assert _place_of_sums(gpu, number) == place
+        assert _place_of_sums(cpu, number) == cpu
