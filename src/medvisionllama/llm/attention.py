@@ -57,7 +57,8 @@ def frozen_attention(
     if softcap is not None or (plain_is_faster(query) and attention_mask is None and not is_causal):
         attended = _plain(query, key, value, attention_mask, scaling, is_causal, softcap)
     else:
-        if query.is_cuda and (attention_mask is not None or query.dtype == torch.float32):
+        are_shared = key.shape[1] != query.shape[1]
+        if query.is_cuda and are_shared and (attention_mask is not None or query.dtype == torch.float32):
             # Most versions of PyTorch share heads there in plain products alone, which hold n × n scores.
             key, value = _repeated(key, query.shape[1]), _repeated(value, query.shape[1])
         attended = F.scaled_dot_product_attention(
