@@ -170,11 +170,13 @@ def predict(
         Path(out),
         made_by,
         mask_format,  # type: ignore[arg-type] # checked above
-        probabilities,
-        uncertainty,
+        probabilities=probabilities,
+        uncertainty=uncertainty,
+        overwrite=overwrite,
+        resume=resume,
     )
     progress = progress or Silent()
-    left = outputs.missing(scans, overwrite=overwrite, resume=resume, keep_going=keep_going)
+    left = outputs.missing(scans, keep_going=keep_going)
     if len(left) < len(scans):
         progress.say(f"{len(scans) - len(left)} of {len(scans)} scans have their masks and are left out")
     progress.say(f"segmenting on {device_words(device, configs[0].train.precision)}")  # type: ignore[arg-type] # checked above
@@ -182,14 +184,7 @@ def predict(
     if reason:
         progress.say(reason)
     return predict_scans(
-        predictor,
-        left,
-        outputs,
-        overwrite=overwrite,
-        resume=resume,
-        keep_going=keep_going,
-        progress=progress,
-        on_record=on_record,
+        predictor, left, outputs, keep_going=keep_going, progress=progress, on_record=on_record
     )
 
 

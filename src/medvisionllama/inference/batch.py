@@ -46,13 +46,18 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is written, and where."""
+    """What is written, where, and what becomes of what is there."""
 
     folder: Path
     made_by: MadeBy
     mask_format: MaskFormat = "auto"
     probabilities: bool = False
     uncertainty: bool = False
+    overwrite: bool = False
+    """Masks and maps of before are replaced, maps that nobody asks for now go, and so may a table of other classes;
+    with `resume`, only what that alone would refuse."""
+    resume: bool = False
+    """Scans whose mask is there and as it would be made now are left out."""
 
     @property
     def ledger(self) -> Ledger:
@@ -108,13 +113,10 @@ class Outputs:
         made = {line.mask for line in self.ledger.lines()} if there else set()
         return [mask for mask in there if mask.name in made]
 
-    def missing(
-        self, scans: Sequence[Scan], *, overwrite: bool, resume: bool, keep_going: bool = False
-    ) -> list[Scan]:
+    def missing(self, scans: Sequence[Scan], *, keep_going: bool = False) -> list[Scan]:
         """Scans that are still to be segmented.
 
         Args:
-            overwrite: with `resume`, replace what that alone would refuse.
             keep_going: list a scan that has changed since its mask was made, too, to be refused in its turn.
 
         Raises:
@@ -124,8 +126,8 @@ class Outputs:
         if self.folder.name.endswith(SUFFIXES) or (self.folder.exists() and not self.folder.is_dir()):
             raise DataError(f"--out is a folder for masks, not a file: {self.folder}; give a folder's name")
         sources = {file.resolve() for scan in scans for file in scan.files}
-        made = self.ledger.read() if resume else {}
-        owners = self.ledger.owners() if resume else {}
+        made = self.ledger.read() if self.resume else {}
+        owners = self.ledger.owners() if self.resume else {}
         left = []
         for scan in scans:
             masks = self.masks(scan)
@@ -139,14 +141,14 @@ class Outputs:
                     raise DataError(
                         f"{file} is one of the scans and would be overwritten by its mask or map; choose another --out"
                     )
-                if file.exists() and not overwrite and not resume:
+                if file.exists() and not self.overwrite and not self.resume:
                     raise DataError(
                         f"{file} already exists; choose another --out, or give --overwrite to replace it, --resume to keep it"
                     )
-                if overwrite and file.exists() and file.name.endswith(".dcm"):
+                if self.overwrite and file.exists() and file.name.endswith(".dcm"):
                     _check_replaced(file, scan.images[0])
             # Of the two files only the one that is asked for needs to be ours.
-            there = [file for file in masks if file.exists()] if resume else []
+            there = [file for file in masks if file.exists()] if self.resume else []
             if any(file.name not in made for file in there):
                 # Another process may have made it since.
                 made, owners = self.ledger.read(), self.ledger.owners()
@@ -155,7 +157,7 @@ class Outputs:
                 for file in there:
                     self._check_kept(file, scan, made.get(file.name))
             except DataError as error:
-                if not overwrite and not (keep_going and isinstance(error, ScanChangedError)):
+                if not self.overwrite and not (keep_going and isinstance(error, ScanChangedError)):
                     raise
                 there = []
             # A map that a mask's own line does not name shows another prediction, whatever its name; so does one
@@ -170,10 +172,10 @@ class Outputs:
                 left.append(scan)
         return left
 
-    def still_missing(self, scan: Scan, *, overwrite: bool, resume: bool) -> bool:
+    def still_missing(self, scan: Scan) -> bool:
         """Whether a scan that was missing is so still: another process may work for the same folder."""
         there = any(file.exists() for file in self.masks(scan))
-        return not there or bool(self.missing([scan], overwrite=overwrite, resume=resume))
+        return not there or bool(self.missing([scan]))
 
     def _check_kept(self, mask: Path, scan: Scan, made: Made | None) -> None:
         """Raise DataError unless a mask that is there is what would be made of this scan."""
@@ -193,9 +195,9 @@ class Outputs:
         """Whether the table of these classes is there."""
         return self.table.exists() and self.table.read_text(errors="replace") == label_table(classes)
 
-    def check_table(self, classes: Mapping[int, str], *, overwrite: bool) -> None:
+    def check_table(self, classes: Mapping[int, str]) -> None:
         """Raise DataError if there is a table of other classes, or a file that is no table of ours."""
-        if not overwrite and self.table.exists() and not self.has_table(classes):
+        if not self.overwrite and self.table.exists() and not self.has_table(classes):
             raise DataError(
                 f"{self.table} is there and is not the table of this run's classes; choose another --out, or give --overwrite to replace it"
             )
@@ -244,8 +246,6 @@ def predict_scans(
     scans: Sequence[Scan],
     outputs: Outputs,
     *,
-    overwrite: bool,
-    resume: bool,
     keep_going: bool,
     progress: Progress,
     on_record: Callable[[dict[str, Any]], None] = lambda record: None,
@@ -253,9 +253,6 @@ def predict_scans(
     """Segment scans and write what was asked for.
 
     Args:
-        overwrite: whether a table of other classes may go, and maps of before that nobody asks for now; masks and
-            maps that are asked for are written in any case.
-        resume: leave out a scan whose mask another process has made meanwhile.
         keep_going: a scan that cannot be read becomes a record with `error`, and the others go on.
         on_record: told each record as soon as its files are whole.
 
@@ -265,7 +262,7 @@ def predict_scans(
     """
     records = []
     if scans:
-        outputs.check_table(predictor.plan.mask_classes, overwrite=overwrite)
+        outputs.check_table(predictor.plan.mask_classes)
     with progress.track("segmenting", len(scans)) as advance, _prepared(predictor, scans) as coming:
         for number, (scan, future) in enumerate(coming):
             started = time.monotonic()
@@ -274,9 +271,7 @@ def predict_scans(
                 advance(before + 0.98 * share, name)
 
             try:
-                record = _segment(
-                    predictor, scan, future, outputs, on_share, overwrite=overwrite, resume=resume
-                )
+                record = _segment(predictor, scan, future, outputs, on_share)
             except (MedVisionLlamaError, MemoryError, RuntimeError) as error:
                 ours = isinstance(error, MedVisionLlamaError)
                 if not keep_going or not (ours or is_out_of_memory(error)):
@@ -297,9 +292,6 @@ def _segment(
     coming: Future[_Read],
     outputs: Outputs,
     on_share: Callable[[float], None],
-    *,
-    overwrite: bool,
-    resume: bool,
 ) -> dict[str, Any] | None:
     """Segment one scan and write its files; nothing of it is held when the next one is read.
 
@@ -308,7 +300,7 @@ def _segment(
     """
     is_due = False
     try:
-        is_due = outputs.still_missing(scan, overwrite=overwrite, resume=resume)
+        is_due = outputs.still_missing(scan)
     finally:
         if not is_due:
             coming.cancel()
@@ -321,7 +313,7 @@ def _segment(
         uncertainty=outputs.uncertainty,
         on_share=on_share,
     )
-    return _finish(predictor, scan, read, prediction, outputs, overwrite=overwrite, resume=resume)
+    return _finish(predictor, scan, read, prediction, outputs)
 
 
 def _finish(
@@ -330,9 +322,6 @@ def _finish(
     read: _Read,
     prediction: Prediction,
     outputs: Outputs,
-    *,
-    overwrite: bool,
-    resume: bool,
 ) -> dict[str, Any] | None:
     """Clean, describe and write one prediction, unless another process has made the scan's mask meanwhile."""
     names = predictor.plan.mask_classes
@@ -347,10 +336,10 @@ def _finish(
     }
     _check_unchanged(scan, read.sha256)
     with locked(outputs.ledger.path):
-        outputs.check_table(names, overwrite=overwrite)
-        if not outputs.still_missing(scan, overwrite=overwrite, resume=resume):
+        outputs.check_table(names)
+        if not outputs.still_missing(scan):
             return None
-        before = outputs.outdated(scan) if overwrite else []
+        before = outputs.outdated(scan) if outputs.overwrite else []
         return _write(scan, read.sha256, prediction, found, outputs, names, before)
 
 

@@ -33,8 +33,6 @@ def predict(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             predictor,
             [Scan(f"c{number}", (Path(f"{number}.nii"),), voxels) for number in range(4)],
             batch.Outputs(Path("nowhere"), MadeBy(weights_sha256=("0",), views=(), cleaning=Cleaning())),
-            overwrite=False,
-            resume=False,
             keep_going=False,
             progress=Silent(),
         )
