@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
+from numpy.typing import NDArray
 
 from medvisionllama._files import atomic_path, canonical_hash, locked_folder, user_cache, write_json
 from medvisionllama._machine import available_cores
@@ -395,9 +396,7 @@ def _write_arrays(case: Case, contents: list[bytes | None], plan: Plan, folder: 
     if resampled:
         arrays["native_label"] = native.array
     sizes = _save_arrays(arrays, folder)
-    # Plane by plane: counting takes a copy of eight bytes a voxel.
-    most = int(native.array.max(initial=0)) + 1
-    counts = np.sum([np.bincount(plane.ravel(), minlength=most) for plane in native.array], axis=0)
+    counts = _counts(native.array, int(native.array.max(initial=0)) + 1)
     inside = np.flatnonzero(native.array)
     return {
         **facts,
@@ -405,10 +404,27 @@ def _write_arrays(case: Case, contents: list[bytes | None], plan: Plan, folder: 
         "resampled": resampled,
         "foreground_moments": [_moments(channel.ravel()[inside]) for channel in image.array],
         "class_voxels": {str(value): int(counts[value]) for value in np.flatnonzero(counts)},
+        "grid_dice": _grid_dice(native.array, label, counts) if resampled else {},
         "foreground_samples": _foreground_samples(image.array, inside)
         if "dataset" in plan.channel_rules
         else [],
     }
+
+
+def _counts(label: LabelArray, number: int) -> NDArray[np.int64]:
+    """Voxels of each value below a number, plane by plane: counting takes a copy of eight bytes a voxel."""
+    return np.sum([np.bincount(plane.ravel(), minlength=number) for plane in label], axis=0)
+
+
+def _grid_dice(native: LabelArray, label: LabelArray, counts: NDArray[np.int64]) -> dict[str, float]:
+    """Each class's Dice after the way to the network's grid and back, about the most that a prediction can have."""
+    x, y, z = native.shape
+    back = resample_label(label, (x, y, z))
+    found = _counts(back, len(counts))
+    back[back != native] = 0
+    kept = _counts(back, len(counts))
+    values = np.flatnonzero(counts[1:]) + 1
+    return {str(value): float(2 * kept[value] / (counts[value] + found[value])) for value in values}
 
 
 def _centres(label: LabelArray) -> np.ndarray:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from medvisionllama._files import canonical_hash, with_home
 from medvisionllama.config import Config
@@ -30,6 +31,9 @@ from medvisionllama.data.splits import (
 from medvisionllama.errors import ConfigError, DataError, command
 from medvisionllama.inference.inputs import Scan, collect_scans
 from medvisionllama.progress import Progress
+
+_LEAST_GRID_DICE = 0.85
+"""Of a class on the network's grid; below, a line says what it costs."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def prepare_data(
         values = ", ".join(map(str, plan.classes))
         progress.say(f"label values found: {values}; the dataset names no classes, which names.json can do")
     training = [cases[name] for name in selection.train]
-    for line in (*_like_ct(training, plan), *_untaught(training, plan)):
+    for line in (*_like_ct(training, plan), *_untaught(training, plan), *_too_thin(training, plan)):
         progress.say(f"look at this: {line}")
     rules = fit_normalisation(training, plan.channels, rules=plan.channel_rules)
     plan = plan.with_normalisation(rules, len(training))
@@ -287,6 +291,25 @@ def _like_ct(cases: Sequence[CachedCase], plan: Plan) -> list[str]:
     names = ",".join("CT" if name in like_ct else name for name in plan.channels)
     return [
         f"the channel {' and '.join(like_ct)} reaches down to {AIR} and below in most training scans, as CT does, and is scaled scan by scan, as MRI is; if it is CT, stop and give --set {shlex.quote(f'data.modality={names}')}"
+    ]
+
+
+def _too_thin(cases: Sequence[CachedCase], plan: Plan) -> list[str]:
+    """Classes that the run's coarser grid cannot hold."""
+    if plan.merged or plan.resize:
+        return []
+    most = {
+        name: median(case.facts["grid_dice"].get(str(value), 1.0) for case in having)
+        for value, name in plan.classes.items()
+        if (having := [case for case in cases if str(value) in case.facts["class_voxels"]])
+    }
+    thin = {name: dice for name, dice in most.items() if dice < _LEAST_GRID_DICE}
+    if not thin:
+        return []
+    words = ", ".join(f"{name!r} {dice:.2f}" for name, dice in thin.items())
+    voxel = "×".join(f"{edge:.3g}" for edge in plan.spacing_mm)
+    return [
+        f"at the run's voxels of {voxel} mm true masks themselves keep a Dice of {words} (median of training cases), so no prediction will have more; finer voxels by a smaller --set data.coarsest_mm, 0 for the scans' own, in crops that show less"
     ]
 
 

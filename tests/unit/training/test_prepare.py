@@ -84,6 +84,23 @@ def test_a_class_that_no_training_case_has_is_named(dataset_folder):
     assert "no training case has" not in said(root, **{"data.labels": "foreground"})[1]
 
 
+def test_a_class_that_is_too_thin_for_the_grid_is_named(dataset_folder):
+    root = dataset_folder()
+    for path in (root / "labelsTr").iterdir():
+        label = nib.load(path)
+        voxels = label.get_fdata().astype(np.uint8)
+        voxels[:] = 0
+        voxels[2:18, 6:20, 2:16] = 1
+        voxels[::3, 1:4, 3] = 2  # a line of three voxels here and there
+        nib.save(nib.Nifti1Image(voxels, label.affine), path)
+    words = said(root, **{"data.spacing_mm": [2, 2, 2]})[1]
+    assert "at the run's voxels of 2×2×2 mm true masks themselves keep a Dice of 'Posterior' 0." in words
+    assert "'Anterior'" not in words
+    assert "finer voxels by a smaller --set data.coarsest_mm" in words
+    assert "true masks themselves" not in said(root)[1]
+    assert "true masks" not in said(root, **{"data.spacing_mm": [2, 2, 2], "data.labels": "foreground"})[1]
+
+
 @pytest.mark.parametrize("num_cases", [1, 2])
 def test_one_labelled_patient_can_train_where_nobody_is_left_out(dataset_folder, tmp_path, num_cases):
     root = dataset_folder(num_cases=num_cases, frames=2)
