@@ -1,3 +1,4 @@
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -213,6 +214,27 @@ def test_crops_within_an_organ_hold_no_padding(write_nifti, tmp_path):
     assert len(background) > 60
     assert np.mean(background) < 0.002
     assert max(background) < 0.05
+
+
+def test_a_class_that_one_case_has_gets_its_turns(sampler, dataset_folder, tmp_path):
+    even = sampler(foreground_share=1.0, batch_size=6)
+    root = dataset_folder("rare", values=(2, 5))
+    dataset = open_dataset(root)
+    for case in dataset.cases[1:]:
+        label = nib.load(case.label)
+        voxels = label.get_fdata().astype(np.uint8)
+        nib.save(nib.Nifti1Image(voxels * (voxels == 2), label.affine), case.label)
+    cases = build_cache(dataset.cases, even.plan, folder=tmp_path / "cache")
+    rare = BatchSampler(cases, even.plan, DataConfig(foreground_share=1.0), OFF, batch_size=6, seed=0)
+    rng = np.random.default_rng(0)
+    places = [rare._place(case, rng) for step in range(200) for case in rare._cases(step)]
+    on_rare = sum(int(case.label[tuple(centre)] == 5) for case, centre in places) / len(places)
+    # Half of the crops go to the two classes alike; of the others a sixth is the one case's, half of it this class.
+    assert on_rare == pytest.approx(0.5 / 2 + 0.5 / 6 / 2, abs=0.05)
+    # Nothing changes where every case has every class, or with crops that may lie anywhere.
+    assert even.class_first_share == 0
+    elsewhere = BatchSampler(cases, even.plan, DataConfig(foreground_share=0.0), OFF, batch_size=6, seed=0)
+    assert elsewhere.class_first_share == 0
 
 
 def test_a_structure_of_three_voxels_among_sixty_classes_is_found(write_nifti, tmp_path):
