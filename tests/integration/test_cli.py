@@ -43,6 +43,20 @@ def test_fingerprint_describes_a_dataset(phantoms, cli):
     assert facts["planned_crop"] == [24, 24, 16]
 
 
+def test_a_division_can_be_looked_at_without_a_file(phantoms, tmp_path, cli):
+    file = tmp_path / "splits.json"
+    assert cli("data", "split", phantoms, "--out", file).code == 0
+    written = json.loads(file.read_text())
+    shown = cli("data", "split", phantoms)
+    assert shown.code == 0
+    assert "give --out to write them" in shown.out
+    assert f"test: {', '.join(written['test'])}" in shown.out.splitlines()
+    [third] = [line for line in shown.out.splitlines() if line.startswith("fold 3 validates: ")]
+    assert third.split(": ")[1].split(", ") == written["folds"][3]["validation"]
+    assert json.loads(cli("data", "split", phantoms, "--json").out) == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["splits.json"]
+
+
 def test_split_file_is_obeyed_by_a_run(phantoms, tmp_path, cli):
     splits = tmp_path / "splits.json"
     assert cli("data", "split", phantoms, "--out", splits, "--seed", 7).code == 0

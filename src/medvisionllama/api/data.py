@@ -103,7 +103,7 @@ def fingerprint(data: Path | str) -> dict[str, Any]:
 def split(
     data: Path | str,
     *,
-    out: Path | str,
+    out: Path | str | None = None,
     seed: int | None = None,
     keep: Path | str | None = None,
     patient_pattern: str | None = None,
@@ -112,7 +112,7 @@ def split(
     """Divide the patients into test and five folds, and write them with a hash.
 
     Args:
-        out: the splits file; `data.splits` takes it.
+        out: the splits file, which `data.splits` takes; by default nothing is written.
         seed: 0 by default.
         keep: splits of fewer patients, all of whom stay where they are; the new ones are added to them.
         patient_pattern: regular expression whose first group is the patient in a case's name.
@@ -129,13 +129,15 @@ def split(
         raise ConfigError(f"{keep} has its own seed, by which new patients are added; leave --seed out")
     if seed is not None and seed < 0:
         raise ConfigError(f"seed={seed}: a seed is 0 or more")
-    out = Path(out)
     excluded = [exclude] if isinstance(exclude, str) else exclude
     dataset = open_dataset(Path(data), patient_pattern=patient_pattern, exclude=excluded)
     if keep is None:
         splits = make_splits(dataset.patients, seed=seed or 0)
     else:
         splits = extend_splits(read_splits(Path(keep)), dataset.patients)
+    if out is None:
+        return splits
+    out = Path(out)
     if out.exists():
         # What is damaged or no division at all is left alone too.
         with suppress(DataError):

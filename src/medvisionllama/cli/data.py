@@ -33,7 +33,9 @@ def fingerprint(data: Data, as_json: Json = False) -> None:
 @app.command()
 def split(
     data: Data,
-    out: Annotated[Path, typer.Option(help="Where to write the splits file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the splits file; without, they are shown alone.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the draw; 0 by default.")] = None,
     keep: Annotated[
         Path | None,
@@ -44,15 +46,28 @@ def split(
     ] = None,
     patient_pattern: PatientPattern = None,
     exclude: Exclude = None,
+    as_json: Json = False,
 ) -> None:
-    """Divide the patients into test and five folds, and write them with a hash."""
+    """Divide the patients into test and five folds, and write them with a hash.
+
+    medvisionllama data split Task04_Hippocampus
+
+    medvisionllama data split Task04_Hippocampus --out splits.json
+    """
     from medvisionllama import api
+    from medvisionllama.data.splits import patients_of
 
     splits = api.split(
         data, out=out, seed=seed, keep=keep, patient_pattern=patient_pattern, exclude=exclude or ()
     )
-    fold = splits.folds[0]
-    number = len(splits.test) + len(fold.train) + len(fold.validation)
+    if as_json:
+        typer.echo(json.dumps(splits.to_json(), indent=2))
+        return
+    number = len(patients_of(splits))
     typer.echo(
-        f"{number} patients: {len(splits.test)} to test, {len(splits.folds)} folds over the rest; {out}"
+        f"{number} patients: {len(splits.test)} to test, {len(splits.folds)} folds over the rest; {out or 'give --out to write them'}"
     )
+    if out is None:
+        typer.echo(f"test: {', '.join(splits.test)}")
+        for place, fold in enumerate(splits.folds):
+            typer.echo(f"fold {place} validates: {', '.join(fold.validation)}")
