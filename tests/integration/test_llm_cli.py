@@ -74,6 +74,8 @@ def test_pull_says_where_the_block_lies_and_its_checksum(cli, hub, tmp_path):
     served = hub.served
     again = cli("llm", "pull", "org/sharded", "--layers=-1,0", "--sha256", expected.upper(), "--offline")
     assert (again.code, again.out, hub.served) == (0, outcome.out, served)
+    told = json.loads(cli("llm", "pull", "org/sharded", "--layers=-1,0", "--json", "--offline").out)
+    assert told == {"name": "org/sharded", "layers": [3, 0], "folder": str(folder), "sha256": expected}
 
 
 def test_pull_refuses_another_checksum_and_keeps_nothing(cli, hub, tmp_path):

@@ -1,15 +1,12 @@
 """`medvisionllama llm`: which blocks are known, what one costs, and fetching one."""
 
 import json
-import re
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from typing import Annotated
 
 import typer
 
 from medvisionllama.cli._options import Json
-
-if TYPE_CHECKING:
-    from medvisionllama.llm.catalog import CatalogEntry
 
 app = typer.Typer(help="Language models whose block can be inserted.", no_args_is_help=True)
 Layers = Annotated[
@@ -29,22 +26,9 @@ def list_(as_json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from medvisionllama.llm.catalog import CATALOG
-    from medvisionllama.llm.describe import layer_parameters
-    from medvisionllama.llm.families import family_of
+    from medvisionllama.llm import list_models
 
-    rows = [
-        {
-            "name": entry.name,
-            "family": family_of(entry.settings["model_type"]).name,
-            "width": entry.settings["hidden_size"],
-            "layers": entry.settings["num_hidden_layers"],
-            "MB/layer": round(layer_parameters(entry) * entry.bytes_per_parameter / 1e6, 1),
-            "licence": entry.licence.replace(" Community License", "").replace(" Terms of Use", ""),
-            "state": _state(entry),
-        }
-        for entry in CATALOG.values()
-    ]
+    rows = list_models()
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
@@ -56,8 +40,8 @@ def list_(as_json: Json = False) -> None:
     Console().print(table)
 
 
-@app.command()
-def show(
+@app.command("show")
+def show_(
     source: Annotated[str, typer.Argument(help="Name in the catalogue, folder, file, or Hub id.")],
     layers: Layers = "-1",
     as_json: Json = False,
@@ -66,9 +50,9 @@ def show(
 
     Example: medvisionllama llm show llama-3.1-8b --layers 30,31
     """
-    from medvisionllama.llm.describe import describe
+    from medvisionllama.llm import show
 
-    facts = describe(source, layers=_numbers(layers))
+    facts = show(source, layers=_numbers(layers))
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -81,8 +65,8 @@ def show(
         typer.echo(f"{key:20} {shown}")
 
 
-@app.command()
-def pull(
+@app.command("pull")
+def pull_(
     source: Annotated[
         str, typer.Argument(help="Name in the catalogue, or organisation/name[@revision] on the Hub.")
     ],
@@ -90,6 +74,7 @@ def pull(
     sha256: Annotated[
         str | None, typer.Option(help="Expected checksum of the block; refuse any other.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Fetch layers into the user's cache: of a checkpoint, only the bytes of these layers.
 
@@ -99,37 +84,14 @@ def pull(
     Example: medvisionllama llm pull HuggingFaceTB/SmolLM2-360M --layers 30:32
     """
     from medvisionllama.cli._progress import TransferProgress
-    from medvisionllama.errors import BlockError
-    from medvisionllama.llm.block import FrozenBlock
-    from medvisionllama.llm.cache import layer_file, one_at_a_time
-    from medvisionllama.llm.families import family_of
-    from medvisionllama.llm.fetched import FetchedSource
-    from medvisionllama.llm.sources import open_source, resolve_layers
+    from medvisionllama.llm import pull
 
-    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
-        raise BlockError(f"--sha256 {sha256[:80]!r} is no checksum; it has 64 digits from 0 to f")
-    opened = open_source(source, progress=TransferProgress())
-    if not isinstance(opened, FetchedSource):
-        raise BlockError(f"{source} is on this machine already; use it as network.block.source={source}")
-    family = family_of(opened.settings["model_type"])
-    config = family.make_config(opened.settings)
-    positions = resolve_layers(_numbers(layers), config.num_hidden_layers)
-    kept_before = set(opened.cache.layers())
-    opened.layer_tensors(positions, family)
-    block = FrozenBlock.from_pretrained(source, layers=positions)
-    if sha256 and block.sha256() != sha256.lower():
-        fetched_now = set(positions) - kept_before
-        with one_at_a_time():
-            for position in fetched_now:
-                opened.cache.forget(layer_file(position))
-            if not opened.cache.layers():
-                opened.cache.clear()
-        fate = "was not kept" if fetched_now else f"stays in {opened.cache.folder} from before"
-        raise BlockError(
-            f"the block of {source} has sha256 {block.sha256()}, expected was {sha256}; it {fate}, check --layers, the revision and the source"
-        )
-    typer.echo(f"layers {', '.join(map(str, positions))} of {opened.name} are in {opened.cache.folder}")
-    typer.echo(f"sha256 {block.sha256()}")
+    pulled = pull(source, layers=_numbers(layers), sha256=sha256, progress=TransferProgress())
+    if as_json:
+        typer.echo(json.dumps(asdict(pulled) | {"folder": str(pulled.folder)}, indent=2))
+        return
+    typer.echo(f"layers {', '.join(map(str, pulled.layers))} of {pulled.name} are in {pulled.folder}")
+    typer.echo(f"sha256 {pulled.sha256}")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -140,13 +102,3 @@ def _numbers(text: str) -> tuple[int, ...]:
         return parse_layers(text)
     except ValueError as error:
         raise BlockError(f"--layers {error}") from None
-
-
-def _state(entry: "CatalogEntry") -> str:
-    from medvisionllama.llm.cache import BlockCache
-    from medvisionllama.llm.hub import cache_of
-
-    kept = (BlockCache(entry.name) if entry.wheel else cache_of(entry.repo)).layers()
-    if kept:
-        return f"cached: {kept[0]}" if len(kept) == 1 else f"{len(kept)} cached"
-    return "gated" if entry.gated else "can be pulled"

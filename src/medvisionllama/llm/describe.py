@@ -1,4 +1,4 @@
-"""What a source is and what its block costs, without reading a tensor."""
+"""`list_models` and `show`: what a source is and what its block costs, without reading a tensor."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,16 +7,41 @@ from typing import Any
 import torch
 
 from medvisionllama.errors import BlockError
+from medvisionllama.llm.cache import BlockCache
 from medvisionllama.llm.catalog import CATALOG, CatalogEntry
 from medvisionllama.llm.families import family_of
 from medvisionllama.llm.fetched import FetchedSource
 from medvisionllama.llm.filling import empty_layers
 from medvisionllama.llm.gguf import GgufSource
+from medvisionllama.llm.hub import cache_of
 from medvisionllama.llm.reader import CheckpointReader
 from medvisionllama.llm.sources import Source, open_source, resolve_layers
 
 
-def describe(source: str | Path, *, layers: Sequence[int] = (-1,)) -> dict[str, Any]:
+def list_models() -> list[dict[str, Any]]:
+    """Tell name, family, width, layers, megabytes of a layer, licence and state of each model of the catalogue."""
+    return [
+        {
+            "name": entry.name,
+            "family": family_of(entry.settings["model_type"]).name,
+            "width": entry.settings["hidden_size"],
+            "layers": entry.settings["num_hidden_layers"],
+            "MB/layer": round(layer_parameters(entry) * entry.bytes_per_parameter / 1e6, 1),
+            "licence": entry.licence.replace(" Community License", "").replace(" Terms of Use", ""),
+            "state": _state(entry),
+        }
+        for entry in CATALOG.values()
+    ]
+
+
+def _state(entry: CatalogEntry) -> str:
+    kept = (BlockCache(entry.name) if entry.wheel else cache_of(entry.repo)).layers()
+    if kept:
+        return f"cached: {kept[0]}" if len(kept) == 1 else f"{len(kept)} cached"
+    return "gated" if entry.gated else "can be pulled"
+
+
+def show(source: str | Path, *, layers: Sequence[int] = (-1,)) -> dict[str, Any]:
     """Tell family, sizes, positions, mask, and the bytes of some layers against those of the checkpoint.
 
     Raises:

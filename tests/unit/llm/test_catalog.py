@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from medvisionllama._files import file_sha256
 from medvisionllama.errors import BlockError
 from medvisionllama.llm import CATALOG, CatalogEntry, FrozenBlock, wheel
-from medvisionllama.llm.describe import describe, layer_parameters
+from medvisionllama.llm.describe import layer_parameters, show
 from medvisionllama.llm.families import family_of
 from medvisionllama.llm.sources import open_source
 from tiny_models import SETTINGS, save_tiny_model
@@ -39,7 +39,7 @@ def test_every_entry_is_complete(name):
 def test_every_entry_can_be_built_without_network(name, monkeypatch, tmp_path):
     monkeypatch.setenv("MEDVISIONLLAMA_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    facts = describe(name)
+    facts = show(name)
     entry = CATALOG[name]
     # Layers, embedding and a head that may share its weights make up the checkpoint.
     layers = layer_parameters(entry) * entry.settings["num_hidden_layers"]

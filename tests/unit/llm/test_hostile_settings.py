@@ -7,7 +7,7 @@ import pytest
 from medvisionllama.errors import BlockError
 from medvisionllama.llm import FrozenBlock
 from medvisionllama.llm.cache import BlockCache
-from medvisionllama.llm.describe import describe
+from medvisionllama.llm.describe import show
 from medvisionllama.llm.gguf_settings import gguf_settings
 from medvisionllama.llm.sources import open_source
 from medvisionllama.llm.vocabulary import parse_tokenizer
@@ -109,7 +109,7 @@ def test_names_that_are_none_are_refused(name, monkeypatch):
 def test_a_dtype_that_is_none_is_not_looked_up_in_torch(models, tmp_path, dtype):
     settings = json.loads((models / "llama" / "config.json").read_text()) | {"dtype": dtype}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    assert describe(tmp_path)["parameters"] > 0
+    assert show(tmp_path)["parameters"] > 0
 
 
 def test_strange_files_in_the_cache_are_passed_over(tmp_path, monkeypatch):
