@@ -57,25 +57,40 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def as_before(paths: Iterable[Path]) -> Iterator[ExitStack]:
     """Have files again as they were, or absent, when the block ends, unless it calls `pop_all` of what this yields.
 
-    A process that is killed within leaves what was there beside it, under a hidden name, `.before-` and more.
+    A process that is killed within, or stopped while it puts files back, leaves what was there beside it, under a
+    hidden name, `.before-` and more.
     """
-    with ExitStack() as tidy, ExitStack() as undo:
+    others = []
+    with ExitStack() as undo:
         for path in paths:
-            if not path.exists():
+            if path.exists():
+                others.append(path.with_name(f".before-{secrets.token_hex(8)}-{path.name[-40:]}"))
+                _keep(path, others[-1])
+                undo.callback(_put_back, path, others[-1])
+            else:
                 undo.callback(path.unlink, missing_ok=True)
-                continue
-            other = path.with_name(f".before-{secrets.token_hex(8)}-{path.name[-40:]}")
-            tidy.callback(other.unlink, missing_ok=True)
-            try:
-                os.link(path, other)
-            except OSError:  # a disk without hard links, or somebody else's file
-                shutil.copy2(path, other)
-            undo.callback(_put_back, path, other)
         yield undo
+    for other in others:
+        other.unlink(missing_ok=True)
+
+
+def _keep(path: Path, other: Path) -> None:
+    try:
+        os.link(path, other)
+    except OSError:  # a disk without hard links, or somebody else's file
+        try:
+            shutil.copyfile(path, other)
+        except BaseException:
+            other.unlink(missing_ok=True)
+            raise
+        with suppress(OSError):  # times and rights, on somebody else's disk
+            shutil.copystat(path, other)
 
 
 def _put_back(path: Path, other: Path) -> None:
-    if not path.exists() or not path.samefile(other):
+    if path.exists() and path.samefile(other):
+        other.unlink()
+    else:
         other.replace(path)
 
 

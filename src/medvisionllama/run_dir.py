@@ -183,6 +183,19 @@ class RunDir:
             ) from None
         return manifest
 
+    def read_cases(self) -> dict[str, list[str]]:
+        """Names of the cases of each part, as the run began with them.
+
+        Raises:
+            CheckpointError: the manifest is missing or damaged, or does not say.
+        """
+        try:
+            return {part: list(names) for part, names in self.read_manifest()["cases"].items()}
+        except (AttributeError, KeyError, TypeError):
+            raise CheckpointError(
+                f"{self.manifest} does not say which cases the run has seen; restore it or start a new run"
+            ) from None
+
     def cases_of(self, part: str, there: Collection[str], *, otherwise: str) -> tuple[str, ...]:
         """Cases of a part as the run began with them, whatever came into the dataset since.
 
@@ -194,7 +207,7 @@ class RunDir:
             CheckpointError: the manifest is missing or damaged.
             DataError: a case is gone, so that results would be of fewer.
         """
-        names: list[str] = self.read_manifest()["cases"][part]
+        names = self.read_cases().get(part, [])
         if gone := sorted(set(names) - set(there)):
             raise DataError(
                 f"the dataset no longer holds {gone[0]!r}, one of the {part} cases of {self.path}; put it back, or {otherwise}"

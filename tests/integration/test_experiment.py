@@ -354,7 +354,15 @@ def test_a_further_evaluation_measures_nothing_again_that_is_as_it_was(phantoms,
     write_table(read_table(table).assign(dice=0.9), table)
     assert executing.execute(*study(also=["block_removed"]), progress=Silent())
     again = files.read_done() or {}
-    assert again["test_dice"] == {**found["test_dice"], "block": pytest.approx(facts["test_dice"]["block"])}
+    measured = {**found["test_dice"], "block": pytest.approx(facts["test_dice"]["block"])}
+    assert again["test_dice"] == measured
+    # Nor is what would be cleaned otherwise by now to stand beside what is cleaned so.
+    scored = RunDir(files.path).scored
+    write_json(scored, {**json.loads(scored.read_text()), "cleaning": {}})
+    write_table(read_table(table).assign(dice=0.4321), table)
+    write_json(files.done, {**again, "test_dice": {**again["test_dice"], "block": 0.4321}})
+    assert executing.execute(*study(also=["block_removed"]), progress=Silent())
+    assert (files.read_done() or {})["test_dice"] == measured
 
 
 def test_report_and_status_read_the_folder(undisturbed, cli):

@@ -51,11 +51,14 @@ def test_a_failed_write_keeps_the_old_content(tmp_path):
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("fails", [True, False])
 def test_files_are_as_before_unless_what_is_done_to_them_is_kept(tmp_path, monkeypatch, links, fails):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise PermissionError
 
     if not links:
+        # As where disks have no links, and give nobody rights to what is another's.
         monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(os, "utime", refuse)
+        monkeypatch.setattr(os, "chmod", refuse)
     changed, removed, _, new = paths = [tmp_path / name for name in "abcd"]
     for path in paths[:3]:
         path.write_text("old")
@@ -69,6 +72,26 @@ def test_files_are_as_before_unless_what_is_done_to_them_is_kept(tmp_path, monke
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
     old = {path.name: "old" for path in paths[:3]}
     assert found == (old if fails else {"a": "new", "c": "old", "d": "new"})
+
+
+def fail_without(path: Path) -> None:
+    with as_before([path]):
+        path.unlink()
+        raise ZeroDivisionError
+
+
+def test_what_cannot_be_put_back_stays_beside_its_place(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    mask = tmp_path / "mask"
+    mask.write_text("old")
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(PermissionError):
+        fail_without(mask)
+    [left] = tmp_path.iterdir()
+    assert left.name.startswith(".before-")
+    assert left.read_text() == "old"
 
 
 def test_the_file_does_not_exist_until_it_is_whole(tmp_path):

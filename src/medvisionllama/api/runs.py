@@ -127,7 +127,8 @@ def predict(
             (postprocessing.json); with `also`, those of the first run.
         min_ml: remove components smaller than so many millilitres.
         fast: look at each scan once, not mirrored and turned as well; a third or quarter of the time.
-        overwrite: replace masks that are already there, with `resume` only those that these networks did not make
+        overwrite: replace masks that are already there, but for DICOM masks of another series; with `resume` only
+            those that these networks did not make
             of this scan in this way; maps of before that nobody asks for now go too, scans are never replaced.
         resume: leave out scans whose mask is already there; predictions.jsonl beside it must say that these
             networks made it of this scan in this way. Other masks are refused, or with `overwrite` replaced.

@@ -61,7 +61,7 @@ def predict(
         bool,
         typer.Option(
             "--overwrite",
-            help="Replace masks that are there; with --resume, only those that these networks did not make.",
+            help="Replace masks that are there, but for DICOM masks of another series; with --resume, only those that these networks did not make.",
         ),
     ] = False,
     resume: Annotated[

@@ -497,7 +497,7 @@ class Config(Section):
             )
         if self.data.fold == "all" and self.train.schedule == "plateau":
             raise ValueError(
-                "train.schedule=plateau goes by validation cases, and data.fold=all has none; choose another schedule, or a fold by its number"
+                "train.schedule=plateau goes by validation cases, and data.fold=all has none; give --set train.schedule=constant or another, or a fold by its number"
             )
         if self.network.head != "skip" and self.data.strides:
             raise ValueError(

@@ -33,7 +33,7 @@ from medvisionllama.data.volume import Volume, to_ras
 from medvisionllama.errors import DataError
 from medvisionllama.types import ImageArray, LabelArray, SpacingMm
 
-_FORMAT = 7
+_FORMAT = 8
 _CENTRES_PER_CLASS = 1000
 _SAMPLES = 10_000
 _WORKERS = 4

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from medvisionllama.config import AugmentConfig, DataConfig
-from medvisionllama.data.cache import CachedCase, normalise
+from medvisionllama.data.cache import CachedCase, PseudoLabelledCase, normalise
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.transforms import Augmentation
 from medvisionllama.errors import ConfigError
@@ -65,7 +65,8 @@ class BatchSampler:
         self.region: Triple = (x, y, z)
         self.class_of = _lookup(plan)
         self.having = _cases_by_class(cases)
-        is_uneven = any(len(having) < len(cases) for having in self.having.values())
+        # Merged values are one class, and say nothing about each other.
+        is_uneven = not plan.merged and any(len(having) < len(cases) for having in self.having.values())
         self.class_first_share = _CLASS_FIRST * self.foreground_share if is_uneven else 0.0
         self.pseudo_labelled: Sequence[CachedCase] = ()
         """Cases of which `pseudo_share` of the crops are cut, once there are any."""
@@ -120,11 +121,15 @@ class BatchSampler:
         return cut_image, cut_label
 
     def _place(self, case: CachedCase, rng: np.random.Generator) -> tuple[CachedCase, list[int]]:
-        """Where a crop is cut: of this case, or of one that has the class whose turn it is."""
+        """Where a crop is cut: of this case, or of one that has the class whose turn it is.
+
+        Scans that train without labels keep their share of the crops.
+        """
         value: int | None = None
-        if len(case.centres) or self.class_first_share:
+        class_first_share = 0.0 if isinstance(case, PseudoLabelledCase) else self.class_first_share
+        if len(case.centres) or class_first_share:
             drawn = rng.random()
-            if drawn < self.class_first_share:
+            if drawn < class_first_share:
                 value = int(rng.choice(list(self.having)))
                 case = self.having[value][rng.integers(len(self.having[value]))]
             elif drawn < self.foreground_share and len(case.centres):

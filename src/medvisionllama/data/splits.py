@@ -70,7 +70,7 @@ def make_splits(patients: Mapping[str, str], *, seed: int = 0) -> Splits:
     unique = sorted(set(patients.values()))
     if len(unique) < LEAST_PATIENTS:
         raise DataError(
-            f"a split needs at least {LEAST_PATIENTS} patients (train, validation, test), found {len(unique)}; label more patients, train on all of them without a score (--fold all), or check data.patient_pattern"
+            f"a split needs at least {LEAST_PATIENTS} patients (train, validation, test), found {len(unique)}; label more patients, train a single run on all of them without a score (--fold all), or check data.patient_pattern"
         )
     order = [unique[index] for index in np.random.default_rng(seed).permutation(len(unique))]
     num_test = max(1, round(TEST_SHARE * len(order)))
@@ -86,8 +86,12 @@ def make_splits(patients: Mapping[str, str], *, seed: int = 0) -> Splits:
 
 
 def undivided(patients: Mapping[str, str], *, seed: int = 0) -> Splits:
-    """One fold in which everyone trains: for `--fold all` of fewer patients than a division needs."""
-    return Splits(seed, (), (Fold(tuple(sorted(set(patients.values()))), ()),))
+    """Everyone trains, in each fold: for `--fold all` of fewer patients than a division needs.
+
+    Those who are added later can test, and validate in one fold each.
+    """
+    everyone = Fold(tuple(sorted(set(patients.values()))), ())
+    return Splits(seed, (), (everyone,) * NUM_FOLDS)
 
 
 def patients_of(splits: Splits) -> set[str]:

@@ -78,8 +78,7 @@ def parts_of(run_dir: RunDir) -> dict[str, str]:
 
     By the run's manifest: neither who came into the dataset's folder since, nor a new scan of a patient, is in any.
     """
-    cases = run_dir.read_manifest()["cases"]
-    return {name: part for part, names in cases.items() for name in names}
+    return {name: part for part, names in run_dir.read_cases().items() for name in names}
 
 
 def read_pair(pair: Pair, classes: dict[int, str], *, merged: bool = False) -> tuple[Volume, Volume]:

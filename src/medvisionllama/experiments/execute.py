@@ -15,6 +15,7 @@ from medvisionllama.experiments.collect import is_as_told
 from medvisionllama.experiments.fair import matched_settings, sizes_of_run
 from medvisionllama.experiments.matrix import WITHOUT_EFFECT, PlannedRun, Settings, Variant, variant_name
 from medvisionllama.experiments.store import Experiment, RunFiles
+from medvisionllama.inference.cleaning import cleaning_of
 from medvisionllama.networks.factory import check_insert
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir, code_words, sessions
@@ -68,12 +69,25 @@ def _measured(run: PlannedRun, files: RunFiles) -> Settings:
     rules than those that were done with it.
     """
     facts = files.read_done() or {}
+    if not facts or not _would_score_alike(RunDir(files.path)):
+        return {}
     told, kept = facts.get("test_dice", {}), {}
     for name, variant in _evaluations(run).items():
         file = Scored(RunDir(files.path), block_removed=variant == "block_removed").table
         if name in told and file.is_file() and is_as_told(read_table(file), told[name]):
             kept[name] = told[name]
     return {**facts, "test_dice": kept} if kept else {}
+
+
+def _would_score_alike(run_dir: RunDir) -> bool:
+    """Whether the run's test would be scored by the weights, the cleaning and the tolerance by which it was."""
+    if not (run_dir.scored.is_file() and run_dir.evaluation.is_file()):
+        return False
+    inference = read_config(run_dir.config).inference
+    cleaning, _ = cleaning_of(run_dir, inference, num_runs=1)
+    now = {"weights_sha256": run_dir.weights_sha256(), "cleaning": cleaning.model_dump(mode="json")}
+    tolerances = set(read_table(run_dir.evaluation)["tolerance_mm"])
+    return bool(json.loads(run_dir.scored.read_text()) == now and tolerances == {inference.tolerance_mm})
 
 
 def _train(experiment: Experiment, run: PlannedRun, files: RunFiles, progress: Progress) -> RunResult:

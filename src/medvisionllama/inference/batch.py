@@ -107,9 +107,12 @@ class Outputs:
         ]
         return [*maps, files["mask"], *self.made_masks(scan)]
 
-    def made_masks(self, scan: Scan) -> list[Path]:
-        """Masks of a scan that lie there and are ours by the ledger; others of such a name are the user's own."""
-        there = [mask for mask in self.masks(scan) if mask.exists()]
+    def made_masks(self, scan: Scan, *, but: Path | None = None) -> list[Path]:
+        """Masks of a scan that lie there and are ours by the ledger; others of such a name are the user's own.
+
+        The ledger is read only if there are any, as it may be long.
+        """
+        there = [mask for mask in self.masks(scan) if mask != but and mask.exists()]
         made = {line.mask for line in self.ledger.lines()} if there else set()
         return [mask for mask in there if mask.name in made]
 
@@ -117,7 +120,8 @@ class Outputs:
         """Scans that are still to be segmented.
 
         Args:
-            keep_going: list a scan that has changed since its mask was made, too, to be refused in its turn.
+            keep_going: list a scan that has changed since its mask was made, or whose mask is of another series, so
+                that it is refused in its turn.
 
         Raises:
             DataError: a file would replace a scan, one that nobody said may go, or the DICOM mask of another
@@ -145,7 +149,8 @@ class Outputs:
                     raise DataError(
                         f"{file} already exists; choose another --out, or give --overwrite to replace it, --resume to keep it"
                     )
-                if self.overwrite and file.exists() and file.name.endswith(".dcm"):
+                # Told in its turn where others can go on.
+                if self.overwrite and file.name.endswith(".dcm") and file.exists() and not keep_going:
                     _check_replaced(file, scan.images[0])
             # Of the two files only the one that is asked for needs to be ours.
             there = [file for file in masks if file.exists()] if self.resume else []
@@ -225,7 +230,7 @@ def _check_same_scan(mask: Path, scan: Scan) -> None:
 
 
 def _check_replaced(mask: Path, source: ScanSource) -> None:
-    """Raise DataError if a DICOM mask that may be replaced is another patient's, say, of a folder of this name."""
+    """Raise DataError if a DICOM mask that may be replaced is of another series, of another patient say."""
     try:
         theirs = referenced_series(mask)
     except DataError:
@@ -372,17 +377,18 @@ def _write(
             "warnings": [*found["warnings"], *refused],
         }
         made = Made.of(record, sha256, outputs.made_by, instead=bool(refused), warnings=found["warnings"])
+        size = outputs.ledger.size
         try:
             outputs.ledger.add(made)
         except BaseException:
             # Of a mask without a line --resume would not know what made it, and stop at it. A signal may come when
-            # the line is written already, and the mask is finished then.
-            if outputs.ledger.read().get(files["mask"].name) == made:
+            # the line is written already, and the mask is finished then; an equal line may be there from before.
+            if outputs.ledger.size > size and outputs.ledger.read().get(files["mask"].name) == made:
                 undo.pop_all()
             raise
         undo.pop_all()
     # Whoever overwrites may have had the other of the two before, and two masks of one scan are one too many.
-    for other in {*before, *outputs.made_masks(scan)} - {files["mask"]}:
+    for other in {*before, *outputs.made_masks(scan, but=files["mask"])} - {files["mask"]}:
         other.unlink(missing_ok=True)
     if not outputs.has_table(names):
         write_text(outputs.table, label_table(names))

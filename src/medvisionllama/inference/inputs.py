@@ -101,7 +101,7 @@ def _checked(scan: Scan, channels: Sequence[str]) -> Scan:
         if isinstance(first, Series):
             names = ", ".join(f"CASE_{number:04d}.nii.gz" for number in range(len(channels)))
             raise DataError(
-                f"{first} is one channel, the run was trained on {len(channels)} ({', '.join(channels)}); give the series of a case as {names} (medvisionllama data convert writes them so from imagesTs/CASE_0000/ and so on)"
+                f"{first} is one channel, the run was trained on {len(channels)} ({', '.join(channels)}); convert the series of a case to {names}, by dcm2niix for example (medvisionllama data convert does it for a labelled dataset with images/CASE_0000/ and so on, its imagesTs/ as well)"
             )
         raise DataError(
             f"{scan.images[0]} has {found} channels, the run was trained on {len(channels)} ({', '.join(channels)}); give scans like those"

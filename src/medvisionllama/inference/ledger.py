@@ -120,6 +120,11 @@ class Ledger:
         """Note a mask that is there now."""
         append_json(self.path, made.model_dump(mode="json"))
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file, which grows by each line."""
+        return self.path.stat().st_size if self.path.is_file() else 0
+
     def lines(self) -> Iterator[Made]:
         """All that was ever made here, oldest first; what is no line of ours is passed over."""
         for line in read_json_lines(self.path):

@@ -98,7 +98,11 @@ def prepare_data(
         values = ", ".join(map(str, plan.classes))
         progress.say(f"label values found: {values}; the dataset names no classes, which names.json can do")
     training = [cases[name] for name in selection.train]
-    for line in (*_like_ct(training, plan), *_untaught(training, plan), *_too_thin(training, plan)):
+    for line in (
+        *_like_ct(training, plan),
+        *_untaught(training, plan, config),
+        *_too_thin(training, plan),
+    ):
         progress.say(f"look at this: {line}")
     rules = fit_normalisation(training, plan.channels, rules=plan.channel_rules)
     plan = plan.with_normalisation(rules, len(training))
@@ -278,12 +282,12 @@ def _say_division(dataset: Dataset, selection: Selection) -> str:
 
 def _like_ct(cases: Sequence[CachedCase], plan: Plan) -> list[str]:
     """Channels with the values of CT that would be scaled as MRI is, since nothing calls them CT."""
-    if plan.normalisation_rules:  # somebody chose
-        return []
+    asked = plan.normalisation_rules or ("auto",) * len(plan.channels)
     like_ct = [
         name
-        for number, name in enumerate(plan.channels)
-        if not is_ct(name)
+        for number, (name, rule) in enumerate(zip(plan.channels, asked, strict=True))
+        if rule == "auto"
+        and not is_ct(name)
         and sum(has_values_of_ct(*case.facts["ranges"][number]) for case in cases) > len(cases) / 2
     ]
     if not like_ct:
@@ -308,20 +312,26 @@ def _too_thin(cases: Sequence[CachedCase], plan: Plan) -> list[str]:
         return []
     words = ", ".join(f"{name!r} {dice:.2f}" for name, dice in thin.items())
     voxel = "×".join(f"{edge:.3g}" for edge in plan.spacing_mm)
+    finest = ",".join(
+        f"{min(edges):.3g}" for edges in zip(*(case.native_spacing_mm for case in cases), strict=True)
+    )
     return [
-        f"at the run's voxels of {voxel} mm true masks themselves keep a Dice of {words} (median of training cases), so no prediction will have more; finer voxels by a smaller --set data.coarsest_mm, 0 for the scans' own, in crops that show less"
+        f"at the run's voxels of {voxel} mm true masks themselves keep a Dice of {words} (median of training cases), so predictions will hardly have more; --set data.spacing_mm={finest} has the finest voxels of these scans, in crops that show less"
     ]
 
 
-def _untaught(cases: Sequence[CachedCase], plan: Plan) -> list[str]:
+def _untaught(cases: Sequence[CachedCase], plan: Plan, config: Config) -> list[str]:
     """Classes that no training case has: no number of steps will teach them."""
     taught = {int(value) for case in cases for value in case.facts["class_voxels"]}
     names = [name for value, name in plan.classes.items() if value not in taught]
     if plan.merged or not names:
         return []
-    return [
-        f"no training case has {' or '.join(map(repr, names))}, so the network cannot learn it; train on more cases, or on others by another --fold or data.split_seed"
-    ]
+    way = (
+        "label it in some, or take it out of the declared classes"
+        if config.data.fold == "all"
+        else "train on more cases, or on others by another --fold or data.split_seed"
+    )
+    return [f"no training case has {' or '.join(map(repr, names))}, so the network cannot learn it; {way}"]
 
 
 def _say_warnings(dataset: Dataset, found: Fingerprint, progress: Progress) -> None:

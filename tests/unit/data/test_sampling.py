@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from medvisionllama.config import AugmentConfig, DataConfig
-from medvisionllama.data.cache import build_cache, fit_normalisation
+from medvisionllama.data.cache import PseudoLabelledCase, build_cache, fit_normalisation
 from medvisionllama.data.fingerprint import fingerprint
 from medvisionllama.data.index import open_dataset
 from medvisionllama.data.planning import make_plan
@@ -235,6 +235,11 @@ def test_a_class_that_one_case_has_gets_its_turns(sampler, dataset_folder, tmp_p
     assert even.class_first_share == 0
     elsewhere = BatchSampler(cases, even.plan, DataConfig(foreground_share=0.0), OFF, batch_size=6, seed=0)
     assert elsewhere.class_first_share == 0
+    merged = even.plan.model_copy(update={"merged": True})
+    assert BatchSampler(cases, merged, DataConfig(), OFF, batch_size=6, seed=0).class_first_share == 0
+    # Scans with masks of the network's own are not traded for it.
+    other = PseudoLabelledCase(**vars(cases[1]), masks=cases[1].folder)
+    assert {id(rare._place(other, rng)[0]) for _ in range(50)} == {id(other)}
 
 
 def test_a_structure_of_three_voxels_among_sixty_classes_is_found(write_nifti, tmp_path):

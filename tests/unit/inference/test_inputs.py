@@ -44,7 +44,7 @@ def test_channels_that_are_dicom_series_are_told_what_to_do_and_it_works(tmp_pat
     for place in ("images/a_0000", "images/a_0001", "imagesTs/b_0000", "imagesTs/b_0001"):
         save(classic(stored), data / place)
     write_nifti(data / "labels" / "a.nii.gz", (stored.T > 60).astype(np.uint8), affine=affine_of())
-    asked = r"is one channel, .* 2 \(T1, T2\); give .* CASE_0000\.nii\.gz, CASE_0001\.nii\.gz \(medvisionllama data"
+    asked = r"is one channel, .* 2 \(T1, T2\); convert .* CASE_0000\.nii\.gz, CASE_0001\.nii\.gz, by dcm2niix"
     with pytest.raises(DataError, match=asked):
         collect_scans([data / "imagesTs"], channels=["T1", "T2"])
     api.convert(data, tmp_path / "out", to="plain")

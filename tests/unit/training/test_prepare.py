@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medvisionllama.config import load_config
-from medvisionllama.data.splits import read_splits, select, undivided, write_splits
+from medvisionllama.data.splits import extend_splits, read_splits, select, undivided, write_splits
 from medvisionllama.errors import DataError
 from medvisionllama.training.prepare import prepare_data
 
@@ -48,6 +48,7 @@ def test_values_of_ct_under_another_name_are_pointed_out(dataset_folder):
     assert told.plan.channel_rules == ("dataset",)
     assert "as CT does" not in words
     assert "as CT does" not in said(root, **{"data.normalisation": ["image"]})[1]
+    assert "as CT does" in said(root, **{"data.normalisation": ["auto"]})[1]
 
 
 def test_a_channel_of_ct_among_others_is_named(dataset_folder):
@@ -96,7 +97,7 @@ def test_a_class_that_is_too_thin_for_the_grid_is_named(dataset_folder):
     words = said(root, **{"data.spacing_mm": [2, 2, 2]})[1]
     assert "at the run's voxels of 2×2×2 mm true masks themselves keep a Dice of 'Posterior' 0." in words
     assert "'Anterior'" not in words
-    assert "finer voxels by a smaller --set data.coarsest_mm" in words
+    assert "--set data.spacing_mm=1,1,1 has the finest voxels of these scans" in words
     assert "true masks themselves" not in said(root)[1]
     assert "true masks" not in said(root, **{"data.spacing_mm": [2, 2, 2], "data.labels": "foreground"})[1]
 
@@ -128,3 +129,15 @@ def test_a_division_of_nobody_has_no_fold_to_score(tmp_path):
     assert json.loads((tmp_path / "splits.json").read_text())["test"] == []
     with pytest.raises(DataError, match="no patient of the validation part"):
         select(splits, patients, fold=0)
+
+
+def test_patients_who_come_later_divide_what_could_not_be_divided():
+    first = {"a_1": "a", "b_1": "b"}
+    patients = first | {f"{name}_1": name for name in "cdefghijkl"}
+    splits = extend_splits(undivided(first), patients)
+    chosen = [select(splits, patients, fold=number) for number in range(5)]
+    assert {len(one.test) for one in chosen} == {1}
+    assert sorted(len(one.validation) for one in chosen) == [1, 2, 2, 2, 2]
+    # Those of before trained already, so they test nobody's run that begins with theirs.
+    assert all({"a_1", "b_1"} <= set(one.train) for one in chosen)
+    assert {len(one.train) + len(one.validation) for one in chosen} == {11}

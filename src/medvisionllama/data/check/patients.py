@@ -60,7 +60,7 @@ def patient_findings(cases: Sequence[Case]) -> list[Finding]:
     found = len({case.patient_id for case in cases})
     if found >= LEAST_PATIENTS:
         return []
-    message = f"a split needs at least {LEAST_PATIENTS} patients (train, validation, test), found {found}; label more patients, train on all of them without a score (--fold all), or check data.patient_pattern (--patient-pattern)"
+    message = f"a split needs at least {LEAST_PATIENTS} patients (train, validation, test), found {found}; label more patients, train a single run on all of them without a score (--fold all), or check data.patient_pattern (--patient-pattern)"
     return [Finding("too-few-patients", message)]
 
 
