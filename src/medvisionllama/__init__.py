@@ -52,7 +52,12 @@ if TYPE_CHECKING:
     from medvisionllama.training.fit import fit as fit
 
 
+_PACKAGES = ("experiments", "llm")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(
             f"module 'medvisionllama' has no attribute {name!r}; it offers {', '.join(__all__)}"

@@ -25,12 +25,12 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 """What a disk says that has no locks."""
 
 
-def with_home(path: Path) -> Path:
+def with_home(path: Path | str) -> Path:
     """A path in which `~` is somebody's home; as it is where the name after `~` is no user's."""
     try:
-        return path.expanduser()
+        return Path(path).expanduser()
     except RuntimeError:
-        return path
+        return Path(path)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Which device and precision a run uses; training and prediction ask here, so they agree."""
 
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 from torch import nn
@@ -20,8 +20,12 @@ def choose_device(wanted: DeviceChoice) -> torch.device:
     """Take the GPU if there is one, unless told otherwise.
 
     Raises:
-        ConfigError: a GPU was asked for and there is none.
+        ConfigError: a GPU was asked for and there is none, or it was asked for by another name.
     """
+    if wanted not in get_args(DeviceChoice):
+        raise ConfigError(
+            f"device={str(wanted)!r} does not exist; allowed: {', '.join(get_args(DeviceChoice))} (of several GPUs CUDA_VISIBLE_DEVICES chooses)"
+        )
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "cuda was asked for, but PyTorch sees no GPU here; use cpu or auto (--device, train.device)"

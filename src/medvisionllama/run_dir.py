@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from medvisionllama._files import append_json, files_sha256, read_json_lines, write_text
+from medvisionllama._files import append_json, files_sha256, read_json_lines, with_home, write_text
 from medvisionllama._machine import available_cores
 from medvisionllama.config import read_config
 from medvisionllama.errors import CheckpointError, DataError, command
@@ -75,8 +75,8 @@ def kept_of(dices: Sequence[float]) -> int:
 class RunDir:
     """Paths inside one run folder."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str) -> None:
+        self.path = with_home(path)
         self.config = self.path / "config.yaml"
         self.plan = self.path / "plan.json"
         self.splits = self.path / "splits.json"

@@ -1,12 +1,15 @@
 """What the frozen block promises, whatever family of language models its layers come from."""
 
 import json
+import pickle
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
+from medvisionllama.checkpoint import trainable
 from medvisionllama.errors import BlockError
 from medvisionllama.llm import FrozenBlock, feed_forward
 from tiny_models import (
@@ -456,3 +459,29 @@ def test_unfrozen_the_whole_block_learns(saved, name):
     still = {key for key, value in block.named_parameters() if torch.equal(value, before[key])}
     # Softmax does not see what is added to every score of a token: the bias of the keys.
     assert not {key for key in still if not key.endswith(("k_proj.bias", "key.bias"))}
+
+
+def test_another_frozen_block_is_not_loaded_in_a_block_s_place(saved):
+    trained = FrozenBlock.from_pretrained(saved("llama"), lora_rank=2)
+    with torch.no_grad():
+        for weights in trainable(trained).values():
+            weights.add_(0.1)
+    control = FrozenBlock.from_pretrained(saved("llama"), weights="random", lora_rank=2)
+    before = control.sha256()
+    with pytest.raises(BlockError, match=r"hold another frozen block than .*:random"):
+        control.load_state_dict(trained.state_dict())
+    assert control.sha256() == before
+    again = FrozenBlock.from_pretrained(saved("llama"), lora_rank=2)
+    again.load_state_dict(trained.state_dict())
+    assert torch.equal(_output(again), _output(trained))
+
+
+def test_a_block_comes_to_another_process_whole(saved, monkeypatch):
+    block = FrozenBlock.from_pretrained(saved("llama"), lora_rank=2)
+    sent = pickle.dumps(block)
+    monkeypatch.delitem(AttentionInterface._global_mapping, block.config._attn_implementation)
+    assert torch.equal(_output(pickle.loads(sent)), _output(block))
+    with pytest.raises(BlockError, match="hold another frozen block"):
+        pickle.loads(sent).load_state_dict(
+            {"layers.0.input_layernorm.weight": torch.zeros(block.width)}, strict=False
+        )

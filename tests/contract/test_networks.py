@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from medvisionllama.checkpoint import copy_into, frozen, load_tensors, save_tensors, trainable
-from medvisionllama.config import BlockConfig, NetworkConfig
+from medvisionllama.config import BlockConfig, NetworkConfig, load_config
 from medvisionllama.errors import ConfigError
 from medvisionllama.llm import FrozenBlock
 from medvisionllama.networks import MedVisionLlama, vit
@@ -251,6 +251,26 @@ def test_medvisionllama_is_the_factorys_published_network(llama):
     with torch.no_grad():
         assert model.eval()(_image()).shape == (2, 3, *CROP)
         assert torch.equal(model(_image()), network.eval()(_image()))
+
+
+def test_medvisionllamas_own_block_has_lora_as_published(llama, monkeypatch):
+    made = FrozenBlock.from_pretrained
+    # The catalogue's, in a small one's place.
+    monkeypatch.setattr(FrozenBlock, "from_pretrained", lambda **options: made(llama, **options))
+    model = MedVisionLlama(image_size=CROP, patch_size=4, depth=2, insert_after=1, mapper_rank=3)
+    ranks = {min(weight.shape) for name, weight in trainable(model).items() if "insert.block." in name}
+    assert ranks == {3}
+    assert load_config("paper").network.block.lora_rank == load_config("paper").network.mapper_rank
+
+
+def test_medvisionllama_refuses_an_image_of_another_size(llama):
+    sizes = {"depth": 2, "insert_after": 1, "patch_size": 4, "width": 24, "num_heads": 2}
+    model = MedVisionLlama(image_size=(8, 12, 16), block=FrozenBlock.from_pretrained(llama), **sizes)
+    assert model.eval()(torch.zeros(1, 1, 8, 12, 16)).shape == (1, 1, 8, 12, 16)
+    # As many tokens, in another order; and more than the patches take.
+    for shape in ((16, 12, 8), (9, 12, 16)):
+        with pytest.raises(ValueError, match=r"the network needs \[b, c, 8, 12, 16\]"):
+            model(torch.zeros(1, 1, *shape))
 
 
 @pytest.mark.parametrize("size", [(30, 32, 32), (32, 32, 4)])

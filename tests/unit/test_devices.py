@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from medvisionllama.devices import convolution_caution, device_words
+from medvisionllama.devices import choose_device, convolution_caution, device_words
+from medvisionllama.errors import ConfigError
 
 
 def test_who_has_a_gpu_is_told_that_it_is_not_seen(monkeypatch):
@@ -34,3 +35,9 @@ def test_a_cudnn_that_is_bad_at_bf16_is_pointed_out_with_the_cure(cudnn, said):
     assert line is None if said is None else said in line and "nvidia-cudnn-cu12>=9.15" in line
     assert convolution_caution(torch.device("cuda"), bf16=False, cudnn=cudnn) is None
     assert convolution_caution(torch.device("cpu"), bf16=True, cudnn=None) is None
+
+
+@pytest.mark.parametrize("wanted", ["cuda:1", "gpu", torch.device("cpu")])
+def test_a_device_by_another_name_is_not_taken_for_one(wanted):
+    with pytest.raises(ConfigError, match=r"does not exist; allowed: auto, cpu, cuda .*CUDA_VISIBLE_DEVICES"):
+        choose_device(wanted)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from medvisionllama.run_dir import processor_name
+from medvisionllama.run_dir import RunDir, processor_name
 
 CPUINFO = """\
 processor\t: 0
@@ -34,3 +34,8 @@ def test_processor_that_hides_its_number_is_told_by_its_family(name: str, expect
 
 def test_processor_of_another_kind_keeps_its_name() -> None:
     assert processor_name("Processor\t: ARM\nmodel name\t: Neoverse\n") == "Neoverse"
+
+
+def test_a_run_may_lie_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunDir("~/runs/hip").config == tmp_path / "runs" / "hip" / "config.yaml"

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medvisionllama._files import check_file_name
+from medvisionllama._files import check_file_name, with_home
 from medvisionllama.config import load_config
 from medvisionllama.config.load import parse_overrides
 from medvisionllama.errors import ConfigError, DataError
@@ -48,22 +48,22 @@ def check(
 
     pictures = None
     if html is not None:
-        check_file_name(Path(html), "check.html")
+        check_file_name(with_home(html), "check.html")
         from medvisionllama.reports.check_page import write_check_page
         from medvisionllama.reports.thumbnails import Thumbnails
 
         pictures = Thumbnails()
     report = check_dataset(
-        Path(data),
+        with_home(data),
         fast=fast,
-        splits=None if splits is None else Path(splits),
+        splits=None if splits is None else with_home(splits),
         patient_pattern=patient_pattern,
         exclude=[exclude] if isinstance(exclude, str) else exclude,
         look=pictures,
         progress=progress,
     )
     if html is not None and pictures is not None:
-        write_check_page(report, Path(html), pictures)
+        write_check_page(report, with_home(html), pictures)
     return report
 
 
@@ -78,7 +78,7 @@ def fingerprint(data: Path | str) -> dict[str, Any]:
     from medvisionllama.data.index import open_dataset
     from medvisionllama.data.planning import make_plan
 
-    dataset = open_dataset(Path(data))
+    dataset = open_dataset(with_home(data))
     found = read(dataset)
     decided = make_plan(dataset, found, DataConfig(), flip=True, patch_size=None)
     shapes = list(found.shapes.values())
@@ -130,14 +130,14 @@ def split(
     if seed is not None and seed < 0:
         raise ConfigError(f"seed={seed}: a seed is 0 or more")
     excluded = [exclude] if isinstance(exclude, str) else exclude
-    dataset = open_dataset(Path(data), patient_pattern=patient_pattern, exclude=excluded)
+    dataset = open_dataset(with_home(data), patient_pattern=patient_pattern, exclude=excluded)
     if keep is None:
         splits = make_splits(dataset.patients, seed=seed or 0)
     else:
-        splits = extend_splits(read_splits(Path(keep)), dataset.patients)
+        splits = extend_splits(read_splits(with_home(keep)), dataset.patients)
     if out is None:
         return splits
-    out = Path(out)
+    out = with_home(out)
     if out.exists():
         # What is damaged or no division at all is left alone too.
         with suppress(DataError):
@@ -160,4 +160,6 @@ def plan(
     """
     from medvisionllama.training.prepare import plan_from_headers
 
-    return plan_from_headers(load_config(preset, {"data.path": Path(data), **parse_overrides(overrides)}))
+    return plan_from_headers(
+        load_config(preset, {"data.path": with_home(data), **parse_overrides(overrides)})
+    )

@@ -62,8 +62,8 @@ def train(
     from medvisionllama.training.fit import fit, with_absolute_paths
 
     # No shell turns the home of `--out=~/runs` into a folder.
-    out = with_home(Path(out))
-    chosen: dict[str, Any] = {"data.path": with_home(Path(data)), "out": out}
+    out = with_home(out)
+    chosen: dict[str, Any] = {"data.path": with_home(data), "out": out}
     limits = {"train.max_minutes": max_minutes, "train.epochs": epochs}
     chosen |= {key: value for key, value in limits.items() if value is not None}
     parts = {
@@ -155,9 +155,9 @@ def predict(
     if min_ml is not None and not 0 <= min_ml < float("inf"):
         raise ConfigError(f"min_ml={min_ml} must be 0 or more millilitres")
     inputs, also = _several(inputs), _several(also)
-    run_dirs = [RunDir(Path(path)) for path in (run, *also)]
+    run_dirs = [RunDir(with_home(path)) for path in (run, *also)]
     plan = check_alike([run, *also])
-    scans = collect_scans([Path(path) for path in inputs], channels=plan.channels)
+    scans = collect_scans([with_home(path) for path in inputs], channels=plan.channels)
     configs = [read_config(one.config, ONE_VIEW if fast else {}) for one in run_dirs]
     cleaning, reason = cleaning_of(
         run_dirs[0], configs[0].inference, largest=largest, min_ml=min_ml, num_runs=len(run_dirs)
@@ -168,7 +168,7 @@ def predict(
         cleaning=cleaning,
     )
     outputs = Outputs(
-        Path(out),
+        with_home(out),
         made_by,
         mask_format,  # type: ignore[arg-type] # checked above
         probabilities=probabilities,
@@ -223,7 +223,10 @@ def evaluate(
         out: where to write the table; a run's goes to its folder too.
 
     Returns:
-        One row per case and class.
+        One row per case and class, and of several classes one more per case, `class == "foreground"`, all merged;
+        leave it out of means over classes. Columns: case_id, patient_id, class, dice, iou, precision, recall, nsd
+        (0 to 1), hd95_mm, volume_ml (of the label), predicted_ml, empty (`both`, `truth`, `prediction` or ""),
+        tolerance_mm.
 
     Raises:
         MedVisionLlamaError: anything the user can fix, in one line.
@@ -250,15 +253,15 @@ def evaluate(
         if labels is None and given:
             raise ConfigError(f"{name} is for masks and labels, a run has its own; leave it out")
     if out is not None:
-        check_file_name(Path(out), "evaluation.csv")
+        check_file_name(with_home(out), "evaluation.csv")
     if labels is None:
-        if Path(predictions).is_dir() and not RunDir(Path(predictions)).config.is_file():
+        if with_home(predictions).is_dir() and not RunDir(with_home(predictions)).config.is_file():
             raise CheckpointError(
                 f"{predictions} is not a run folder (no config.yaml); to measure masks give their labels too: {command('evaluate', predictions, 'LABELS')}"
             )
         part: Split = "validation" if split == "validation" else "test"
         table = evaluate_run(
-            Path(predictions),
+            with_home(predictions),
             split=part,
             also=also,
             block_removed=block_removed,
@@ -267,18 +270,18 @@ def evaluate(
             tolerance_mm=tolerance_mm,
             progress=progress,
         )
-        write_report(Path(predictions))
+        write_report(with_home(predictions))
     else:
         table = evaluate_folders(
-            Path(predictions),
-            Path(labels),
+            with_home(predictions),
+            with_home(labels),
             merged=merged,
             patient_pattern=patient_pattern,
             tolerance_mm=1.0 if tolerance_mm is None else tolerance_mm,
             progress=progress,
         )
     if out is not None:
-        write_table(table, Path(out))
+        write_table(table, with_home(out))
     return table
 
 
@@ -324,13 +327,13 @@ def explain(
     if split is not None:
         _check_choice("split", split, ("test", "validation"))
     return explain_run(
-        Path(run),
-        [Path(image) for image in _several(images)],
+        with_home(run),
+        [with_home(image) for image in _several(images)],
         split="validation" if split == "validation" else "test" if split else None,
-        label=None if label is None else Path(label),
+        label=None if label is None else with_home(label),
         random_block=control == "random",
-        against=None if against is None else Path(against),
-        out=None if out is None else Path(out),
+        against=None if against is None else with_home(against),
+        out=None if out is None else with_home(out),
         maps=maps,
         overwrite=overwrite,
         device=device,
@@ -357,7 +360,7 @@ def demo(
     config = load_config("small", {"train.max_minutes": minutes, **settings})
     # The first one is fetched, which may take longer than the training, and is no part of its minutes.
     check_insert(config.network)
-    root = _next_folder(with_home(Path(out)))
+    root = _next_folder(with_home(out))
     data = write_phantoms(root / "phantoms", num_cases=30, seed=seed)
     run = root / "run"
     result = train(

@@ -37,8 +37,8 @@ def plan(
     Raises:
         ConfigError: a matrix that cannot be used.
     """
-    matrix = Path(matrix)
-    experiment = Experiment.look(matrix, data_root=None if data is None else Path(data))
+    matrix = with_home(matrix)
+    experiment = Experiment.look(matrix, data_root=None if data is None else with_home(data))
     runs = expand(experiment.matrix)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -82,8 +82,8 @@ def run(
     Raises:
         MedVisionLlamaError: anything the user can fix, in one line.
     """
-    matrix = Path(matrix)
-    root = None if data is None else Path(data)
+    matrix = with_home(matrix)
+    root = None if data is None else with_home(data)
     _check_backend(backend, address=address, slots=slots, gpus_per_run=gpus_per_run)
     experiment = Experiment.look(matrix, out=out, data_root=root)
     chosen = select_runs(expand(experiment.matrix), only)
@@ -125,7 +125,7 @@ def _check_splits(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
         if (file := one.settings.get("data.splits")) and not has_begun:
             folds[file] = max(folds.get(file, 0), one.fold)
     for file, fold in folds.items():
-        number = len(read_splits(with_home(Path(file))).folds)
+        number = len(read_splits(with_home(file)).folds)
         if fold >= number:
             raise ConfigError(
                 f"{file} has {number} folds, and the matrix asks for fold {fold}; drop it from folds"
@@ -143,7 +143,7 @@ def _earlier_runs(experiment: Experiment, chosen: Sequence[PlannedRun]) -> list[
         files = experiment.files(one.run_id)
         has_begun = files.trained.is_file() or RunDir(files.path).state.is_file()
         if (start := one.settings.get("train.start_from")) and not has_begun:
-            wanted.add(with_home(Path(start)))
+            wanted.add(with_home(start))
     for start in wanted:
         RunDir(start).check()
     return sorted(wanted)
@@ -209,7 +209,7 @@ def status(matrix: Path | str, *, out: Path | str | None = None) -> Status:
     Args:
         matrix: the matrix file, or the experiment's folder.
     """
-    experiment = Experiment.look(Path(matrix), out=out)
+    experiment = Experiment.look(with_home(matrix), out=out)
     runs = expand(experiment.matrix)
     return Status(experiment, tuple(runs), experiment.states(runs))
 
@@ -241,7 +241,7 @@ def report(
     """
     from medvisionllama.experiments.reporting import report_experiment
 
-    experiment = Experiment.look(Path(matrix), out=out)
+    experiment = Experiment.look(with_home(matrix), out=out)
     # A page of nothing, in a folder that nobody meant, would hide a forgotten --out.
     Experiment.open(experiment.path)
     return report_experiment(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medvisionllama._files import with_home
 from medvisionllama.checkpoint import copy_into, frozen, load_tensors
 from medvisionllama.config import ONE_VIEW, Config, InferenceConfig, read_config
 from medvisionllama.data.cache import image_moments, normalise, to_grid
@@ -251,7 +252,7 @@ class Predictor:
         else:
             sources = image if isinstance(image, tuple) else (image,)
             source = sources[0]
-            image = read_image(tuple(Path(one) if isinstance(one, str) else one for one in sources))
+            image = read_image(tuple(with_home(one) if isinstance(one, str) else one for one in sources))
         if image.array.shape[0] != len(self.plan.channels):
             raise DataError(
                 f"{source} has {image.array.shape[0]} channels, the run was trained on {len(self.plan.channels)} ({', '.join(self.plan.channels)})"

@@ -6,7 +6,7 @@ nothing is trained but an optional LoRA update.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medvisionllama.autocast import autocast_dtype
 from medvisionllama.errors import BlockError
+from medvisionllama.llm.attention import register
 from medvisionllama.llm.controls import NEEDS_CHECKPOINT, WEIGHTS, stream
 from medvisionllama.llm.families import Family, family_of
 from medvisionllama.llm.filling import empty_layers, filled_layers, initialised_layers
@@ -57,6 +58,7 @@ class FrozenBlock(nn.Module):
         name: str,
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(_refuse_another)
         self.layers = layers
         self.norm = norm
         self.rotary = rotary if mode else None
@@ -188,7 +190,10 @@ class FrozenBlock(nn.Module):
 
         Raises:
             ValueError: tokens or positions of another shape.
+            BlockError: within `nn.DataParallel`.
         """
+        if getattr(self, "_is_replica", False):
+            raise BlockError("nn.DataParallel cannot copy this block; use DistributedDataParallel")
         if tokens.ndim != 3 or tokens.shape[-1] != self.width:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, the block needs [b, n, {self.width}]")
         given = tokens.dtype
@@ -204,6 +209,11 @@ class FrozenBlock(nn.Module):
             keeps = not (self.gradient_checkpointing and self.training and torch.is_grad_enabled())
             tokens = run(tokens) if keeps else checkpoint(run, tokens, use_reentrant=False)
         return (tokens if self.norm is None else self.norm(tokens)).to(given)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process our attention is not known yet."""
+        super().__setstate__(state)
+        register()
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - PyTorch's signature
         """Set the mode of the block; its layers stay in evaluation, where they drop nothing out."""
@@ -310,3 +320,15 @@ def _check_lora(rank: int, targets: Sequence[str], weights: BlockWeights, *, fro
         raise BlockError("weights='identity' has no layer for LoRA; leave out lora_rank")
     if rank and not frozen:
         raise BlockError("an unfrozen block needs no LoRA; give frozen=False or lora_rank, not both")
+
+
+def _refuse_another(block: FrozenBlock, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    """Let `load_state_dict` replace no frozen weights by others: a control would be one by its name alone."""
+    for name, own in block.state_dict(keep_vars=True).items():
+        new = state.get(prefix + name)
+        if own.requires_grad or own.is_meta or new is None or new.shape != own.shape:
+            continue
+        if not torch.equal(own.detach().cpu(), new.detach().cpu().to(own.dtype)):
+            raise BlockError(
+                f"these weights hold another frozen block than {block.name} ({name} differs); load the trainable ones alone (medvisionllama.checkpoint.trainable)"
+            )

@@ -66,7 +66,8 @@ def initialised_layers(
             continue
         module.to_empty(device="cpu")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream(seed, str(position)))
+            # Of this generator alone: `torch.manual_seed` would leave a GPU's at the same place for every seed.
+            torch.default_generator.manual_seed(stream(seed, str(position)))
             family.initialise(module, config)
         module.to(device, dtype)
     return layers, norm

@@ -8,7 +8,7 @@ from medvisionllama.networks.heads import LinearHead
 from medvisionllama.networks.inserts import LLMInsert
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.networks.vit import VisionTransformer, grid_after
-from medvisionllama.types import MapperKind, Triple
+from medvisionllama.types import ImageBatch, LogitBatch, MapperKind, Triple
 
 
 class MedVisionLlama(TokenSegmenter):
@@ -18,12 +18,15 @@ class MedVisionLlama(TokenSegmenter):
 
     Args:
         image_size: voxels in x, y, z, each a multiple of `patch_size`.
-        block: by default the catalogue's `smollm2-135m`, fetched once.
+        block: by default the catalogue's `smollm2-135m`, fetched once, with LoRA of rank `mapper_rank`; published:
+            `FrozenBlock.from_pretrained("llama-3.1-8b", lora_rank=4)`.
         depth: transformer blocks, `insert_after` of them before the language model's.
         prompt: rows of `medvisionllama.llm.embed_prompt`, set before the tokens inside the block.
+        seed: of mappers and LoRA, which `torch.manual_seed` does not reach; repetitions give each its own.
 
     Raises:
-        ValueError: an image size that the patches do not tile.
+        ValueError: an image size that the patches do not tile; in a call, an image of another size.
+        BlockError: the default block cannot be fetched.
 
     >>> from medvisionllama.llm import FrozenBlock
     >>> block = FrozenBlock.from_pretrained("smollm2-135m", weights="random")
@@ -56,7 +59,7 @@ class MedVisionLlama(TokenSegmenter):
             raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}")
         if not 0 <= insert_after <= depth:
             raise ValueError(f"insert_after={insert_after} is not from 0 to depth={depth}")
-        block = block or FrozenBlock.from_pretrained()
+        block = block or FrozenBlock.from_pretrained(lora_rank=mapper_rank, seed=seed)
         grid = grid_after(image_size, (patch_size,) * 3)
 
         def transformer(depth: int, positions: Triple | None) -> VisionTransformer:
@@ -86,3 +89,11 @@ class MedVisionLlama(TokenSegmenter):
             decoder=transformer(depth - insert_after, None),
             head=LinearHead(width, num_outputs, patch_size=patch_size),
         )
+        self.image_size = image_size
+
+    def forward_all(self, image: ImageBatch) -> tuple[LogitBatch, list[LogitBatch]]:
+        """Return the logits, and no coarser ones; images of another size have other positions."""
+        if tuple(image.shape[2:]) != tuple(self.image_size):
+            x, y, z = self.image_size
+            raise ValueError(f"image has shape {tuple(image.shape)}, the network needs [b, c, {x}, {y}, {z}]")
+        return super().forward_all(image)

@@ -13,9 +13,9 @@ class TokenSegmenter(nn.Module):
     """Segments a scan through tokens.
 
     Args:
-        embed: image to token grid and finer features.
-        encoder, insert, decoder: tokens to tokens, of equal shape.
-        head: token grid and features to logits.
+        embed: image to token grid `[b, d, x, y, z]` (or None) and a list of finer features; has `stride`.
+        encoder, insert, decoder: tokens `[b, n, d]` to tokens, of equal shape.
+        head: token grid and features to logits and a list of coarser ones, empty but while training.
         memory_format: the layout in which its convolutions are fastest; images are brought into it.
     """
 
