@@ -60,18 +60,23 @@ def as_before(paths: Iterable[Path]) -> Iterator[ExitStack]:
     A process that is killed within, or stopped while it puts files back, leaves what was there beside it, under a
     hidden name, `.before-` and more.
     """
-    others = []
-    with ExitStack() as undo:
-        for path in paths:
-            if path.exists():
-                others.append(path.with_name(f".before-{secrets.token_hex(8)}-{path.name[-40:]}"))
-                _keep(path, others[-1])
-                undo.callback(_put_back, path, others[-1])
-            else:
-                undo.callback(path.unlink, missing_ok=True)
-        yield undo
-    for other in others:
-        other.unlink(missing_ok=True)
+    others: list[Path] = []
+    undone: list[Path] = []
+    try:
+        with ExitStack() as undo:
+            # Called last, however those before it end.
+            undo.callback(undone.extend, others)
+            for path in paths:
+                if path.exists():
+                    others.append(path.with_name(f".before-{secrets.token_hex(8)}-{path.name[-40:]}"))
+                    _keep(path, others[-1])
+                    undo.callback(_put_back, path, others[-1])
+                else:
+                    undo.callback(path.unlink, missing_ok=True)
+            yield undo
+    finally:
+        for other in [] if undone else others:
+            other.unlink(missing_ok=True)
 
 
 def _keep(path: Path, other: Path) -> None:

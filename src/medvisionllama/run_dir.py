@@ -204,10 +204,15 @@ class RunDir:
             otherwise: what else can be done where one is gone.
 
         Raises:
-            CheckpointError: the manifest is missing or damaged.
+            CheckpointError: the manifest is missing or damaged, or does not say.
             DataError: a case is gone, so that results would be of fewer.
         """
-        names = self.read_cases().get(part, [])
+        cases = self.read_cases()
+        if part not in cases:
+            raise CheckpointError(
+                f"{self.manifest} does not say which cases are of the {part} part; restore it"
+            )
+        names = cases[part]
         if gone := sorted(set(names) - set(there)):
             raise DataError(
                 f"the dataset no longer holds {gone[0]!r}, one of the {part} cases of {self.path}; put it back, or {otherwise}"

@@ -5,7 +5,7 @@ import torch
 
 from medvisionllama.checkpoint import copy_into, frozen, load_tensors, save_tensors, trainable
 from medvisionllama.config import BlockConfig, NetworkConfig, load_config
-from medvisionllama.errors import ConfigError
+from medvisionllama.errors import BlockError, ConfigError
 from medvisionllama.llm import FrozenBlock
 from medvisionllama.networks import MedVisionLlama, vit
 from medvisionllama.networks.factory import build_network
@@ -261,6 +261,19 @@ def test_medvisionllamas_own_block_has_lora_as_published(llama, monkeypatch):
     ranks = {min(weight.shape) for name, weight in trainable(model).items() if "insert.block." in name}
     assert ranks == {3}
     assert load_config("paper").network.block.lora_rank == load_config("paper").network.mapper_rank
+
+
+def test_no_weight_of_a_control_changes_where_another_block_is_refused(llama):
+    sizes = {"depth": 2, "insert_after": 1, "patch_size": 4, "width": 24, "num_heads": 2}
+    torch.manual_seed(1)
+    trained = MedVisionLlama(image_size=CROP, block=FrozenBlock.from_pretrained(llama), **sizes)
+    control = MedVisionLlama(
+        image_size=CROP, block=FrozenBlock.from_pretrained(llama, weights="random"), **sizes
+    )
+    before = {name: value.clone() for name, value in control.state_dict().items()}
+    with pytest.raises(BlockError, match="hold another frozen block"):
+        control.load_state_dict(trained.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in control.state_dict().items())
 
 
 def test_medvisionllama_refuses_an_image_of_another_size(llama):

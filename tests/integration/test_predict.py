@@ -458,19 +458,25 @@ def test_volumes_are_counted_before_there_is_a_mask_without_a_line(runs, scans, 
     assert set(without_line) == {0}
 
 
-def test_a_signal_that_comes_when_the_line_is_written_leaves_the_mask(runs, scans, tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [False, True])
+def test_a_signal_that_comes_when_the_line_is_written_leaves_the_mask(
+    runs, scans, tmp_path, monkeypatch, before
+):
     scan, folder, sync = scans / "phantom_000.nii.gz", tmp_path / "m", os.fsync
+    if before:
+        api.predict(runs[1], scan, out=folder)
 
     def stop(file):
         sync(file)
-        if (folder / "predictions.jsonl").exists() and read_json_lines(folder / "predictions.jsonl"):
+        if len(read_json_lines(folder / "predictions.jsonl")) > before:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", stop)
         with pytest.raises(KeyboardInterrupt):
-            api.predict(runs[0], scan, out=folder)
+            api.predict(runs[0], scan, out=folder, overwrite=before)
     assert [mask.name for mask in folder.glob("*.nii.gz")] == [scan.name]
+    assert not list(folder.glob(".before-*"))
     assert api.predict(runs[0], scan, out=folder, resume=True) == []
 
 

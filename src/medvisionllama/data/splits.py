@@ -88,7 +88,7 @@ def make_splits(patients: Mapping[str, str], *, seed: int = 0) -> Splits:
 def undivided(patients: Mapping[str, str], *, seed: int = 0) -> Splits:
     """Everyone trains, in each fold: for `--fold all` of fewer patients than a division needs.
 
-    Those who are added later can test, and validate in one fold each.
+    Of those who are added later, if they are enough, some test and the others validate in one fold each.
     """
     everyone = Fold(tuple(sorted(set(patients.values()))), ())
     return Splits(seed, (), (everyone,) * NUM_FOLDS)
@@ -119,6 +119,8 @@ def extend_splits(splits: Splits, patients: Mapping[str, str]) -> Splits:
     folds = tuple(
         Fold((*fold.train, *(patient for patient in rest if patient not in scores)), tuple(sorted(scores)))
         for fold, scores in zip(splits.folds, validation, strict=True)
+        # Of what was not divided before, as many folds as there are patients to validate.
+        if scores or not rest
     )
     return Splits(splits.seed, tuple(sorted((*splits.test, *test))), folds)
 

@@ -80,14 +80,23 @@ def _measured(run: PlannedRun, files: RunFiles) -> Settings:
 
 
 def _would_score_alike(run_dir: RunDir) -> bool:
-    """Whether the run's test would be scored by the weights, the cleaning and the tolerance by which it was."""
-    if not (run_dir.scored.is_file() and run_dir.evaluation.is_file()):
-        return False
+    """Whether the run's test would be scored by the weights, the cleaning and the tolerance by which it was.
+
+    Where nothing tells, it is not measured again.
+    """
     inference = read_config(run_dir.config).inference
+    if not run_dir.evaluation.is_file() or set(read_table(run_dir.evaluation)["tolerance_mm"]) != {
+        inference.tolerance_mm
+    }:
+        return False
+    try:
+        before = json.loads(run_dir.scored.read_text())
+    except (OSError, ValueError):
+        return True
     cleaning, _ = cleaning_of(run_dir, inference, num_runs=1)
-    now = {"weights_sha256": run_dir.weights_sha256(), "cleaning": cleaning.model_dump(mode="json")}
-    tolerances = set(read_table(run_dir.evaluation)["tolerance_mm"])
-    return bool(json.loads(run_dir.scored.read_text()) == now and tolerances == {inference.tolerance_mm})
+    return bool(
+        before == {"weights_sha256": run_dir.weights_sha256(), "cleaning": cleaning.model_dump(mode="json")}
+    )
 
 
 def _train(experiment: Experiment, run: PlannedRun, files: RunFiles, progress: Progress) -> RunResult:

@@ -128,14 +128,15 @@ class Experiment:
         Raises:
             ConfigError: a matrix that cannot be used, a folder and another one as `out`, or another experiment's.
         """
+        out = None if out is None else with_home(out)
         if matrix_file.is_dir():
-            if out is not None and Path(out).resolve() != matrix_file.resolve():
+            if out is not None and out.resolve() != matrix_file.resolve():
                 raise ConfigError(
                     f"{matrix_file} is an experiment's folder already; give its matrix file to use {out}"
                 )
             return cls.open(matrix_file, data_root=data_root)
         matrix = read_matrix(matrix_file)
-        folder = Path("experiments") / matrix.name if out is None else Path(out)
+        folder = Path("experiments") / matrix.name if out is None else out
         _check_same_name(folder / "matrix.yaml", matrix, matrix_file)
         return cls(folder, matrix, _root(folder, data_root))
 

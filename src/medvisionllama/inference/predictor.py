@@ -252,7 +252,9 @@ class Predictor:
         else:
             sources = image if isinstance(image, tuple) else (image,)
             source = sources[0]
-            image = read_image(tuple(with_home(one) if isinstance(one, str) else one for one in sources))
+            image = read_image(
+                tuple(with_home(one) if isinstance(one, str | Path) else one for one in sources)
+            )
         if image.array.shape[0] != len(self.plan.channels):
             raise DataError(
                 f"{source} has {image.array.shape[0]} channels, the run was trained on {len(self.plan.channels)} ({', '.join(self.plan.channels)})"

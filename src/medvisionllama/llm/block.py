@@ -58,7 +58,8 @@ class FrozenBlock(nn.Module):
         name: str,
     ) -> None:
         super().__init__()
-        self.register_load_state_dict_pre_hook(_refuse_another)
+        self.register_load_state_dict_pre_hook(FrozenBlock.refuse_another)
+        self.is_frozen = True
         self.layers = layers
         self.norm = norm
         self.rotary = rotary if mode else None
@@ -168,6 +169,7 @@ class FrozenBlock(nn.Module):
             name=f"{opened.name}:{numbers}:{weights}",
         )
         block.requires_grad_(not frozen)
+        block.is_frozen = frozen
         if lora_rank and modules:
             # With random numbers of its own, so that everything else begins as it does without LoRA.
             with torch.random.fork_rng(devices=[]):
@@ -228,6 +230,21 @@ class FrozenBlock(nn.Module):
             for name, parameter in self.named_parameters()
             if ".lora_" not in name
         }
+
+    def refuse_another(self, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+        """Let `load_state_dict` replace no frozen weights by others: a control would be one by its name alone.
+
+        Raises:
+            BlockError: the state has another block under these names.
+        """
+        for name, own in self.state_dict().items() if self.is_frozen else ():
+            new = state.get(prefix + name)
+            if ".lora_" in name or own.is_meta or new is None or new.shape != own.shape:
+                continue
+            if not torch.equal(own.cpu(), new.detach().cpu().to(own.dtype)):
+                raise BlockError(
+                    f"these weights hold another frozen block than {self.name} ({name} differs); load the trainable ones alone (medvisionllama.checkpoint.trainable)"
+                )
 
     def sha256(self) -> str:
         """Hash of these tensors' names and bytes."""
@@ -320,15 +337,3 @@ def _check_lora(rank: int, targets: Sequence[str], weights: BlockWeights, *, fro
         raise BlockError("weights='identity' has no layer for LoRA; leave out lora_rank")
     if rank and not frozen:
         raise BlockError("an unfrozen block needs no LoRA; give frozen=False or lora_rank, not both")
-
-
-def _refuse_another(block: FrozenBlock, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
-    """Let `load_state_dict` replace no frozen weights by others: a control would be one by its name alone."""
-    for name, own in block.state_dict(keep_vars=True).items():
-        new = state.get(prefix + name)
-        if own.requires_grad or own.is_meta or new is None or new.shape != own.shape:
-            continue
-        if not torch.equal(own.detach().cpu(), new.detach().cpu().to(own.dtype)):
-            raise BlockError(
-                f"these weights hold another frozen block than {block.name} ({name} differs); load the trainable ones alone (medvisionllama.checkpoint.trainable)"
-            )

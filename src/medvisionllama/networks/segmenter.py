@@ -1,5 +1,7 @@
 """`TokenSegmenter`: embed → encoder → insert → decoder → head. Every model of this project is one of these."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -30,6 +32,7 @@ class TokenSegmenter(nn.Module):
         memory_format: torch.memory_format = torch.channels_last_3d,
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(_refuse_another_block)
         self.embed = embed
         self.encoder = encoder
         self.insert = insert
@@ -76,3 +79,11 @@ class TokenSegmenter(nn.Module):
             grid = to_grid(tokens, shape)
         logits, auxiliary = self.head(grid, features)
         return logits, auxiliary
+
+
+def _refuse_another_block(
+    network: TokenSegmenter, state: Mapping[str, torch.Tensor], prefix: str, *_: object
+) -> None:
+    """Before any weight is loaded, as the block itself would when half of them are."""
+    if network.block is not None:
+        network.block.refuse_another(state, f"{prefix}insert.block.")

@@ -141,3 +141,6 @@ def test_patients_who_come_later_divide_what_could_not_be_divided():
     # Those of before trained already, so they test nobody's run that begins with theirs.
     assert all({"a_1", "b_1"} <= set(one.train) for one in chosen)
     assert {len(one.train) + len(one.validation) for one in chosen} == {11}
+    # No more folds than patients to validate.
+    few = extend_splits(undivided(first), first | {f"{name}_1": name for name in "cdef"})
+    assert [len(fold.validation) for fold in few.folds] == [1, 1, 1]
