@@ -29,6 +29,7 @@ _HOMES = {
     "split": "medvisionllama.api",
     "train": "medvisionllama.api",
 }
+_PACKAGES = ("experiments", "llm")
 __all__ = [*sorted(_HOMES), "__version__"]
 
 if TYPE_CHECKING:
@@ -50,9 +51,6 @@ if TYPE_CHECKING:
     from medvisionllama.networks import MedVisionLlama as MedVisionLlama
     from medvisionllama.networks import TokenSegmenter as TokenSegmenter
     from medvisionllama.training.fit import fit as fit
-
-
-_PACKAGES = ("experiments", "llm")
 
 
 def __getattr__(name: str) -> Any:

@@ -79,17 +79,25 @@ def as_before(paths: Iterable[Path]) -> Iterator[ExitStack]:
             other.unlink(missing_ok=True)
 
 
-def _keep(path: Path, other: Path) -> None:
+def linked(path: Path, other: Path) -> bool:
+    """Give a file a second name; False on another disk, of somebody else's file, or where there are no links."""
     try:
         os.link(path, other)
-    except OSError:  # a disk without hard links, or somebody else's file
-        try:
-            shutil.copyfile(path, other)
-        except BaseException:
-            other.unlink(missing_ok=True)
-            raise
-        with suppress(OSError):  # times and rights, on somebody else's disk
-            shutil.copystat(path, other)
+    except OSError:
+        return False
+    return True
+
+
+def _keep(path: Path, other: Path) -> None:
+    if linked(path, other):
+        return
+    try:
+        shutil.copyfile(path, other)
+    except BaseException:
+        other.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):  # times and rights, on somebody else's disk
+        shutil.copystat(path, other)
 
 
 def _put_back(path: Path, other: Path) -> None:

@@ -128,8 +128,8 @@ def predict(
         min_ml: remove components smaller than so many millilitres.
         fast: look at each scan once, not mirrored and turned as well; a third or quarter of the time.
         overwrite: replace masks that are already there, but for DICOM masks of another series; with `resume` only
-            those that these networks did not make
-            of this scan in this way; maps of before that nobody asks for now go too, scans are never replaced.
+            those that these networks did not make of this scan in this way; maps of before that nobody asks for now
+            go too, scans are never replaced.
         resume: leave out scans whose mask is already there; predictions.jsonl beside it must say that these
             networks made it of this scan in this way. Other masks are refused, or with `overwrite` replaced.
         keep_going: a scan that fails becomes a record with `error` instead of an exception.
@@ -155,7 +155,7 @@ def predict(
     if min_ml is not None and not 0 <= min_ml < float("inf"):
         raise ConfigError(f"min_ml={min_ml} must be 0 or more millilitres")
     inputs, also = _several(inputs), _several(also)
-    run_dirs = [RunDir(with_home(path)) for path in (run, *also)]
+    run_dirs = [RunDir(path) for path in (run, *also)]
     plan = check_alike([run, *also])
     scans = collect_scans([with_home(path) for path in inputs], channels=plan.channels)
     configs = [read_config(one.config, ONE_VIEW if fast else {}) for one in run_dirs]
@@ -255,13 +255,14 @@ def evaluate(
     if out is not None:
         check_file_name(with_home(out), "evaluation.csv")
     if labels is None:
-        if with_home(predictions).is_dir() and not RunDir(with_home(predictions)).config.is_file():
+        run_dir = RunDir(predictions)
+        if run_dir.path.is_dir() and not run_dir.config.is_file():
             raise CheckpointError(
                 f"{predictions} is not a run folder (no config.yaml); to measure masks give their labels too: {command('evaluate', predictions, 'LABELS')}"
             )
         part: Split = "validation" if split == "validation" else "test"
         table = evaluate_run(
-            with_home(predictions),
+            run_dir.path,
             split=part,
             also=also,
             block_removed=block_removed,
@@ -270,7 +271,7 @@ def evaluate(
             tolerance_mm=tolerance_mm,
             progress=progress,
         )
-        write_report(with_home(predictions))
+        write_report(run_dir.path)
     else:
         table = evaluate_folders(
             with_home(predictions),

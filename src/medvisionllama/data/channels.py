@@ -14,6 +14,7 @@ from typing import Any, Literal
 import nibabel as nib
 import numpy as np
 
+from medvisionllama._files import linked
 from medvisionllama.data.formats import ScanSource, nifti
 from medvisionllama.data.formats.header import channel_problem
 from medvisionllama.data.labels import label_on_grid, may_be_cropped
@@ -36,13 +37,8 @@ def pass_on(source: Path, target: Path, transfer: Transfer) -> None:
         if transfer == "symlink":
             target.symlink_to(source)
             return
-        if transfer == "link":
-            try:
-                os.link(source, target)
-            except OSError:  # another disk, somebody else's file, or a system without them
-                pass
-            else:
-                return
+        if transfer == "link" and linked(source, target):
+            return
         shutil.copyfile(source, target)
         _flush(target)
     elif source.is_file() and name.endswith(".nii"):

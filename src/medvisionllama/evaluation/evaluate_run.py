@@ -1,5 +1,6 @@
 """A run, or the mean of several, measured on one of the first run's own splits."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Scored:
     @property
     def name(self) -> str:
         """`test`, `validation-block-removed`, `test-with-fold1`."""
-        others = name_ensemble(self.run_dir, [RunDir(Path(path)) for path in self.also])
+        others = name_ensemble(self.run_dir, [RunDir(path) for path in self.also])
         return "-".join(filter(None, (self.split, "block-removed" if self.block_removed else "", others)))
 
     @property
@@ -88,9 +89,9 @@ def evaluate_run(
             several runs was trained or chosen by.
     """
     progress = progress or Silent()
-    run_dir = RunDir(Path(run))
+    run_dir = RunDir(run)
     run_dir.check()
-    members = [run_dir, *(RunDir(Path(path)) for path in also)]
+    members = [run_dir, *(RunDir(path) for path in also)]
     check_distinct(members)
     config = read_config(run_dir.config)
     if choose:
@@ -136,6 +137,20 @@ def evaluate_run(
     if scored.table == run_dir.evaluation:
         write_json(run_dir.scored, {"weights_sha256": weights[0], "cleaning": cleaning.model_dump()})
     return table
+
+
+def out_of_date(run_dir: RunDir, config: Config) -> str:
+    """With what the test cases were measured, if not with what predicts now; "" if so, or if nothing tells."""
+    try:
+        scored = json.loads(run_dir.scored.read_text())
+        if scored["weights_sha256"] != run_dir.weights_sha256():
+            return "earlier weights"
+    except CheckpointError:
+        return "fewer networks"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    now = cleaning_of(run_dir, config.inference)[0].model_dump()
+    return "" if scored.get("cleaning") == now else "another removal of components"
 
 
 def segment_cases(

@@ -10,12 +10,11 @@ from medvisionllama._files import write_json
 from medvisionllama.config import Config, read_config, write_config
 from medvisionllama.data.index import open_configured
 from medvisionllama.evaluation.evaluate import mean_dice, read_table
-from medvisionllama.evaluation.evaluate_run import Scored, evaluate_run
+from medvisionllama.evaluation.evaluate_run import Scored, evaluate_run, out_of_date
 from medvisionllama.experiments.collect import is_as_told
 from medvisionllama.experiments.fair import matched_settings, sizes_of_run
 from medvisionllama.experiments.matrix import WITHOUT_EFFECT, PlannedRun, Settings, Variant, variant_name
 from medvisionllama.experiments.store import Experiment, RunFiles
-from medvisionllama.inference.cleaning import cleaning_of
 from medvisionllama.networks.factory import check_insert
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir, code_words, sessions
@@ -84,19 +83,11 @@ def _would_score_alike(run_dir: RunDir) -> bool:
 
     Where nothing tells, it is not measured again.
     """
-    inference = read_config(run_dir.config).inference
-    if not run_dir.evaluation.is_file() or set(read_table(run_dir.evaluation)["tolerance_mm"]) != {
-        inference.tolerance_mm
-    }:
+    if not run_dir.evaluation.is_file():
         return False
-    try:
-        before = json.loads(run_dir.scored.read_text())
-    except (OSError, ValueError):
-        return True
-    cleaning, _ = cleaning_of(run_dir, inference, num_runs=1)
-    return bool(
-        before == {"weights_sha256": run_dir.weights_sha256(), "cleaning": cleaning.model_dump(mode="json")}
-    )
+    config = read_config(run_dir.config)
+    tolerances = set(read_table(run_dir.evaluation)["tolerance_mm"])
+    return tolerances == {config.inference.tolerance_mm} and not out_of_date(run_dir, config)
 
 
 def _train(experiment: Experiment, run: PlannedRun, files: RunFiles, progress: Progress) -> RunResult:

@@ -210,14 +210,14 @@ class Predictor:
         where = choose_device(device)
         check_alike(paths)
         members = []
-        for run_dir in (RunDir(Path(path)) for path in paths):
+        for run_dir in (RunDir(path) for path in paths):
             # One run's networks look at a scan in one way, which its own folder says.
             inference = read_config(run_dir.config, ONE_VIEW if fast else {}).inference
             members += [
                 Member.from_run(one.path, where, block_removed=block_removed, inference=inference)
                 for one in run_dir.members()
             ]
-        return cls(members, RunDir(Path(paths[0])))
+        return cls(members, RunDir(paths[0]))
 
     def predict(
         self,
@@ -324,7 +324,7 @@ def check_alike(paths: Sequence[Path | str]) -> Plan:
     """Return the plan of the first run, or raise CheckpointError unless all can predict, and the same classes."""
     plans = []
     for path in paths:
-        run_dir = RunDir(Path(path))
+        run_dir = RunDir(path)
         run_dir.members()
         plans.append(read_plan(run_dir))
         # Not `mask_classes`: of merged classes all are foreground, whatever it is.

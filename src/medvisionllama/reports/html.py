@@ -1,6 +1,5 @@
 """`write_report`: a run's page, from what its folder holds."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from medvisionllama.data.labels import whole_label
 from medvisionllama.data.planning import read_plan
 from medvisionllama.data.readers import read_image, read_label
 from medvisionllama.data.volume import to_ras
-from medvisionllama.errors import CheckpointError, ConfigError, DataError, command
+from medvisionllama.errors import ConfigError, DataError, command
 from medvisionllama.evaluation.evaluate import mean_class_dice, mean_dice, read_table, summarise
-from medvisionllama.inference.cleaning import cleaning_of
+from medvisionllama.evaluation.evaluate_run import out_of_date
 from medvisionllama.reports import plots
 from medvisionllama.reports.pages import render
 from medvisionllama.run_dir import RunDir
@@ -69,20 +68,6 @@ def write_report(run: Path) -> Path:
     )
     write_text(run_dir.report, page)
     return run_dir.report
-
-
-def out_of_date(run_dir: RunDir, config: Config) -> str:
-    """With what the test cases were measured, if not with what predicts now; "" if so, or if nothing tells."""
-    try:
-        scored = json.loads(run_dir.scored.read_text())
-        if scored["weights_sha256"] != run_dir.weights_sha256():
-            return "earlier weights"
-    except CheckpointError:
-        return "fewer networks"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-    now = cleaning_of(run_dir, config.inference)[0].model_dump()
-    return "" if scored.get("cleaning") == now else "another removal of components"
 
 
 def _tolerance(table: pd.DataFrame | None, config: Config) -> float:
