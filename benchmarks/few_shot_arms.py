@@ -87,7 +87,7 @@ ARMS = {
     "half": Arm(overrides={"network.stem_channels": [0, 32, 64]}),
     # More work on each crop, and fewer steps: channels at full resolution, convolutions on the way up.
     "fine-16": Arm(overrides={"network.stem_channels": [16, 32, 64]}),
-    "join-2": Arm(overrides={"network.join_convolutions": 2}),
+    **{f"join-{number}": Arm(overrides={"network.join_convolutions": number}) for number in (1, 2)},
     "no-context": Arm(overrides={"network.tokens": False, "network.context_channels": None}),
     **{
         f"{name}-{width}{ending}": Arm(
@@ -105,10 +105,11 @@ ARMS = {
 
 
 def says_nothing(row: Row, arm: str, preset: str) -> bool:
-    """Whether an arm is the same training as the one without tokens, or is cut for another preset's widths."""
+    """Whether an arm is the same training as another one, or is cut for another preset's widths."""
     return (
         (arm == UNLABELLED and row.cases is None)
         or (arm == NATIVE and not row.thick)
+        or arm == ("join-1" if row.thick else "join-2")
         or (arm in ARMS and ARMS[arm].begun and row.begin_with is None)
         or (arm in _OF_SMALL and preset != "small")
     )

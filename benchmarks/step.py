@@ -2,7 +2,9 @@
 
 python benchmarks/step.py --data ../shared/data/Task04_Hippocampus --cases 14
 
-Steps of all arms are taken in turns, so that other work on the machine meets all alike; compare ratios.
+Steps of all arms are taken in turns, so that other work on the machine meets all alike; compare ratios. A step is
+one network's in all threads, whatever the arm trains in the few-shot table. `optimiser` is with clipping and the
+average of the weights, and training makes batches ahead, beside the step before.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import pandas as pd
 import torch
 
 from few_shot_arms import ARMS
+from medvisionllama.checkpoint import trainable
 from medvisionllama.config import load_config
 from medvisionllama.data.sampling import BatchSampler
 from medvisionllama.devices import autocast, choose_device, fast_layout
@@ -24,7 +27,7 @@ from medvisionllama.networks.factory import build_network
 from medvisionllama.progress import Silent
 from medvisionllama.run_dir import machine_facts
 from medvisionllama.training.losses import SupervisedSegmenter
-from medvisionllama.training.optim import make_optimizer
+from medvisionllama.training.optim import AveragedWeights, make_optimizer
 from medvisionllama.training.prepare import PreparedData, prepare_data
 
 PARTS = ("batch", "forward", "backward", "optimiser")
@@ -52,7 +55,9 @@ class Trained:
             num_outputs=data.plan.num_outputs,
             auxiliary_weight=self.config.train.auxiliary_weight,
         ).train()
+        self.parameters = trainable(network)
         self.optimizer = make_optimizer(network, self.config.train)
+        self.average = AveragedWeights(self.parameters, self.config.train.ema_decay)
         self.seconds: list[dict[str, float]] = []
 
     def step(self, number: int) -> None:
@@ -66,9 +71,10 @@ class Trained:
         times.append(self._now())
         loss.backward()
         times.append(self._now())
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.train.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(number)
         times.append(self._now())
         lengths = [after - before for before, after in pairwise(times)]
         self.seconds.append(dict(zip(PARTS, lengths, strict=True)))
@@ -127,7 +133,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", type=int, default=14)
     parser.add_argument(
         "--arms",
-        default="no-tokens,no-block,block,unet-16,dynunet-16,segresnet-8,unetr-4",
+        default="no-tokens,no-block,block,dynunet-16,unet-16,unet++-8,segresnet-8,unetr-4,swin_unetr-12",
         help=f"some of {', '.join(ARMS)}; slow ones take long",
     )
     parser.add_argument("--steps", type=int, default=15)

@@ -1,7 +1,8 @@
 """Weights and resume state as safetensors whose header carries the facts: one whole file, never a pickle."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,34 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: missing, damaged, or not written by us (a pickle is refused unopened).
     """
+    with _opened(path) as (file, facts):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    return tensors, facts
+
+
+def load_facts(path: Path) -> dict[str, Any]:
+    """Read the facts alone, and none of the tensors.
+
+    Raises:
+        CheckpointError: as `load_tensors`.
+    """
+    with _opened(path) as (_, facts):
+        pass
+    return facts
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The file and its facts; CheckpointError for what cannot be read of either."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            facts = json.loads((file.metadata() or {})["facts"])
+            yield file, json.loads((file.metadata() or {})["facts"])
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; the run has not saved it yet") from None
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path} is not a checkpoint of ours or is damaged ({' '.join(str(error).split())[:100]}); restore it or train again"
         ) from None
-    return tensors, facts
 
 
 @torch.no_grad()

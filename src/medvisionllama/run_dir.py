@@ -176,7 +176,7 @@ class RunDir:
     def read_manifest(self) -> dict[str, Any]:
         """Read manifest.json, or raise CheckpointError."""
         try:
-            manifest: dict[str, Any] = json.loads(self.manifest.read_text())
+            manifest: dict[str, Any] = json.loads(self.manifest.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise CheckpointError(
                 f"{self.manifest} is missing or damaged; restore it or start a new run"
@@ -284,7 +284,7 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     try:
-        return processor_name(Path("/proc/cpuinfo").read_text())
+        return processor_name(Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     except OSError:
         return platform.processor()
 

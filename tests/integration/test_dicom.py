@@ -189,6 +189,46 @@ def test_a_mask_of_another_scan_of_the_same_name_is_not_taken_for_this_one_s(run
     assert "the mask of another series" in outcome.err
 
 
+def test_a_new_series_in_a_folder_does_not_keep_others_from_their_masks(run, tmp_path, cli):
+    stored = np.random.default_rng(0).integers(0, 500, (8, 16, 16)).astype(np.int16)
+    for name in ("p1", "p2"):
+        save(classic(stored), tmp_path / "in" / name)
+    command = ("predict", run, tmp_path / "in", "--out", tmp_path / "m", "--resume", "--json")
+    assert cli(*command).code == 0
+    mask = (tmp_path / "m" / "p1.dcm").read_bytes()
+    shutil.rmtree(tmp_path / "in" / "p1")
+    for name in ("p1", "p3"):
+        save(classic(stored), tmp_path / "in" / name)
+    outcome = cli(*command)
+    assert outcome.code == 2
+    first, made = json.loads(outcome.out)
+    assert "is the mask of another series" in first["error"]
+    assert (made["case"], "error" in made) == ("p3", False)
+    assert (tmp_path / "m" / "p1.dcm").read_bytes() == mask
+
+
+@pytest.mark.parametrize("arrives", ["slices", "copy"])
+def test_a_series_that_is_still_being_sent_gets_no_mask(run, tmp_path, monkeypatch, arrives):
+    datasets = classic(np.random.default_rng(0).integers(0, 500, (12, 16, 16)).astype(np.int16))
+    folder, segment = tmp_path / "CT", Predictor.segment
+    save(datasets[:8], folder)
+
+    def segmented(self, scan, **options):
+        if arrives == "slices":
+            save(datasets[8:], folder, names=[f"late{number}" for number in range(4)])
+        else:
+            shutil.copy(next(folder.iterdir()), folder / "again")
+        return segment(self, scan, **options)
+
+    monkeypatch.setattr(Predictor, "segment", segmented)
+    [record] = api.predict(run, folder, out=tmp_path / "m", keep_going=True)
+    if arrives == "slices":
+        assert "changed while it was segmented" in record["error"]
+        assert not list((tmp_path / "m").glob("*.dcm"))
+    else:
+        assert "error" not in record
+
+
 @pytest.mark.parametrize("more", [("--overwrite",), ("--overwrite", "--resume")])
 def test_a_mask_of_another_patient_s_series_is_not_overwritten(run, tmp_path, cli, more):
     stored = np.random.default_rng(0).integers(0, 500, (8, 16, 16)).astype(np.int16)

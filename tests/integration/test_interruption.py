@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from medvisionllama import api
+from medvisionllama.errors import CheckpointError
+from medvisionllama.progress import Lines
 from medvisionllama.run_dir import RunDir, revisions
 from medvisionllama.training import fit as module
 
@@ -107,7 +109,20 @@ def test_ctrl_c_is_heard_in_a_validation_which_the_run_that_goes_on_makes(phanto
     assert (stopped.finished, stopped.steps) == (False, 4)
     run = RunDir(stopped.path)
     assert len(run.read_history()) == 1
+    scan = next((phantoms / "imagesTr").iterdir())
+    lines = []
+    api.predict(run.path, scan, out=tmp_path / "early", progress=Lines(lines.append))
+    assert any(f"{run.path} has not ended" in line for line in lines)
+    with pytest.raises(CheckpointError, match=r"has not ended.* --resume"):
+        api.evaluate(run.path)
+    assert not run.evaluation.exists()
+    # Validation is looked at all along.
+    assert len(api.evaluate(run.path, split="validation"))
     assert train("stopped", resume=True).finished
+    lines.clear()
+    api.predict(run.path, scan, out=tmp_path / "late", progress=Lines(lines.append))
+    assert not any("has not ended" in line for line in lines)
+    assert len(api.evaluate(run.path))
     for path in ("best", "state"):
         ours, theirs = (load_file(getattr(which, path)) for which in (run, whole))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

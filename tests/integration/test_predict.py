@@ -158,6 +158,12 @@ def test_a_table_that_contradicts_the_dataset_of_the_labels_is_refused(tmp_path,
         (masks / "labels.txt").write_text(label_table(written))
         with pytest.raises(DataError, match=words):
             api.evaluate(masks, labels)
+    # Where no dataset says how many classes there are, the labels do.
+    (tmp_path / "set" / "dataset.json").unlink()
+    write_nifti(masks / "a.nii.gz", (truth > 0).astype(np.uint8))
+    with pytest.raises(DataError, match=r"the masks know one foreground only, .*; give --merged"):
+        api.evaluate(masks, labels)
+    assert set(api.evaluate(masks, labels, merged=True)["dice"]) == {1.0}
 
 
 def test_what_was_done_before_a_disk_filled_is_printed(runs, scans, tmp_path, cli, monkeypatch):
@@ -278,6 +284,12 @@ def test_one_scan_that_has_changed_does_not_keep_new_ones_from_their_masks(runs,
     assert "has changed since" in first["error"]
     assert [record["case"] for record in others if "error" not in record] == ["phantom_001", "phantom_002"]
     assert (folder / changed.name).read_bytes() == mask
+    # Nor does one that was exported anew, smaller.
+    nib.save(nib.Nifti1Image(image.get_fdata()[:-2], image.affine), changed)
+    (folder / "phantom_001.nii.gz").unlink()
+    first, made = json.loads(cli("predict", runs[0], scans, "--out", folder, "--resume", "--json").out)
+    assert "the mask of another scan of that name" in first["error"]
+    assert (made["case"], "error" in made) == ("phantom_001", False)
     # Other networks make no mixture of a folder: nothing is segmented.
     assert "was made by other networks" in cli("predict", runs[1], scans, "--out", folder, "--resume").err
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import medvisionllama
 from medvisionllama._files import (
     as_before,
     atomic_path,
@@ -24,6 +26,18 @@ def fail_while_writing(path: Path) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text("half of the new")
         raise RuntimeError("stopped here")
+
+
+def test_text_is_read_as_it_is_written_whatever_the_locale_says():
+    # A class called L\u00e4sion, or a path with an umlaut, would be another where the locale is Latin-1.
+    source = Path(medvisionllama.__file__).parent
+    calls = [
+        f"{path.relative_to(source)}: {call}"
+        for path in source.rglob("*.py")
+        for call in re.findall(r"\.read_text\([^)]*\)", path.read_text(encoding="utf-8"))
+    ]
+    assert len(calls) > 10
+    assert [call for call in calls if "encoding=" not in call] == []
 
 
 def test_a_finished_file_has_its_content_and_no_partial_file_beside_it(tmp_path):

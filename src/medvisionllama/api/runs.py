@@ -147,7 +147,7 @@ def predict(
     from medvisionllama.inference.cleaning import cleaning_of
     from medvisionllama.inference.inputs import collect_scans
     from medvisionllama.inference.ledger import MadeBy, Views
-    from medvisionllama.inference.predictor import Predictor, check_alike
+    from medvisionllama.inference.predictor import Predictor, check_alike, unfinished
     from medvisionllama.progress import Silent
 
     _check_choice("mask_format", mask_format, ("auto", "nifti", "nrrd", "mha", "dicom"))
@@ -178,6 +178,8 @@ def predict(
     )
     progress = progress or Silent()
     left = outputs.missing(scans, keep_going=keep_going)
+    for line in unfinished([run, *also]):
+        progress.say(line)
     if len(left) < len(scans):
         progress.say(f"{len(scans) - len(left)} of {len(scans)} scans have their masks and are left out")
     progress.say(f"segmenting on {device_words(device, configs[0].train.precision)}")  # type: ignore[arg-type] # checked above

@@ -109,7 +109,7 @@ def evaluate(
     if as_json:
         more = {} if choice is None else {"cleaning": choice.model_dump(mode="json")}
         if calibration:
-            more["calibration"] = json.loads(scored.calibration.read_text())
+            more["calibration"] = json.loads(scored.calibration.read_text(encoding="utf-8"))
         typer.echo(to_json(table, more))
         return
     print_summary(table)
@@ -118,7 +118,7 @@ def evaluate(
     if choice is not None:
         print_choice(choice, run_dir.postprocessing)
     if calibration:
-        _show_calibration(json.loads(scored.calibration.read_text()), scored.calibration)
+        _show_calibration(json.loads(scored.calibration.read_text(encoding="utf-8")), scored.calibration)
 
 
 def _show_calibration(facts: dict[str, Any], where: Path) -> None:

@@ -114,7 +114,7 @@ def read_config(path: Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -
         ConfigError: the file is missing, is not YAML, or has unknown keys or values.
     """
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist; a run folder made by `medvisionllama train` has one"

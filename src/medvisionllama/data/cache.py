@@ -350,7 +350,7 @@ def _facts_of(folder: Path, case: Case) -> dict[str, Any] | None:
     path = folder / "facts.json"
     if not path.is_file():
         return None
-    facts: dict[str, Any] = json.loads(path.read_text())
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     # Folders made before sizes were kept are whole if their files exist.
     names = ["image", *([] if case.label is None else ["label", "centres"])]
     names += ["native_label"] if facts.get("resampled") else []

@@ -32,7 +32,7 @@ from medvisionllama.data.channels import (
     relabel,
     split,
 )
-from medvisionllama.data.folder import is_nnunet, read_names, scans_of
+from medvisionllama.data.folder import ABOUT, is_nnunet, read_names, scans_of
 from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.index import Case, Dataset, open_dataset
 from medvisionllama.data.readers import read_label, stem_of
@@ -40,7 +40,6 @@ from medvisionllama.errors import ConfigError, DataError
 from medvisionllama.progress import Progress, Silent
 
 Layout = Literal["msd", "nnunet", "plain"]
-_ABOUT = ("name", "description", "reference", "licence", "license", "release")
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _check_out(out: Path, to: Layout, transfer: Transfer) -> None:
 def _plan(dataset: Dataset, to: Layout, *, renumber: bool) -> _Plan:
     is_plain = not (dataset.root / "dataset.json").is_file()
     content = read_names(dataset.root) if is_plain else msd.read_dataset_json(dataset.root / "dataset.json")
-    about = {key: content[key] for key in _ABOUT if isinstance(content.get(key), str)}
+    about = {key: content[key] for key in ABOUT if isinstance(content.get(key), str)}
     return _Plan(
         dataset,
         to,

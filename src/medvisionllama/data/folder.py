@@ -22,6 +22,8 @@ from medvisionllama.data.near_names import (
 from medvisionllama.data.readers import SUFFIXES, is_scan, read_header, stem_of
 from medvisionllama.errors import DataError
 
+ABOUT = ("name", "description", "reference", "licence", "license", "release")
+"""What names.json, or a dataset.json, may tell of a dataset beside its names."""
 # What network storage (Synology) and macOS lay beside somebody's files.
 _SYSTEM_FOLDERS = {"@eadir", "__macosx"}
 
@@ -188,6 +190,10 @@ def read_names(root: Path) -> dict[str, Any]:
 def _names(root: Path, default: list[str]) -> tuple[tuple[str, ...], dict[int, str]]:
     """Names of channels, and of classes by label value, as `data convert` keeps them."""
     content = read_names(root)
+    if unknown := sorted(set(content) - {"channels", "classes", *ABOUT}):
+        raise DataError(
+            f"{root / 'names.json'} has the key {unknown[0]!r}; allowed are 'channels' and 'classes' ({', '.join(ABOUT)} beside them): correct its name, or remove it"
+        )
     channels, classes = content.get("channels", default), content.get("classes", {})
     whole = isinstance(channels, list) and len(channels) == len(default) and isinstance(classes, dict)
     try:

@@ -183,7 +183,7 @@ def read_splits(path: Path) -> Splits:
         DataError: unreadable, changed since they were drawn, or with a patient in two parts.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         found = content.pop("sha256")
         folds = tuple(Fold(tuple(fold["train"]), tuple(fold["validation"])) for fold in content["folds"])
         splits = Splits(content["seed"], tuple(content["test"]), folds)

@@ -19,7 +19,7 @@ from medvisionllama.evaluation.masks import Pair
 from medvisionllama.evaluation.members import check_distinct, check_unseen, name_ensemble
 from medvisionllama.inference.cleaning import Cleaning, cleaning_of, write_choice
 from medvisionllama.inference.postprocess import clean
-from medvisionllama.inference.predictor import Predictor, check_alike
+from medvisionllama.inference.predictor import Predictor, check_alike, unfinished
 from medvisionllama.inference.writers import write_mask
 from medvisionllama.progress import Progress, Silent
 from medvisionllama.run_dir import RunDir
@@ -104,6 +104,11 @@ def evaluate_run(
         if reason:
             progress.say(reason)
     check_alike([member.path for member in members])
+    for line in unfinished([member.path for member in members]):
+        if split == "test":
+            # Whoever has seen its test would choose by it whether the run goes on.
+            raise CheckpointError(line)
+        progress.say(line)
     dataset, cases = _cases(run_dir, config, split)
     if also:
         check_unseen(members, dataset, cases, split=split)
@@ -142,7 +147,7 @@ def evaluate_run(
 def out_of_date(run_dir: RunDir, config: Config) -> str:
     """With what the test cases were measured, if not with what predicts now; "" if so, or if nothing tells."""
     try:
-        scored = json.loads(run_dir.scored.read_text())
+        scored = json.loads(run_dir.scored.read_text(encoding="utf-8"))
         if scored["weights_sha256"] != run_dir.weights_sha256():
             return "earlier weights"
     except CheckpointError:

@@ -63,7 +63,7 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
     """
     first = pairs[0].prediction
     table = first.parent / "labels.txt"
-    written = read_label_table(table.read_text(errors="replace")) if table.is_file() else {}
+    written = read_label_table(table.read_text(encoding="utf-8", errors="replace")) if table.is_file() else {}
     description = labels.parent / "dataset.json"
     if description.is_file():
         declared = read_dataset_json(description).get("labels", {})

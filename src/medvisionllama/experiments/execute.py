@@ -148,7 +148,7 @@ def _facts(files: RunFiles, dice: dict[str, float], evaluation_seconds: float) -
         "data_sha256": manifest["data_sha256"],
         "cases": {part: len(names) for part, names in manifest["cases"].items()},
         "patients": {part: sorted(names) for part, names in patients.items()},
-        **json.loads(files.trained.read_text()),
+        **json.loads(files.trained.read_text(encoding="utf-8")),
         "evaluation_seconds": round(evaluation_seconds, 2),
         "test_dice": dice,
         "gate_rms": history[-1].get("gate_rms") if history else None,

@@ -113,7 +113,7 @@ def choose_place(*, slots: int | None, threads: int | None) -> tuple[int, int, t
 def cpu_limit(cgroup: Path = _CGROUP) -> int:
     """Cores that a container may use, at least one; as good as endless without a limit."""
     try:
-        quota, period = (int(number) for number in (cgroup / "cpu.max").read_text().split())
+        quota, period = (int(number) for number in (cgroup / "cpu.max").read_text(encoding="utf-8").split())
     except (OSError, ValueError):
         # No container, or one without a limit, whose cpu.max begins with "max".
         return sys.maxsize
@@ -126,9 +126,13 @@ def free_memory(cgroup: Path = _CGROUP) -> int:
 
     free = int(psutil.virtual_memory().available)
     try:
-        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        limit, used = (
+            int((cgroup / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current")
+        )
         # Files that were read count as used, and give way.
-        files = re.search(r"^inactive_file (\d+)", (cgroup / "memory.stat").read_text(), re.MULTILINE)
+        files = re.search(
+            r"^inactive_file (\d+)", (cgroup / "memory.stat").read_text(encoding="utf-8"), re.MULTILINE
+        )
     except (OSError, ValueError):
         # No container, or one without a limit, whose memory.max is "max".
         return free

@@ -225,7 +225,7 @@ def read_matrix(path: Path) -> Matrix:
         ConfigError: missing, no YAML, unknown keys, or values that do not fit each other.
     """
     try:
-        content = _EachKeyOnce(path.read_text()).get_single_data()
+        content = _EachKeyOnce(path.read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist; give a matrix file, as configs/matrix/smoke.yaml"

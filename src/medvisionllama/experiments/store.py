@@ -55,7 +55,7 @@ class RunFiles:
     def read_done(self) -> dict[str, Any] | None:
         """Facts of a finished run; None if it is not finished."""
         try:
-            facts: dict[str, Any] = json.loads(self.done.read_text())
+            facts: dict[str, Any] = json.loads(self.done.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
@@ -104,9 +104,9 @@ class Experiment:
         # Workers read the file that is about to be replaced: it must be one that they can use.
         expand(matrix)
         root = _root(path, data_root)
-        source = matrix_file.read_text()
+        source = matrix_file.read_text(encoding="utf-8")
         kept = path / "matrix.yaml"
-        if not kept.is_file() or kept.read_text() != source:
+        if not kept.is_file() or kept.read_text(encoding="utf-8") != source:
             _check_same_name(kept, matrix, matrix_file)
             write_text(kept, source)
         # The current folder is a guess, and must not outlive a better one.
@@ -252,7 +252,7 @@ def _names(folder: Path) -> set[str]:
 
 def _read_facts(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads((path / "experiment.json").read_text())
+        facts = json.loads((path / "experiment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

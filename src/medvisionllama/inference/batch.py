@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from medvisionllama._files import as_before, locked, write_text
 from medvisionllama.data.formats.dicom_labels import referenced_series
-from medvisionllama.data.formats.dicom_series import Series
+from medvisionllama.data.formats.dicom_series import Series, has_grown
 from medvisionllama.data.readers import SUFFIXES, ScanSource, read_header
 from medvisionllama.data.volume import same_place
 from medvisionllama.errors import OUT_OF_MEMORY, DataError, MedVisionLlamaError, is_out_of_memory
@@ -198,7 +198,9 @@ class Outputs:
 
     def has_table(self, classes: Mapping[int, str]) -> bool:
         """Whether the table of these classes is there."""
-        return self.table.exists() and self.table.read_text(errors="replace") == label_table(classes)
+        return self.table.exists() and self.table.read_text(
+            encoding="utf-8", errors="replace"
+        ) == label_table(classes)
 
     def check_table(self, classes: Mapping[int, str]) -> None:
         """Raise DataError if there is a table of other classes, or a file that is no table of ours."""
@@ -224,7 +226,7 @@ def _check_same_scan(mask: Path, scan: Scan) -> None:
         return
     ours, theirs = read_header(source), read_header(mask)
     if ours.shape != theirs.shape or not same_place(ours.affine, theirs.affine, ours.shape):
-        raise DataError(
+        raise ScanChangedError(
             f"{mask} lies on another grid than {source}, so it is the mask of another scan of that name; choose another --out"
         )
 
@@ -241,7 +243,7 @@ def _check_replaced(mask: Path, source: ScanSource) -> None:
 def _check_series(mask: Path, theirs: str, source: ScanSource) -> None:
     """Raise DataError if the series that a mask refers to is another; "" is unknown, as it is of damaged scans."""
     if theirs and isinstance(source, Series) and source.series_uid not in {"", theirs}:
-        raise DataError(
+        raise ScanChangedError(
             f"{mask} is the mask of another series ({theirs}) than {source}, whose folder has the same name; choose another --out, or remove it first"
         )
 
@@ -423,7 +425,8 @@ def _write_files(
 
 def _check_unchanged(scan: Scan, sha256: str) -> None:
     """Raise DataError if a scan is not what was segmented any more: its mask would be told to be of the new one."""
-    if scan_sha256(scan.files) != sha256:
+    grown = any(isinstance(source, Series) and has_grown(source) for source in scan.images)
+    if grown or scan_sha256(scan.files) != sha256:
         raise DataError(f"{scan.images[0]} changed while it was segmented; give the same command again")
 
 

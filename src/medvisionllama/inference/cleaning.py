@@ -153,7 +153,7 @@ def read_choice(run_dir: RunDir) -> Choice | None:
         CheckpointError: the file is damaged.
     """
     try:
-        return Choice.model_validate_json(run_dir.postprocessing.read_text())
+        return Choice.model_validate_json(run_dir.postprocessing.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

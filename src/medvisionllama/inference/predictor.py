@@ -1,6 +1,7 @@
 """`Predictor`: one trained run, or several that are averaged, as one object that turns scans into masks."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor
 
 from medvisionllama._files import with_home
-from medvisionllama.checkpoint import copy_into, frozen, load_tensors
+from medvisionllama.checkpoint import copy_into, frozen, load_facts, load_tensors
 from medvisionllama.config import ONE_VIEW, Config, InferenceConfig, read_config
 from medvisionllama.data.cache import image_moments, normalise, to_grid
 from medvisionllama.data.planning import Plan, read_plan
 from medvisionllama.data.readers import ScanSource, check_finite, read_image
 from medvisionllama.data.volume import Volume, from_ras, to_ras, voxel_ml
 from medvisionllama.devices import autocast, choose_device, fast_layout
-from medvisionllama.errors import CheckpointError, DataError
+from medvisionllama.errors import CheckpointError, DataError, command
 from medvisionllama.inference.cleaning import Cleaning, cleaning_of
 from medvisionllama.inference.postprocess import clean
 from medvisionllama.inference.slabs import entropy, label_values, likeliest, native_slabs, slab_thickness
@@ -333,6 +334,28 @@ def check_alike(paths: Sequence[Path | str]) -> Plan:
                 f"{path} has other channels or classes than {paths[0]}; average runs of one task only"
             )
     return plans[0]
+
+
+def unfinished(paths: Sequence[Path | str]) -> list[str]:
+    """A line for each run that can predict, and trains still or was stopped before its end.
+
+    A run without a state to go on from, as one that was handed on, is taken for finished.
+    """
+    lines = []
+    for run_dir in map(RunDir, paths):
+        if not all(_has_ended(one.state) for one in run_dir.members()):
+            again = command("train", "DATA", "--out", run_dir.path, "--resume")
+            lines.append(
+                f"{run_dir.path} has not ended, and its weights are those of a validation before; go on with: {again} (a shorter --max-minutes beside it ends it where it is)"
+            )
+    return lines
+
+
+def _has_ended(state: Path) -> bool:
+    """What a state to go on from says, if it is there and whole."""
+    with suppress(CheckpointError):
+        return bool(load_facts(state).get("finished", True))
+    return True
 
 
 def _grid_key(plan: Plan) -> tuple[float, ...]:

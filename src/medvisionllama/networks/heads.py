@@ -52,7 +52,8 @@ class SkipHead(nn.Module):
     starts at the network without them.
 
     Args:
-        join_convolutions: at strides 4 and 2, after each join; full resolution has one.
+        join_convolutions: at strides 4 and 2, after each join; full resolution has one. None is two where voxels
+            are even, which gain by it, and one where slices are thick, which lose the steps it costs.
         refine: read logits off the features of stride 2 and add what full resolution has to say, from nothing at
             the start, instead of reading all off its few channels, in which a class may find no place for hundreds
             of steps.
@@ -68,12 +69,13 @@ class SkipHead(nn.Module):
         tokens: bool,
         context: tuple[int, int] | None,
         grid: Triple,
-        join_convolutions: int = 1,
+        join_convolutions: int | None = None,
         refine: bool = False,
     ) -> None:
         super().__init__()
         fine, middle, coarse = channels
         at_full, at_half, at_quarter = kernels_for(strides)
+        joins = join_convolutions or (2 if all(size > 1 for size in at_full) else 1)
         deepest = context[0] if context else width
         has_deepest = tokens or context is not None
         self.add_tokens = nn.Conv3d(width, context[1], 1, bias=False) if tokens and context else None
@@ -82,9 +84,9 @@ class SkipHead(nn.Module):
         self.context = ContextUp(context, grid=grid) if context else None
         self.from_tokens = Rise(deepest, coarse, strides[2]) if has_deepest else None
         joined = 2 * coarse if has_deepest else coarse
-        self.join_quarter = _join(joined, coarse, at_quarter, join_convolutions)
+        self.join_quarter = _join(joined, coarse, at_quarter, joins)
         self.to_half = Rise(coarse, middle, strides[1])
-        self.join_half = _join(2 * middle, middle, at_half, join_convolutions)
+        self.join_half = _join(2 * middle, middle, at_half, joins)
         self.to_full = Rise(middle, fine, strides[0]) if fine else None
         self.join_full = ConvBlock(2 * fine, fine, kernel=at_full) if fine else None
         self.out = nn.Conv3d(fine, num_outputs, 1) if fine else _overlapping(middle, num_outputs, strides[0])

@@ -84,6 +84,9 @@ def changed_settings(config: Config) -> dict[str, Any]:
     except ConfigError:
         preset = {}
     chosen = _flat(config.model_dump(mode="json"))
+    source = Path(config.network.block.source)
+    if source.is_absolute():
+        chosen["network.block.source"] = source.name
     return {key: value for key, value in chosen.items() if preset.get(key) != value and key not in _PRIVATE}
 
 

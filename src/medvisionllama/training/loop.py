@@ -155,7 +155,8 @@ class TrainingLoop:
         }
         if self.average:
             tensors |= {f"average/{name}": value for name, value in self.average.values.items()}
-        save_tensors(self.run_dir.state, tensors, {**self.facts, "state": asdict(self.state)})
+        facts = {**self.facts, "state": asdict(self.state), "finished": self.timetable.is_over}
+        save_tensors(self.run_dir.state, tensors, facts)
         self._saved_at = time.monotonic()
 
     def resume(self) -> None:

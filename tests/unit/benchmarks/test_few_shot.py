@@ -80,13 +80,18 @@ def test_cells_that_would_repeat_another_are_left_out(module):
     assert "block-begun" in begun
     assert left_out("small") == {
         *((row, arm) for row in ("hippocampus-14", "hippocampus-all") for arm in begun),
-        ("hippocampus-14", "native-spacing"),
-        ("hippocampus-all", "native-spacing"),
+        *(
+            (row, arm)
+            for row in ("hippocampus-14", "hippocampus-all")
+            for arm in ("join-2", "native-spacing")
+        ),
+        *((row, "join-1") for row in ("acdc-4", "sunnybrook-5")),
         ("hippocampus-all", "self-training"),
     }
     # `large` is one network, and its stem has other widths.
     assert {arm for row, arm in left_out("large") if row == "acdc-all"} == {
         "self-training",
+        "join-1",
         "one-network",
         "half",
         "fine-16",

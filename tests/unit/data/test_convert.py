@@ -339,7 +339,17 @@ def test_a_plain_folder_without_names_gets_the_values_it_has(hippocampus, tmp_pa
 
 @pytest.mark.parametrize(
     "content",
-    ["[]", "{", '{"channels": ["a", "b"]}', '{"channels": "a"}', '{"classes": {"x": "y"}}', '{"classes": 1}'],
+    [
+        "[]",
+        "{",
+        '{"channels": ["a", "b"]}',
+        '{"channels": "a"}',
+        '{"classes": {"x": "y"}}',
+        '{"classes": 1}',
+        # Passed over, it would leave sides without names, and mirror them.
+        '{"labels": {"1": "left kidney", "2": "right kidney"}}',
+        '{"channel_names": ["CT"]}',
+    ],
 )
 def test_names_that_do_not_fit_are_refused(hippocampus, tmp_path, content):
     plain = convert(hippocampus, tmp_path / "plain", to="plain")

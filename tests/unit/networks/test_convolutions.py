@@ -49,8 +49,8 @@ def test_a_block_hands_on_the_layout_it_was_given(layout):
     torch.manual_seed(0)
     block = ConvBlock(3, 4).to(memory_format=layout)
     image = torch.randn(2, 3, 5, 4, 3).to(memory_format=layout)
-    with torch.autocast("cpu", torch.bfloat16):
-        made, plain = block(image), nn.functional.leaky_relu(block.norm(block.conv(image)), 0.01)
+    # In float32, as convolutions keep the layout in bf16 only where the processor has it.
+    made, plain = block(image), nn.functional.leaky_relu(block.norm(block.conv(image)), 0.01)
     assert made.is_contiguous(memory_format=layout)
     assert torch.equal(made, plain)
 

@@ -90,6 +90,20 @@ def test_presets_refine_and_older_configurations_do_not(preset):
     assert not NetworkConfig().refine
 
 
+@pytest.mark.parametrize(
+    ("strides", "number"), [(STRIDES, 1), (((2, 2, 2),) * 3, 2), (((2, 2, 1), (2, 2, 1), (2, 2, 1)), 1)]
+)
+def test_even_voxels_are_joined_by_two_convolutions_and_thick_slices_by_one(strides, number):
+    named, by_default = (
+        build(strides=strides, **changes).state_dict() for changes in ({"join_convolutions": number}, {})
+    )
+    assert {key: value.shape for key, value in by_default.items()} == {
+        key: value.shape for key, value in named.items()
+    }
+    other = build(strides=strides, join_convolutions=3 - number).state_dict()
+    assert other.keys() != by_default.keys()
+
+
 def test_one_convolution_joins_as_it_did_before_there_could_be_more():
     weights = {name for name in build().head.state_dict() if name.startswith("join_") and "conv" in name}
     assert weights == {"join_quarter.conv.weight", "join_half.conv.weight", "join_full.conv.weight"}

@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -117,6 +117,23 @@ def files_of(source: Path | Series) -> Iterator[Path]:
     """The DICOM files of a series, or of a folder and the folders below it, whatever else lies there."""
     # One by one: who looks for one thing in the first need not open the others.
     return iter(source.files) if isinstance(source, Series) else filter(is_dicom, _files_of(source))
+
+
+def has_grown(series: Series) -> bool:
+    """Whether an image of the series has come into its folders since it was listed, as while it is being sent."""
+    if not series.series_uid:
+        return False
+    known, images = set(series.files), {piece.uid for piece in series.slices}
+    beside = (file for folder in {file.parent for file in known} for file in folder.iterdir())
+    for file in beside:
+        if file in known or file.name.startswith(".") or not file.is_file():
+            continue
+        with suppress(DataError):
+            header = read_file_header(file)
+            # A copy under another name is no new image.
+            if header and header.series_uid == series.series_uid and header.slices[0].uid not in images:
+                return True
+    return False
 
 
 def files_below(folder: Path) -> list[Path]:
