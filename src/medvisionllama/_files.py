@@ -227,13 +227,18 @@ def _is_still(path: Path, file: int) -> bool:
 
 
 def check_file_name(path: Path, example: str) -> None:
-    """Refuse to begin what would end by writing a file where a folder is.
+    """Refuse to begin what would end by writing a file where a folder is, or where none may be written.
 
     Raises:
         ConfigError: with the name of a file in that folder.
     """
     if path.is_dir():
         raise ConfigError(f"{path} is a folder, and a file is written; name one, as {path / example}")
+    # Folders that are missing are made.
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        fault = "is read-only" if nearest.is_dir() else "is a file"
+        raise ConfigError(f"{path} cannot be written, as {nearest} {fault}; choose another folder")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

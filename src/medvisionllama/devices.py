@@ -67,6 +67,19 @@ def convolution_caution(device: torch.device, *, bf16: bool, cudnn: int | None) 
     return f"look at this: 3-D convolutions in bf16 are wrong or very slow with cuDNN {version}; pip install 'nvidia-cudnn-cu12>=9.15' (cu13 if PyTorch is for CUDA 13), or give --set train.precision=fp32"
 
 
+def emulation_caution(device: torch.device, *, bf16: bool, block_dtype: str | None) -> str | None:
+    """What to look at before a network runs in bf16 where the hardware has no such products, if anything.
+
+    Args:
+        bf16: whether training asks for it.
+        block_dtype: precision in which a frozen block is kept, and computes without autocast; None without a block.
+    """
+    if use_bf16("auto", device) or not (bf16 or block_dtype == "bfloat16"):
+        return None
+    setting = "train.precision=auto" if bf16 else "network.block.dtype=float32"
+    return f"look at this: this machine has no products in bf16, and what is emulated takes many times longer; give --set {setting}"
+
+
 def thread_limits(threads: int) -> dict[str, str]:
     """Environment that keeps the numerical libraries of a new process to so many threads."""
     return dict.fromkeys(_THREAD_LIMITS, str(threads))

@@ -212,13 +212,14 @@ def test_positions_tell_equal_patches_apart(llama):
 
 @pytest.mark.parametrize("arm", ["none", "llm-linear"])
 def test_in_bf16_plain_and_fused_attention_agree(llama, monkeypatch, arm):
-    # Each further convolution makes what attention rounds otherwise larger.
-    network = _open(_build(_config(llama, "skip", join_convolutions=1, **ARMS[arm]))).eval()
+    network = _open(_build(_config(llama, "skip", **ARMS[arm]))).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         plain = network(_image()).float()
         monkeypatch.setattr(vit, "plain_is_faster", lambda tokens: False)
         fused = network(_image()).float()
-    torch.testing.assert_close(plain, fused, atol=0.03 * plain.std(), rtol=0.03)
+    # Single logits are rounded by what convolutions make of it, on each processor otherwise.
+    assert (plain - fused).norm() < 0.02 * fused.norm()
+    assert not torch.equal(plain, fused), "both ways must have been gone"
 
 
 def test_attention_weights_sum_to_one_on_both_paths():

@@ -1,12 +1,15 @@
 """`data check` on datasets broken one way each, on whole ones, and on the real scans."""
 
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 
 from medvisionllama import check
+from medvisionllama.data.check import headers
 
 from .broken import ERRORS, NOTES, WARNINGS
 from .conftest import settings
@@ -104,6 +107,31 @@ def test_a_long_list_is_cut_and_counted_and_the_summary_comes_last(dataset_folde
     assert "and 7 more" in outcome.out
     assert outcome.out.count("damaged or truncated") == 2
     assert outcome.out.splitlines()[-1].startswith("9 cases of 9 patients: 9 errors, 0 warnings")
+
+
+def test_a_file_that_may_not_be_read_is_named_and_the_others_are_checked(dataset_folder, cli, monkeypatch):
+    root, read = dataset_folder(num_cases=4), headers.read_header
+    shut = sorted((root / "imagesTr").iterdir())[1]
+
+    def refuse(path):
+        if path == shut:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(headers, "read_header", refuse)
+    outcome = cli("data", "check", root, "--json")
+    assert outcome.code == 2
+    report = json.loads(outcome.out)
+    [found] = [one for one in report["findings"] if one["code"] == "unreadable"]
+    assert f"{shut} cannot be read (Permission denied)" in found["message"]
+
+
+def test_a_page_that_cannot_be_written_is_told_before_the_work(dataset_folder, cli, monkeypatch, tmp_path):
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    outcome = cli("data", "check", dataset_folder(num_cases=4), "--html", tmp_path / "new" / "check.html")
+    assert outcome.code == 2
+    assert f"cannot be written, as {tmp_path} is read-only" in outcome.err
+    assert outcome.out == ""
 
 
 def test_the_fast_check_reads_headers_only(dataset_folder, cli):

@@ -229,6 +229,30 @@ def test_a_series_that_is_still_being_sent_gets_no_mask(run, tmp_path, monkeypat
         assert "error" not in record
 
 
+def test_a_series_that_is_moved_away_does_not_stop_the_others(run, tmp_path, monkeypatch):
+    stored = np.random.default_rng(0).integers(0, 500, (8, 16, 16)).astype(np.int16)
+    for name in ("p1", "p2"):
+        save(classic(stored), tmp_path / "in" / name)
+    segment = Predictor.segment
+
+    def segmented(self, scan, **options):
+        monkeypatch.setattr(Predictor, "segment", segment)
+        (tmp_path / "in" / "p1").rename(tmp_path / "elsewhere")
+        return segment(self, scan, **options)
+
+    monkeypatch.setattr(Predictor, "segment", segmented)
+    first, second = api.predict(run, tmp_path / "in", out=tmp_path / "m", keep_going=True)
+    assert "was the scan moved?" in first["error"]
+    assert "error" not in second
+
+
+def test_files_that_nobody_gave_are_no_new_slices(run, tmp_path):
+    datasets = classic(np.random.default_rng(0).integers(0, 500, (12, 16, 16)).astype(np.int16))
+    files = save(datasets, tmp_path / "CT", names=[f"{number:02d}" for number in range(12)])
+    [record] = api.predict(run, files[:8], out=tmp_path / "m", keep_going=True)
+    assert "error" not in record
+
+
 @pytest.mark.parametrize("more", [("--overwrite",), ("--overwrite", "--resume")])
 def test_a_mask_of_another_patient_s_series_is_not_overwritten(run, tmp_path, cli, more):
     stored = np.random.default_rng(0).integers(0, 500, (8, 16, 16)).astype(np.int16)

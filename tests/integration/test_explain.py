@@ -89,8 +89,9 @@ def test_the_table_s_scores_are_those_of_the_written_maps(run, phantoms, tmp_pat
     assert row["volume_share"] == pytest.approx(mask.mean())
     place = np.linalg.inv(nib.load(image).affine) @ [*(row[f"peak_{axis}_mm"] for axis in "xyz"), 1]
     assert values[tuple(np.rint(place[:3]).astype(int))] == values.max()
-    greater = (values[mask][:, None] > values[~mask][None, ::7]).mean()
-    assert row["auc"] == pytest.approx(greater, abs=0.02)
+    inside, outside = values[mask][:, None], values[~mask][None]
+    greater = (inside > outside).mean() + (inside == outside).mean() / 2
+    assert row["auc"] == pytest.approx(greater, abs=1e-3)
 
 
 def test_the_control_leaves_encoder_and_vd1_as_they_are(run, phantoms, tmp_path):

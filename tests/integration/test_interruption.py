@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from medvisionllama import api
+from medvisionllama.checkpoint import load_facts
 from medvisionllama.errors import CheckpointError
 from medvisionllama.progress import Lines
 from medvisionllama.run_dir import RunDir, revisions
 from medvisionllama.training import fit as module
+from medvisionllama.training.loop import TrainingLoop
 
 from .conftest import TINY, settings, wait_for
 
@@ -61,7 +63,8 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(number, undisturbed,
     run = RunDir(tmp_path / "run")
     process = start(phantoms, run.path)
     wait_for(run.state, process)
-    delay = random.SystemRandom().uniform(0, 1.0)
+    state = load_facts(undisturbed.state)["state"]
+    delay = random.SystemRandom().uniform(0, 0.4 * (state["elapsed_seconds"] - state["begun_seconds"]))
     time.sleep(delay)
     process.send_signal(number)
     process.communicate()
@@ -87,6 +90,26 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(number, undisturbed,
     # Nothing is left to train, so this is no session of it.
     api.train(phantoms, out=run.path, resume=True, test=False)
     assert run.read_manifest()["resumed"] == after["resumed"]
+
+
+def test_a_shorter_limit_ends_a_run_where_it_was_saved(phantoms, tmp_path, monkeypatch):
+    step, run = TrainingLoop._step, RunDir(tmp_path / "run")
+
+    def crash_after_a_validation(self):
+        if self.state.validated_step:
+            raise RuntimeError("power cut")
+        return step(self)
+
+    monkeypatch.setattr(TrainingLoop, "_step", crash_after_a_validation)
+    overrides = {**TINY, "train.max_steps": 6, "train.num_validations": 3}
+    with pytest.raises(RuntimeError, match="power cut"):
+        api.train(phantoms, out=run.path, overrides=overrides)
+    with pytest.raises(CheckpointError, match="has not ended"):
+        api.evaluate(run.path)
+    # Nothing is left to do by this limit, and the save is of before it.
+    limit = {"train.max_steps": load_facts(run.state)["state"]["validated_step"]}
+    assert api.train(phantoms, out=run.path, overrides=limit, resume=True).finished
+    assert run.evaluation.is_file()
 
 
 def test_ctrl_c_is_heard_in_a_validation_which_the_run_that_goes_on_makes(phantoms, tmp_path, monkeypatch):

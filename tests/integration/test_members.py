@@ -25,7 +25,7 @@ from medvisionllama.inference.predictor import Member
 from medvisionllama.run_dir import RunDir
 from medvisionllama.training.members import _COMMAND, OtherMember, check_members, member_config
 
-from .conftest import FAST, settings, wait_for
+from .conftest import FAST, HANG_SECONDS, settings, wait_for
 
 LONG, SHORT = 60, 4
 """Epochs: long enough that on a fast machine no network ends by itself while the first is asked to end; and enough
@@ -168,7 +168,7 @@ def test_a_member_is_ended_before_its_first_step_where_ctrl_c_is_ignored(phantom
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         check=False,
-        timeout=60,
+        timeout=HANG_SECONDS,
     )
     assert ended.returncode == 130
 
@@ -199,7 +199,7 @@ def test_a_member_that_fails_is_named_in_one_line_and_the_first_is_kept(phantoms
 def test_a_member_that_fails_is_named_while_the_first_still_trains(phantoms, tmp_path):
     run = without_room(tmp_path / "run")
     # Ends by itself if nothing is said.
-    process = start(phantoms, run.path, "--max-minutes", 1, members=2)
+    process = start(phantoms, run.path, "--max-minutes", 10, members=2)
     said = next(line for line in process.stderr if b"the others train on" in line)
     assert b"already holds a run" in said
     assert process.poll() is None

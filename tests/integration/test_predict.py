@@ -161,7 +161,7 @@ def test_a_table_that_contradicts_the_dataset_of_the_labels_is_refused(tmp_path,
     # Where no dataset says how many classes there are, the labels do.
     (tmp_path / "set" / "dataset.json").unlink()
     write_nifti(masks / "a.nii.gz", (truth > 0).astype(np.uint8))
-    with pytest.raises(DataError, match=r"the masks know one foreground only, .*; give --merged"):
+    with pytest.raises(DataError, match=r"a.nii.gz holds the value 2, .*; give --merged if"):
         api.evaluate(masks, labels)
     assert set(api.evaluate(masks, labels, merged=True)["dice"]) == {1.0}
 
@@ -290,8 +290,10 @@ def test_one_scan_that_has_changed_does_not_keep_new_ones_from_their_masks(runs,
     first, made = json.loads(cli("predict", runs[0], scans, "--out", folder, "--resume", "--json").out)
     assert "the mask of another scan of that name" in first["error"]
     assert (made["case"], "error" in made) == ("phantom_001", False)
-    # Other networks make no mixture of a folder: nothing is segmented.
+    # Other networks make no mixture of a folder, whatever has changed: nothing is segmented.
+    (folder / "phantom_002.nii.gz").unlink()
     assert "was made by other networks" in cli("predict", runs[1], scans, "--out", folder, "--resume").err
+    assert not (folder / "phantom_002.nii.gz").exists()
 
 
 def test_a_sheared_scan_is_doubted_and_its_volumes_are_right(runs, scans, tmp_path):

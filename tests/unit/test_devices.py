@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from medvisionllama.devices import choose_device, convolution_caution, device_words
+from medvisionllama.devices import (
+    choose_device,
+    convolution_caution,
+    device_words,
+    emulation_caution,
+    use_bf16,
+)
 from medvisionllama.errors import ConfigError
 
 
@@ -41,3 +47,20 @@ def test_a_cudnn_that_is_bad_at_bf16_is_pointed_out_with_the_cure(cudnn, said):
 def test_a_device_by_another_name_is_not_taken_for_one(wanted):
     with pytest.raises(ConfigError, match=r"does not exist; allowed: auto, cpu, cuda .*CUDA_VISIBLE_DEVICES"):
         choose_device(wanted)
+
+
+@pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True)])
+def test_bf16_is_chosen_where_the_processor_has_it_and_elsewhere_doubted(monkeypatch, avx512, amx):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    cpu, has = torch.device("cpu"), avx512 or amx
+    assert use_bf16("auto", cpu) is has
+    assert use_bf16("bf16", cpu)
+    assert not use_bf16("fp32", cpu)
+    for asked, setting in (
+        ({"bf16": True, "block_dtype": None}, "train.precision=auto"),
+        ({"bf16": False, "block_dtype": "bfloat16"}, "network.block.dtype=float32"),
+    ):
+        line = emulation_caution(cpu, **asked)
+        assert (line is None) if has else (line and line.endswith(f"give --set {setting}"))
+    assert emulation_caution(cpu, bf16=False, block_dtype="float32") is None

@@ -83,9 +83,12 @@ def main() -> None:
         # Of a file that was to be renamed, the first name is a hidden one of ours.
         name = error.filename2 or error.filename
         where = f" ({name})" if name else ""
-        _fail(f"{_FIXABLE[error.errno]}{where}; nothing was half written", 2)
+        after = "" if error.errno in _GONE else "; nothing was half written"
+        _fail(f"{_FIXABLE[error.errno]}{where}{after}", 2)
 
 
+_GONE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
+"""Of a disk, or of the network before it; what is there then, nobody knows."""
 _FIXABLE = {
     errno.ENOSPC: "the disk is full: free some space, then go on (a run goes on with --resume)",
     errno.EDQUOT: "the disk quota is used up: free some space, then go on (a run goes on with --resume)",
@@ -95,6 +98,9 @@ _FIXABLE = {
     errno.EISDIR: "a folder is where a file should be: choose another name",
     errno.ENAMETOOLONG: "the name of a file to be written is longer than the disk allows: rename the scan",
     errno.EROFS: "that disk is read-only: choose another folder",
+    **dict.fromkeys(
+        _GONE, "the disk does not answer: see that it is there, then go on (a run goes on with --resume)"
+    ),
 }
 
 

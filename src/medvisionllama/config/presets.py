@@ -14,7 +14,7 @@ def small() -> Settings:
     """Two networks of a thin convolutional stem and skip head around the tokens; minutes on two CPU cores."""
     return {
         "augment": _AUGMENTATION,
-        "network": {"gate": "zero", "refine": True, "context_channels": [96, 192]},
+        "network": {**_SKIP_HEAD, "gate": "zero", "context_channels": [96, 192]},
         "train": {**_TRAINING, "max_minutes": 20.0, "members": 2},
         "inference": {"turn": True},
     }
@@ -26,8 +26,8 @@ def large() -> Settings:
         "data": {"max_crop_voxels": 524_288},
         "augment": _AUGMENTATION,
         "network": {
+            **_SKIP_HEAD,
             "gate": "zero",
-            "refine": True,
             "stem_channels": [32, 64, 128],
             "context_channels": [256, 320],
             "width": 384,
@@ -82,6 +82,7 @@ def reference() -> Settings:
     }
 
 
+_SKIP_HEAD: Settings = {"refine": True, "join_convolutions": None}
 _AUGMENTATION: Settings = {"elastic": 0.05, "bias_field": 0.6}
 # Few validations: each segments all validation cases, in minutes that training could have.
 _TRAINING: Settings = {"optimizer": "muon", "num_validations": 4, "gate_learning_rate_scale": 5.0}

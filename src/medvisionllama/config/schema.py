@@ -300,9 +300,9 @@ class NetworkConfig(Section):
     stem_channels: tuple[Annotated[int, Field(ge=0)], Positive, Positive] = (8, 32, 64)
     """Channels of the skip head's stem at stride 1, 2 and 4; 0 leaves the work at full resolution out, and logits
     come from stride 2."""
-    join_convolutions: Annotated[int, Field(ge=1, le=4)] | None = None
-    """Convolutions at strides 4 and 2 of the skip head, where what comes up is joined by the stem's features; by
-    default two where voxels are even, and one where slices are thick."""
+    join_convolutions: Annotated[int, Field(ge=1, le=4)] | None = 1
+    """Convolutions at strides 4 and 2 of the skip head, where what comes up is joined by the stem's features; null
+    is two where voxels are even and one where slices are thick."""
     refine: bool = False
     """Read logits off the features of stride 2, in boxes that overlap, and let full resolution add to them
     from zero at the start, instead of reading all off its few channels; without work there, nothing changes."""
@@ -369,7 +369,7 @@ class NetworkConfig(Section):
             raise ValueError(
                 "patch_size has no effect with head=skip, whose tokens follow data.strides; set those"
             )
-        if self.head != "skip" and self.join_convolutions is not None:
+        if self.head != "skip" and self.join_convolutions not in (None, 1):
             raise ValueError(f"join_convolutions has no effect with head={self.head}; set head=skip")
         if self.mapper == "linear" and self.mapper_rank != _MAPPER_RANK:
             raise ValueError("mapper_rank has no effect with mapper=linear; set mapper=lora or linear+lora")

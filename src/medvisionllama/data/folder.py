@@ -1,7 +1,7 @@
 """Two layouts told by folder names: nnU-Net's raw folders, and images/ beside labels/."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +17,7 @@ from medvisionllama.data.near_names import (
     constant_ending,
     datasets_in,
     misnamed_folders,
+    unread_files,
     why_none_meets,
 )
 from medvisionllama.data.readers import SUFFIXES, is_scan, read_header, stem_of
@@ -24,6 +25,8 @@ from medvisionllama.errors import DataError
 
 ABOUT = ("name", "description", "reference", "licence", "license", "release")
 """What names.json, or a dataset.json, may tell of a dataset beside its names."""
+_ASKED = 5
+"""Scans whose headers tell how many channels all have."""
 # What network storage (Synology) and macOS lay beside somebody's files.
 _SYSTEM_FOLDERS = {"@eadir", "__macosx"}
 
@@ -106,9 +109,12 @@ def index_plain(
         bare = {re.sub(r"_\d{4}$", "", stem): path for stem, path in images.items()}
         ends_bare = constant_ending(labels, bare) and not constant_ending(labels, images)
         raise DataError(f"{root}: {why_none_meets(bare if ends_bare else images, labels)}")
+    unread = {name: unread_files(root / name) for name in ("images", "labels")}
     for case_id in sorted(groups.keys() ^ labels.keys()):
         missing = "labels" if case_id in groups else "images"
-        message = f"{root}: the case {case_id!r} has no file in {missing}/; add {missing}/{case_id}{SUFFIXES[0]} or remove its partner"
+        other = unread[missing].get(case_id)
+        found = f"{other} alone, a format that is not read," if other else "no file"
+        message = f"{root}: the case {case_id!r} has {found} in {missing}/; add {missing}/{case_id}{SUFFIXES[0]} or remove its partner"
         alone.append(Finding("no-partner", message, (case_id,)))
     cases = tuple(
         Case(case_id, patient_of(case_id, patient_pattern), tuple(images), labels[case_id])
@@ -130,7 +136,8 @@ def index_plain(
     num_channels = max((len(files) for files in endings.values()), default=1)
     if num_channels == 1 and cases:
         # One file a case may still be 4-D.
-        num_channels = _channels_of_first(wanted)
+        named = read_names(root).get("channels")
+        num_channels = _usual_channels(wanted, len(named) if isinstance(named, list) else 0)
     channels, classes = _names(root, _default_channels(wanted, num_channels))
     return Dataset(root.name, root, cases, channels, classes), alone
 
@@ -220,14 +227,21 @@ def _default_channels(cases: Sequence[Case], num_channels: int) -> list[str]:
     return [f"channel {number}" for number in range(num_channels)]
 
 
-def _channels_of_first(cases: Sequence[Case]) -> int:
-    """Number of channels of the first image that can be read; what is wrong with others is said later."""
+def _usual_channels(cases: Sequence[Case], named: int) -> int:
+    """Number of channels of the first images that can be read; what is wrong with others is said later.
+
+    Where they differ it is the number of names, if one has so many, or else that of most.
+    """
+    numbers: Counter[int] = Counter()
     for case in cases:
-        try:
-            return read_header(case.images[0]).num_channels
-        except DataError:
-            continue
-    return 1
+        with suppress(DataError, OSError):
+            numbers[read_header(case.images[0]).num_channels] += 1
+        # One by one they would all be read twice, and a disk may be slow.
+        if numbers.total() == _ASKED:
+            break
+    if named in numbers:
+        return named
+    return numbers.most_common(1)[0][0] if numbers else 1
 
 
 def scans_of(folder: Path, *, series: bool = False) -> list[Path]:

@@ -5,6 +5,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 _SIMILAR = 0.7
+_UNREAD = (".mhd", ".nhdr", ".hdr", ".img", ".mgz", ".mgh", ".mnc", ".nii.bz2")
+"""Scans in formats that are not read."""
 _WORDS = {
     "images": ("images", "image", "imgs", "scans"),
     "labels": ("labels", "label", "masks", "mask", "segmentations", "segmentation"),
@@ -30,6 +32,17 @@ def misnamed_folders(root: Path) -> str:
     shown = " and ".join(f"{name}/" for name in found.values())
     listed = ", or is dataset.json missing" if found == {"images": "imagesTr", "labels": "labelsTr"} else ""
     return f"found {shown}; did you mean {wrong}{listed}?" if wrong else ""
+
+
+def unread_files(folder: Path) -> dict[str, str]:
+    """Names of scans in formats that are not read, by their case; the folder need not exist."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {
+        file.name[: -len(ending)]: file.name
+        for file in files
+        for ending in _UNREAD
+        if file.name.lower().endswith(ending) and not file.name.startswith(".")
+    }
 
 
 def constant_ending(names: Collection[str], stems: Collection[str]) -> str:

@@ -99,10 +99,6 @@ def read_pair(pair: Pair, classes: dict[int, str], *, merged: bool = False) -> t
     _same_grid(pair, predicted, truth)
     check_values(pair.prediction, predicted, classes)
     if not merged and pair.declared:
-        if classes == {1: FOREGROUND} and truth.array.max(initial=0) > 1:
-            raise DataError(
-                f"the masks know one foreground only, {pair.label} has several classes; give --merged"
-            )
         check_values(pair.label, truth, classes)
     return predicted, merged_foreground(truth) if merged else truth
 

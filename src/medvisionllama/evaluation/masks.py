@@ -8,7 +8,7 @@ import numpy as np
 
 from medvisionllama.data.formats.dicom_labels import read_classes
 from medvisionllama.data.formats.itk import segment_names
-from medvisionllama.data.labels import check_class_names, check_no_ignore
+from medvisionllama.data.labels import FOREGROUND, check_class_names, check_no_ignore
 from medvisionllama.data.msd import read_dataset_json
 from medvisionllama.data.readers import is_scan, read_label, stem_of
 from medvisionllama.data.volume import Volume
@@ -161,8 +161,11 @@ def check_values(path: Path, mask: Volume, classes: Mapping[int, str]) -> None:
     if not known[mask.array].all():
         value = int(mask.array[~known[mask.array]].min())
         names = ", ".join(f"{number} {name}" for number, name in classes.items())
+        step = "correct the file, or name the class in dataset.json or labels.txt"
+        if list(classes.values()) == [FOREGROUND]:
+            step = "give --merged if the masks know one foreground only, else correct the file"
         raise DataError(
-            f"{path} holds the value {value}, which is no class's (0 background, {names}); correct the file, or name the class in dataset.json or labels.txt"
+            f"{path} holds the value {value}, which is no class's (0 background, {names}); {step}"
         )
 
 

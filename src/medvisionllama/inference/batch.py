@@ -23,7 +23,8 @@ from medvisionllama.inference.ledger import (
     Made,
     MadeBy,
     ScanChangedError,
-    check_mask,
+    check_maker,
+    check_scan,
     scan_sha256,
 )
 from medvisionllama.inference.postprocess import clean
@@ -184,9 +185,11 @@ class Outputs:
 
     def _check_kept(self, mask: Path, scan: Scan, made: Made | None) -> None:
         """Raise DataError unless a mask that is there is what would be made of this scan."""
+        # First who made it: of other networks, that a scan has changed since says nothing.
+        made = check_maker(mask, made, self.made_by)
         _check_same_scan(mask, scan)
-        check_mask(mask, made, scan.files, self.made_by)
-        if mask == self.fallback(scan) and not (made and made.instead):
+        check_scan(mask, made, scan.files)
+        if mask == self.fallback(scan) and not made.instead:
             raise DataError(
                 f"{mask} is this scan's mask as NIfTI, and DICOM-SEG is asked for; give --format nifti to keep it, or another --out"
             )
@@ -425,8 +428,10 @@ def _write_files(
 
 def _check_unchanged(scan: Scan, sha256: str) -> None:
     """Raise DataError if a scan is not what was segmented any more: its mask would be told to be of the new one."""
-    grown = any(isinstance(source, Series) and has_grown(source) for source in scan.images)
-    if grown or scan_sha256(scan.files) != sha256:
+    # The hash first, which says whether the files are there at all.
+    if scan_sha256(scan.files) != sha256 or any(
+        isinstance(source, Series) and has_grown(source) for source in scan.images
+    ):
         raise DataError(f"{scan.images[0]} changed while it was segmented; give the same command again")
 
 

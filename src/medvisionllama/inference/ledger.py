@@ -19,6 +19,7 @@ from medvisionllama.inference.cleaning import Cleaning
 LEDGER = "predictions.jsonl"
 MAPS = ("probabilities", "uncertainty")
 """Kinds of maps that may be written with a mask."""
+_WAYS = "choose another --out, or give --overwrite too to replace it"
 
 
 class ScanChangedError(DataError):
@@ -145,24 +146,24 @@ class Ledger:
         }
 
 
-def check_mask(mask: Path, made: Made | None, scan_files: Sequence[Path], made_by: MadeBy) -> None:
-    """Refuse a mask that is there and is not what these networks make of this scan.
-
-    Args:
-        made: what the ledger holds of it.
+def check_maker(mask: Path, made: Made | None, made_by: MadeBy) -> Made:
+    """Return what the ledger holds of a mask that is there, made by these networks in this way.
 
     Raises:
-        ScanChangedError: what was segmented was another scan, or another version of it.
         DataError: other networks made the mask, or made it otherwise, or nobody knows what did.
     """
-    ways = "choose another --out, or give --overwrite too to replace it"
     if made is None:
-        raise DataError(f"{mask} is there, and no {LEDGER} beside it says what made it; remove it, {ways}")
+        raise DataError(f"{mask} is there, and no {LEDGER} beside it says what made it; remove it, {_WAYS}")
     if difference := made_by.difference(made.made_by):
-        raise DataError(f"{mask} was made {difference}; {ways}")
+        raise DataError(f"{mask} was made {difference}; {_WAYS}")
+    return made
+
+
+def check_scan(mask: Path, made: Made, scan_files: Sequence[Path]) -> None:
+    """Raise ScanChangedError if what was segmented was another scan, or another version of it."""
     if made.scan_sha256 != scan_sha256(scan_files):
         raise ScanChangedError(
-            f"{mask} is the mask of another scan of that name, or {scan_files[0]} has changed since; {ways}"
+            f"{mask} is the mask of another scan of that name, or {scan_files[0]} has changed since; {_WAYS}"
         )
 
 

@@ -69,7 +69,7 @@ class SkipHead(nn.Module):
         tokens: bool,
         context: tuple[int, int] | None,
         grid: Triple,
-        join_convolutions: int | None = None,
+        join_convolutions: int | None = 1,
         refine: bool = False,
     ) -> None:
         super().__init__()

@@ -20,7 +20,14 @@ from medvisionllama.data.cache import describe
 from medvisionllama.data.planning import read_plan
 from medvisionllama.data.sampling import BatchSampler, check_share
 from medvisionllama.data.splits import write_splits
-from medvisionllama.devices import choose_device, convolution_caution, device_words, fast_layout, use_bf16
+from medvisionllama.devices import (
+    choose_device,
+    convolution_caution,
+    device_words,
+    emulation_caution,
+    fast_layout,
+    use_bf16,
+)
 from medvisionllama.errors import CheckpointError, ConfigError
 from medvisionllama.llm import CATALOG
 from medvisionllama.llm.block import tensors_sha256
@@ -200,12 +207,14 @@ def _fit(
             write_run_files(run_dir, config, data, facts, {**sessions, "started_from": started_from})
         say_long_warmup(config, loop.timetable.total_steps, progress)
         progress.say(f"training on {device_words(config.train.device, config.train.precision)}")
-        if caution := convolution_caution(
-            accelerator.device,
-            bf16=accelerator.mixed_precision == "bf16",
-            cudnn=torch.backends.cudnn.version(),
+        device, bf16 = accelerator.device, accelerator.mixed_precision == "bf16"
+        block_dtype = config.network.block.dtype if config.network.has_block else None
+        for caution in (
+            convolution_caution(device, bf16=bf16, cudnn=torch.backends.cudnn.version()),
+            emulation_caution(device, bf16=bf16, block_dtype=block_dtype),
         ):
-            progress.say(caution)
+            if caution:
+                progress.say(caution)
         if config.train.members > 1:
             progress.say(
                 f"{config.train.members} networks train side by side; predictions are the mean of theirs"

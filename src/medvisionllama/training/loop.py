@@ -118,6 +118,9 @@ class TrainingLoop:
             if not self.state.step:
                 self._tick()
                 self.timetable.begin()
+            if self.timetable.is_over:
+                # By a limit that is shorter now: its last save says that it was not.
+                self.save()
             while not self.timetable.is_over:
                 # Before a step: a run that was interrupted in one of these was saved without it, and begins here.
                 if self.state.step and self.timetable.validation_due():

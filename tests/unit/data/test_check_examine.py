@@ -51,6 +51,27 @@ def test_a_label_is_counted_whatever_its_type(dtype):
     assert facts.centroid == pytest.approx((0.7474, 0.499, 0.499), abs=1e-3)
 
 
+def test_places_of_classes_are_those_found_voxel_by_voxel():
+    label = np.random.default_rng(0).integers(0, 4, (7, 8, 9)).astype(np.uint8)
+    label[label == 2] = 7
+    facts = examine_label(label)
+    for value in (1, 3, 7):
+        places = np.argwhere(label == value)
+        assert facts.voxels[value] == len(places)
+        assert facts.centroids[value] == pytest.approx((places + 0.5).mean(0) / label.shape, abs=1e-5)
+
+
+def test_a_scan_in_the_place_of_a_label_is_not_searched_value_by_value(monkeypatch):
+    searched = []
+    monkeypatch.setattr("medvisionllama.data.check.examine._count_specks", lambda _: searched.append(1) or 0)
+    scan = np.random.default_rng(0).integers(1, 201, (40, 50, 60)).astype(np.uint8)
+    facts = examine_label(scan)
+    assert (len(facts.voxels), searched) == (200, [])
+    # As many classes, each in a place of its own.
+    examine_label(np.repeat(np.arange(1, 201, dtype=np.uint8), 600).reshape(200, 20, 30))
+    assert len(searched) == 200
+
+
 def test_values_that_are_no_classes_are_told_apart():
     label = np.zeros((4, 4, 4))
     assert examine_label(label).voxels == {}

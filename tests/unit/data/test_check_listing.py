@@ -63,6 +63,34 @@ def test_classes_that_train_would_refuse_are_pointed_out(plain):
     assert "the values 1 and 2 are both called 'kidney'" in found.message
 
 
+def test_pairs_in_a_format_that_is_not_read_are_named(plain):
+    root = plain(*both("a", "b", "c"), "labels/f.nii.gz")
+    for name in (
+        "images/d.mhd",
+        "images/e.mhd",
+        "images/f.mgz",
+        "labels/d.mhd",
+        "labels/e.mhd",
+        "labels/d.raw",
+    ):
+        (root / name).touch()
+    findings = check(root, fast=True).findings
+    images, labels = [finding.message for finding in findings if finding.code == "unlisted-file"]
+    assert (
+        "images: 3 files are of a format that is not read (d.mhd, e.mhd, f.mgz); save them as .nii" in images
+    )
+    assert "labels: 2 files are" in labels
+    [alone] = [finding.message for finding in findings if finding.code == "no-partner"]
+    assert "the case 'f' has f.mgz alone, a format that is not read, in images/" in alone
+
+
+def test_a_dataset_of_a_format_that_is_not_read_says_so(tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.mhd").touch()
+    assert "a.mhd and the like are of a format that is not read: save them as .nii" in refusal(tmp_path)
+
+
 def test_one_name_of_two_cases_is_told_with_both_files(plain):
     root = plain("p1/t1.nii.gz", "p2/t1.nii.gz", "label1.nii.gz", "label2.nii.gz")
     entries = [{"image": f"p{n}/t1.nii.gz", "label": f"label{n}.nii.gz"} for n in (1, 2)]

@@ -156,13 +156,20 @@ def test_nameless_values_that_only_some_labels_hold_are_pointed_out(case_facts):
         (["p01_a", "p01_b", "p02_a", "p02_b"], True),
         (["p01.1", "p01.2", "p02.1", "p02.2", "p03.1"], True),
         (["P01_a", "p01_b", "P02_a", "p02_b"], True),
+        (["P001", "P001_2", "P002", "P002_2", "P003"], True),
+        (["P001", "P001b", "P002", "P002b", "P003"], True),
         ([f"hippocampus_{n:03d}" for n in range(9)], False),
         ([f"brats_2013_pat000{n}_1" for n in range(5)], False),
         ([f"site1_{n:03d}" for n in range(40)], False),
     ],
 )
 def test_names_that_differ_in_their_ending_may_be_one_patient(names, alike):
-    assert codes(patient_name_findings(cases_of(names))) == (["patient-names"] if alike else [])
+    findings = patient_name_findings(cases_of(names))
+    assert codes(findings) == (["patient-names"] if alike else [])
+    for found in findings:
+        pattern = found.message.rsplit("as '", 1)[1].removesuffix("'")
+        first, second, third = (patient_of(name, pattern).casefold() for name in names[:3])
+        assert first == second != third
 
 
 def cases_of(names, patient=lambda name: name):
@@ -186,6 +193,10 @@ def cases_of(names, patient=lambda name: name):
         ["20200115_P001", "20210301_P001", "20200115_P002"],
         ["4711_20200115_3", "4711_20200720_4", "4712_20200115_1"],
         ["P001_15.01.2020", "P001_20.07.2020", "P002_15.01.2020"],
+        ["P001", "P001_followup", "P002"],
+        ["Pat 3", "Pat 3 (post)", "Pat 4"],
+        ["P001 1", "P001 2", "P002 1", "P002 2"],
+        ["P001 (1)", "P001 (2)", "P002 (1)", "P002 (2)"],
     ],
 )
 def test_names_that_differ_in_a_side_or_a_visit_are_rather_one_patient(names):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from medvisionllama.config import DataConfig
+from medvisionllama.data.check.headers import check_headers
 from medvisionllama.data.fingerprint import fingerprint
 from medvisionllama.data.index import index_dataset, open_configured, open_dataset, patient_of
 from medvisionllama.data.splits import make_splits, select
@@ -145,6 +146,18 @@ def test_a_plain_folder_of_4d_scans_has_their_channels(files, write_nifti):
     root = files("images/a.nii.gz", "labels/a.nii.gz")
     write_nifti(root / "images" / "a.nii.gz", np.zeros((3, 4, 5, 2), np.float32))
     assert open_dataset(root).channels == ("channel 0", "channel 1")
+
+
+@pytest.mark.parametrize("names", [None, {"channels": ["CT"]}])
+def test_the_first_scan_alone_does_not_say_how_many_channels_there_are(files, write_nifti, names):
+    root = files(*(f"{folder}/{name}.nii.gz" for folder in ("images", "labels") for name in "abc"))
+    for name, shape in (("a", (3, 4, 5, 2)), ("b", (3, 4, 5)), ("c", (3, 4, 5))):
+        write_nifti(root / "images" / f"{name}.nii.gz", np.zeros(shape, np.float32))
+        write_nifti(root / "labels" / f"{name}.nii.gz", np.ones((3, 4, 5), np.uint8))
+    if names:
+        (root / "names.json").write_text(json.dumps(names))
+    _, findings = check_headers(open_dataset(root))
+    assert [(finding.code, finding.cases) for finding in findings] == [("channel-count", ("a",))]
 
 
 def test_a_plain_folder_with_two_channels_is_indexed(files):

@@ -8,7 +8,7 @@ import pytest
 from medvisionllama._files import files_sha256
 from medvisionllama.errors import DataError
 from medvisionllama.inference.cleaning import Cleaning
-from medvisionllama.inference.ledger import Ledger, Made, MadeBy, Views, check_mask
+from medvisionllama.inference.ledger import Ledger, Made, MadeBy, Views, check_maker, check_scan
 
 VIEWS = Views(overlap=0.5, flip=True, turn=True)
 MAKER = MadeBy(weights_sha256=("a",), views=(VIEWS,), cleaning=Cleaning())
@@ -51,7 +51,7 @@ def test_a_scan_that_is_gone_is_named(scan, tmp_path):
     ledger.add(Made.of(record(scan), files_sha256([scan]), MAKER))
     scan.unlink()
     with pytest.raises(DataError, match=f"{scan.name} cannot be read any more"):
-        check_mask(tmp_path / "s.nii.gz", ledger.read()["s.nii.gz"], [scan], MAKER)
+        check_scan(tmp_path / "s.nii.gz", ledger.read()["s.nii.gz"], [scan])
 
 
 def test_folders_and_headers_stay_out_of_it(scan, tmp_path):
@@ -79,20 +79,21 @@ def test_a_mask_made_otherwise_is_refused(scan, tmp_path, other, words):
     ledger = Ledger(tmp_path)
     ledger.add(Made.of(record(scan), files_sha256([scan]), MAKER))
     made = ledger.read()["s.nii.gz"]
-    check_mask(tmp_path / "s.nii.gz", made, [scan], MAKER)
+    assert check_maker(tmp_path / "s.nii.gz", made, MAKER) == made
     with pytest.raises(DataError, match=words):
-        check_mask(tmp_path / "s.nii.gz", made, [scan], MAKER.model_copy(update=other))
+        check_maker(tmp_path / "s.nii.gz", made, MAKER.model_copy(update=other))
 
 
 def test_a_mask_of_other_voxels_or_of_nobody_is_refused(scan, tmp_path):
     ledger = Ledger(tmp_path)
     ledger.add(Made.of(record(scan), files_sha256([scan]), MAKER))
     made = ledger.read()["s.nii.gz"]
+    check_scan(tmp_path / "s.nii.gz", made, [scan])
     scan.write_bytes(b"others")
     with pytest.raises(DataError, match=r"another scan of that name, or .* has changed"):
-        check_mask(tmp_path / "s.nii.gz", made, [scan], MAKER)
+        check_scan(tmp_path / "s.nii.gz", made, [scan])
     with pytest.raises(DataError, match="says what made it"):
-        check_mask(tmp_path / "s.nii.gz", None, [scan], MAKER)
+        check_maker(tmp_path / "s.nii.gz", None, MAKER)
 
 
 def test_a_line_names_the_maps_that_were_written_with_its_mask(scan, tmp_path):

@@ -85,9 +85,13 @@ def test_without_work_at_full_resolution_there_is_nothing_to_refine(image):
 
 
 @pytest.mark.parametrize("preset", ["small", "large"])
-def test_presets_refine_and_older_configurations_do_not(preset):
-    assert load_config(preset).network.refine
-    assert not NetworkConfig().refine
+def test_presets_refine_and_choose_their_joins_and_older_configurations_do_not(preset):
+    network = load_config(preset).network
+    assert (network.refine, network.join_convolutions) == (True, None)
+    older = NetworkConfig()
+    assert (older.refine, older.join_convolutions) == (False, 1)
+    # As every run's config.yaml says, also that of a head which has no joins.
+    assert NetworkConfig(head="linear", join_convolutions=1).join_convolutions == 1
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,7 @@ def test_presets_refine_and_older_configurations_do_not(preset):
 )
 def test_even_voxels_are_joined_by_two_convolutions_and_thick_slices_by_one(strides, number):
     named, by_default = (
-        build(strides=strides, **changes).state_dict() for changes in ({"join_convolutions": number}, {})
+        build(strides=strides, join_convolutions=given).state_dict() for given in (number, None)
     )
     assert {key: value.shape for key, value in by_default.items()} == {
         key: value.shape for key, value in named.items()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from medvisionllama.data.check.facts import CaseFacts, FileFacts
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.check.storage import read_storage
 from medvisionllama.data.formats import dicom, format_of
-from medvisionllama.data.formats.dicom_series import person_of
+from medvisionllama.data.formats.dicom_series import Series, person_of
 from medvisionllama.data.formats.header import channel_problem
 from medvisionllama.data.index import Case, Dataset
 from medvisionllama.data.labels import may_be_cropped, offset_in
@@ -29,8 +30,8 @@ def read_headers(case: Case) -> tuple[CaseFacts | None, list[Finding]]:
     for path in (*case.sources, *([case.label] if case.label else [])):
         try:
             files.append(FileFacts(path, read_header(path), read_storage(path)))
-        except DataError as error:
-            findings.append(Finding("unreadable", str(error), (case.case_id,), path))
+        except (DataError, OSError) as error:
+            findings.append(Finding("unreadable", why_unreadable(path, error), (case.case_id,), path))
             files.append(None)
     images = [file for file in files[: len(case.images)] if file is not None]
     if len(images) < len(case.images):
@@ -38,6 +39,13 @@ def read_headers(case: Case) -> tuple[CaseFacts | None, list[Finding]]:
     label = files[-1] if case.label else None
     facts = CaseFacts(case.case_id, case.patient_id, tuple(images), label, persons=persons_of(case))
     return facts, findings
+
+
+def why_unreadable(path: Path | Series, error: DataError | OSError) -> str:
+    """One file that may not be read, or a disk that is gone, must not keep the others from being checked."""
+    if isinstance(error, OSError):
+        return f"{path} cannot be read ({error.strerror or error}); check its permissions and its disk"
+    return str(error)
 
 
 def persons_of(case: Case) -> frozenset[str]:

@@ -12,17 +12,24 @@ from medvisionllama.data.formats.dicom_series import files_below, find_series
 from medvisionllama.data.formats.itk import is_segmentation
 from medvisionllama.data.index import Case, Dataset
 from medvisionllama.data.labels import check_class_names
-from medvisionllama.data.readers import is_scan, stem_of
+from medvisionllama.data.near_names import unread_files
+from medvisionllama.data.readers import SUFFIXES, is_scan, stem_of
 from medvisionllama.errors import DataError
 
 _FOLDERS = ("imagesTr", "labelsTr")
+_PLAIN = ("images", "labels")
 
 
 def listing_findings(dataset: Dataset) -> list[Finding]:
     """No cases, a case twice, names that are no text, or files that do not exist: what `open_dataset` refuses."""
     if not dataset.cases:
-        message = f"{dataset.root} holds no labelled cases; put images and labels of the same names there"
-        return [Finding("layout", message)]
+        unread = [
+            name for folder in (*_FOLDERS, *_PLAIN) for name in unread_files(dataset.root / folder).values()
+        ]
+        step = "put images and labels of the same names there"
+        if unread:
+            step = f"{unread[0]} and the like are of a format that is not read: save them as {SUFFIXES[0]}"
+        return [Finding("layout", f"{dataset.root} holds no labelled cases; {step}")]
     findings = []
     by_name = defaultdict(list)
     for case in dataset.cases:
@@ -97,6 +104,12 @@ def name_findings(dataset: Dataset) -> list[Finding]:
             message = (
                 f"{folder}: no case uses {len(unlisted)} of its files ({shown}); list them or move them away"
             )
+            findings.append(Finding("unlisted-file", message, file=folder))
+    for name in (*_FOLDERS, *_PLAIN):
+        folder = dataset.root / name
+        if unread := list(unread_files(folder).values()):
+            shown = ", ".join(unread[:3]) + (" and more" if len(unread) > 3 else "")
+            message = f"{folder}: {len(unread)} files are of a format that is not read ({shown}); save them as {SUFFIXES[0]}, or move them away"
             findings.append(Finding("unlisted-file", message, file=folder))
     return findings
 

@@ -15,9 +15,9 @@ from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.index import PERSON, PLACE, Case
 from medvisionllama.data.splits import LEAST_PATIENTS
 
-_ENDING = re.compile(r"(?:[_.-][a-z]?\d{1,3}|[_.-][a-z]|(?<=\d)[a-z])$", re.IGNORECASE)
+_ENDING = re.compile(r"(?:[_. -][a-z]?\d{1,3}|[_. -][a-z]|(?<=\d)[a-z])$", re.IGNORECASE)
 # A number of any length is a visit's as well: 1001_10002, OAS30001_MR_d0129, BraTS-GLI-00001-001.
-_NUMBERED = re.compile(r"(?P<stem>.*\d.*)[_-](?P<number>[a-z]?\d+)")
+_NUMBERED = re.compile(r"(?P<stem>.*\d.*)[_ -](?P<number>[a-z]?\d+)")
 _SEPARATOR = re.compile(r"[_. -]+")
 # Two names that differ in one of these alone are one patient's. A day, here, stands in front: 20200115_P001.
 _TELLING = re.compile(
@@ -113,7 +113,7 @@ def _patients(cases: Sequence[Case]) -> list[str]:
 
 def _apart(cases: Sequence[Case]) -> list[Finding]:
     patients = _patients(cases)
-    groups = [*_suspicious(patients), *_numbered(patients), *_dated(patients)]
+    groups = [*_suspicious(patients), *_followed(patients), *_numbered(patients), *_dated(patients)]
     if not groups:
         return []
     example, names = groups[0], {name for group in groups for name in group.names}
@@ -138,11 +138,28 @@ def _suspicious(patients: Sequence[str]) -> list[_Alike]:
     return found
 
 
+def _followed(patients: Sequence[str]) -> list[_Alike]:
+    """A name, and the same with a visit or a side behind it: P001 and P001_followup."""
+    known = {tuple(_SEPARATOR.split(_plain(name))): name for name in patients}
+    groups = []
+    for (*stem, last), name in known.items():
+        before = known.get(tuple(stem))
+        numbers_somebody = re.search(r"\d", " ".join(stem)) and not PLACE.fullmatch(" ".join(stem))
+        if before is not None and numbers_somebody and _TELLING.fullmatch(last):
+            groups.append(_Alike(len(stem), (before, name), (last,), tuple(stem)))
+    return groups
+
+
+def _plain(name: str) -> str:
+    """Small letters, and no brackets around what they hold: `P001 (2)`."""
+    return re.sub(r"[()\[\]{}]", "", name.casefold()).strip()
+
+
 def _numbered(patients: Sequence[str]) -> list[_Alike]:
     """Several names that a few numbers each follow: their visits, if no patients of a site."""
     stems: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for name in patients:
-        found = _NUMBERED.fullmatch(name.casefold())
+        found = _NUMBERED.fullmatch(_plain(name))
         if found and not PLACE.fullmatch(found["stem"]):
             stems[found["stem"]].append((name, found["number"]))
     groups = []
@@ -210,18 +227,23 @@ def _numbers_somebody(group: _Alike) -> bool:
 
 def _endings(cases: Sequence[Case]) -> list[Finding]:
     """Names that differ in a number or a letter at their end only, which may as well be the patient's."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for patient in _patients(cases):
-        base = _ENDING.sub("", patient.casefold())
+    groups: dict[str, list[str]] = {}
+    patients = {_plain(patient): patient for patient in _patients(cases)}
+    for plain, patient in patients.items():
+        base = _ENDING.sub("", plain)
         # Without a digit it is the name of the study, not of a patient.
-        if base != patient.casefold() and re.search(r"\d", base):
-            groups[base].append(patient)
+        if base != plain and re.search(r"\d", base):
+            # The first visit often has no ending: P001, P001_2.
+            groups.setdefault(base, [patients[base]] if base in patients else []).append(patient)
     alike = {base: names for base, names in groups.items() if 2 <= len(names) <= _MOST_SCANS}
     if len(alike) < 2:
         return []
-    names = next(iter(alike.values()))
+    base, names = next(iter(alike.items()))
+    parts = tuple(_SEPARATOR.split(base))
+    attached = any(_plain(name).removeprefix(base).isalpha() for name in names)
+    pattern = r"^(.+?\d)[A-Za-z]?$" if attached else _Alike(len(parts), tuple(names), (), parts).pattern
     count = sum(map(len, alike.values()))
-    message = f"{count} patients differ from another in the ending of their name only, as {', '.join(names[:3])}; if those are one patient, {_STEP}, as '^(.+?)[_.-]?[^_.-]+$'"
+    message = f"{count} patients differ from another in the ending of their name only, as {', '.join(names[:3])}; if those are one patient, {_STEP}, as '{pattern}'"
     members = tuple(
         case.case_id for case in cases if any(case.patient_id in names for names in alike.values())
     )

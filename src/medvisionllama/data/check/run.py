@@ -10,7 +10,12 @@ from medvisionllama.data.check.division import division_findings, leak_findings,
 from medvisionllama.data.check.examine import examine_case
 from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.check.findings import Finding, path_of
-from medvisionllama.data.check.headers import channel_findings, grid_findings, read_headers
+from medvisionllama.data.check.headers import (
+    channel_findings,
+    grid_findings,
+    read_headers,
+    why_unreadable,
+)
 from medvisionllama.data.check.listing import (
     class_name_findings,
     listing_findings,
@@ -210,8 +215,9 @@ def _examine_one(
     for file in facts.files:
         try:
             volumes.append(to_ras(read_voxels(file.path)))
-        except DataError as error:
-            findings.append(Finding("unreadable", str(error), (case.case_id,), file.path))
+        except (DataError, OSError) as error:
+            message = why_unreadable(file.path, error)
+            findings.append(Finding("unreadable", message, (case.case_id,), file.path))
             volumes.append(None)
         except MemoryError:
             message = f"{file.path} of shape {file.header.shape} does not fit into memory; is its header right? Crop it, or check it on a machine with more"

@@ -36,6 +36,8 @@ class Series:
     folder: Path
     slices: tuple[Slice, ...] = field(repr=False, compare=False)
     """The frames of all files, in the same order."""
+    listed: Mapping[Path, frozenset[Path]] = field(default_factory=dict, repr=False, compare=False)
+    """What lay in the folders of its files when it was found."""
 
     @property
     def name(self) -> str:
@@ -70,7 +72,12 @@ def find_series(*paths: Path, keep_going: bool = False) -> tuple[Series, ...]:
     groups: dict[str, list[FileHeader]] = {}
     damaged: dict[Path, tuple[Path, str]] = {}
     # Paths may lie within one another.
-    files = {file.parent.resolve() / file.name: file for path in paths for file in _files_of(path)}
+    given = [file for path in paths for file in _files_of(path)]
+    files = {file.parent.resolve() / file.name: file for file in given}
+    # Of folders what the search has found there, and no more: what came since may belong to a series.
+    listed = _listed({path.parent for path in paths if path.is_file()})
+    for file in given:
+        listed[file.parent] = listed.get(file.parent, frozenset()) | {file}
     others: list[Path] = []
 
     @contextmanager
@@ -89,7 +96,7 @@ def find_series(*paths: Path, keep_going: bool = False) -> tuple[Series, ...]:
                 others.append(file)
             else:
                 groups.setdefault(header.series_uid, []).append(header)
-    found = [_series(group) for group in groups.values()]
+    found = [_series(group, listed) for group in groups.values()]
     told = {file.parent for series in found for file in series.files}
     for file in others:
         if file.parent in told:
@@ -120,16 +127,14 @@ def files_of(source: Path | Series) -> Iterator[Path]:
 
 
 def has_grown(series: Series) -> bool:
-    """Whether an image of the series has come into its folders since it was listed, as while it is being sent."""
-    if not series.series_uid:
-        return False
-    known, images = set(series.files), {piece.uid for piece in series.slices}
-    beside = (file for folder in {file.parent for file in known} for file in folder.iterdir())
-    for file in beside:
-        if file in known or file.name.startswith(".") or not file.is_file():
-            continue
-        with suppress(DataError):
-            header = read_file_header(file)
+    """Whether an image of the series has come into its folders since it was found, as while it is being sent."""
+    images = {piece.uid for piece in series.slices}
+    for folder, before in series.listed.items():
+        for file in _listed([folder]).get(folder, before) - before:
+            header = None
+            # One that is damaged, or gone again, is none yet.
+            with suppress(DataError, OSError):
+                header = None if file.name.startswith(".") else read_file_header(file)
             # A copy under another name is no new image.
             if header and header.series_uid == series.series_uid and header.slices[0].uid not in images:
                 return True
@@ -169,7 +174,16 @@ def _files_of(path: Path) -> list[Path]:
     return [path] if path.is_file() else files_below(path)
 
 
-def _series(headers: list[FileHeader]) -> Series:
+def _listed(folders: Collection[Path]) -> dict[Path, frozenset[Path]]:
+    """What lies in folders, as far as they may be listed: of a file that was given, nobody needs its folder."""
+    found = {}
+    for folder in folders:
+        with suppress(OSError):
+            found[folder] = frozenset(folder.iterdir())
+    return found
+
+
+def _series(headers: list[FileHeader], listed: Mapping[Path, frozenset[Path]]) -> Series:
     kept = _without_copies(headers)
     slices = along_normal([piece for header in kept for piece in header.slices])
     files = tuple(dict.fromkeys(piece.file for piece in slices))
@@ -183,6 +197,7 @@ def _series(headers: list[FileHeader]) -> Series:
         files=files,
         folder=_common_folder({file.parent for file in files}, files[0].parent),
         slices=tuple(slices),
+        listed={folder: listed[folder] for folder in {file.parent for file in files} if folder in listed},
     )
 
 
