@@ -239,8 +239,11 @@ def test_calibration_is_that_of_the_probabilities_on_the_scan_s_grid(runs, phant
     brier = ((probabilities - np.eye(len(probabilities))[truth].T) ** 2).sum(axis=0).mean()
     assert facts["brier"] == pytest.approx(brier, abs=0.01)
     gap = abs(probabilities.max(axis=0).mean() - (probabilities.argmax(axis=0) == truth).mean())
-    # Bins can only add to the gap of all voxels together; which of the nearly tied voxels count is rounded here.
-    assert facts["ece"] >= gap - 2 / 255 - (most - least) / least
+    # Bins can only add to the gap of all voxels together; here bytes decide which nearly tied voxels count, and
+    # which of two nearly tied classes is likeliest.
+    second, first = np.sort(probabilities, axis=0)[-2:]
+    tied = (first - second < 1.5 / 255).mean()
+    assert facts["ece"] >= gap - 2 / 255 - tied - (most - least) / least
     lines = outcome.out.splitlines()[-2:]
     assert lines[0].startswith(f"ECE {facts['ece']:.4f} (15 bins, {facts['num_voxels']} voxels")
     assert lines[1].startswith(f"Brier score {facts['brier']:.4f} (0 to 2; {members[0] / file})")
