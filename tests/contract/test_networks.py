@@ -217,8 +217,7 @@ def test_in_bf16_plain_and_fused_attention_agree(llama, monkeypatch, arm):
         plain = network(_image()).float()
         monkeypatch.setattr(vit, "plain_is_faster", lambda tokens: False)
         fused = network(_image()).float()
-    # Single logits are rounded by what convolutions make of it, on each processor otherwise.
-    assert (plain - fused).norm() < 0.02 * fused.norm()
+    torch.testing.assert_close(plain, fused, atol=0.03 * plain.std(), rtol=0.03)
     assert not torch.equal(plain, fused), "both ways must have been gone"
 
 

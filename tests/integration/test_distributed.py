@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from medvisionllama import api
 from medvisionllama.checkpoint import load_tensors
-from medvisionllama.evaluation.evaluate import read_table
 from medvisionllama.run_dir import RunDir
 from medvisionllama.training.loop import TrainingLoop
 
@@ -113,7 +112,7 @@ def worker(process: subprocess.Popen[str], rank: int) -> int:
 def assert_same_run(run: RunDir, other: RunDir) -> None:
     ours, theirs = run.read_history(), other.read_history()
     assert [record["step"] for record in ours] == [record["step"] for record in theirs]
-    for key, tolerance in (("loss", 2e-5), ("dice", 1e-2), ("gate_rms", 1e-6)):
+    for key, tolerance in (("loss", 2e-5), ("dice", 2e-4), ("gate_rms", 1e-6)):
         found, expected = ([record[key] for record in records] for records in (ours, theirs))
         assert found == pytest.approx(expected, abs=tolerance, rel=0), key
     for path in ("best", "state"):
@@ -143,10 +142,7 @@ def test_two_processes_train_validate_and_test_as_one_does(start, alone, phantom
     out, errors = finish(process)
     assert process.returncode == 0, errors
     assert_same_run(run, alone)
-    found, expected = (read_table(one.evaluation) for one in (run, alone))
-    assert found[["case_id", "class"]].equals(expected[["case_id", "class"]])
-    # A voxel whose classes are nearly tied may fall to either.
-    assert found["dice"].to_numpy() == pytest.approx(expected["dice"].to_numpy(), abs=0.02)
+    assert run.evaluation.read_text() == alone.evaluation.read_text()
     assert errors.count("kept for the test") == 1
     assert out.splitlines()[-1] == str(run.report)
     assert not re.search(r"warning|error|destroy_process_group", errors, re.IGNORECASE)

@@ -178,7 +178,7 @@ def predict(
     )
     progress = progress or Silent()
     left = outputs.missing(scans, keep_going=keep_going)
-    for line in unfinished([run, *also]):
+    for line in unfinished(run_dirs):
         progress.say(line)
     if len(left) < len(scans):
         progress.say(f"{len(scans) - len(left)} of {len(scans)} scans have their masks and are left out")

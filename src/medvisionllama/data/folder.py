@@ -109,8 +109,9 @@ def index_plain(
         bare = {re.sub(r"_\d{4}$", "", stem): path for stem, path in images.items()}
         ends_bare = constant_ending(labels, bare) and not constant_ending(labels, images)
         raise DataError(f"{root}: {why_none_meets(bare if ends_bare else images, labels)}")
-    unread = {name: unread_files(root / name) for name in ("images", "labels")}
-    for case_id in sorted(groups.keys() ^ labels.keys()):
+    lone = sorted(groups.keys() ^ labels.keys())
+    unread = {name: unread_files(root / name) for name in ("images", "labels")} if lone else {}
+    for case_id in lone:
         missing = "labels" if case_id in groups else "images"
         other = unread[missing].get(case_id)
         found = f"{other} alone, a format that is not read," if other else "no file"
@@ -133,12 +134,13 @@ def index_plain(
             raise DataError(
                 f"{root}/images: the case {case_id!r} has the channel files {', '.join(usual)}; number channels without gaps (_0000, _0001), or give visits names and labels of their own"
             )
+    names = read_names(root)
     num_channels = max((len(files) for files in endings.values()), default=1)
     if num_channels == 1 and cases:
         # One file a case may still be 4-D.
-        named = read_names(root).get("channels")
+        named = names.get("channels")
         num_channels = _usual_channels(wanted, len(named) if isinstance(named, list) else 0)
-    channels, classes = _names(root, _default_channels(wanted, num_channels))
+    channels, classes = _checked_names(root / "names.json", names, _default_channels(wanted, num_channels))
     return Dataset(root.name, root, cases, channels, classes), alone
 
 
@@ -194,12 +196,13 @@ def read_names(root: Path) -> dict[str, Any]:
     return msd.read_dataset_json(path) if path.is_file() else {}
 
 
-def _names(root: Path, default: list[str]) -> tuple[tuple[str, ...], dict[int, str]]:
+def _checked_names(
+    path: Path, content: dict[str, Any], default: list[str]
+) -> tuple[tuple[str, ...], dict[int, str]]:
     """Names of channels, and of classes by label value, as `data convert` keeps them."""
-    content = read_names(root)
     if unknown := sorted(set(content) - {"channels", "classes", *ABOUT}):
         raise DataError(
-            f"{root / 'names.json'} has the key {unknown[0]!r}; allowed are 'channels' and 'classes' ({', '.join(ABOUT)} beside them): correct its name, or remove it"
+            f"{path} has the key {unknown[0]!r}; allowed are 'channels' and 'classes' ({', '.join(ABOUT)} beside them): correct its name, or remove it"
         )
     channels, classes = content.get("channels", default), content.get("classes", {})
     whole = isinstance(channels, list) and len(channels) == len(default) and isinstance(classes, dict)
@@ -209,11 +212,11 @@ def _names(root: Path, default: list[str]) -> tuple[tuple[str, ...], dict[int, s
         whole = False
     if negative := [value for value in named if value < 0] if whole else []:
         raise DataError(
-            f"{root / 'names.json'} names the class {named[negative[0]]!r} as {negative[0]}; classes are 1 and more, 0 is background"
+            f"{path} names the class {named[negative[0]]!r} as {negative[0]}; classes are 1 and more, 0 is background"
         )
     if not whole:
         raise DataError(
-            f"{root / 'names.json'} must hold 'channels', a list of {len(default)}, and 'classes', as {{'1': 'liver'}}; correct or remove it"
+            f"{path} must hold 'channels', a list of {len(default)}, and 'classes', as {{'1': 'liver'}}; correct or remove it"
         )
     return tuple(map(str, channels)), {value: named[value] for value in sorted(named) if value > 0}
 

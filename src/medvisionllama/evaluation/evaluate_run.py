@@ -104,7 +104,7 @@ def evaluate_run(
         if reason:
             progress.say(reason)
     check_alike([member.path for member in members])
-    for line in unfinished([member.path for member in members]):
+    for line in unfinished(members):
         if split == "test":
             # Whoever has seen its test would choose by it whether the run goes on.
             raise CheckpointError(line)

@@ -336,13 +336,13 @@ def check_alike(paths: Sequence[Path | str]) -> Plan:
     return plans[0]
 
 
-def unfinished(paths: Sequence[Path | str]) -> list[str]:
+def unfinished(run_dirs: Sequence[RunDir]) -> list[str]:
     """A line for each run that can predict, and trains still or was stopped before its end.
 
     A run without a state to go on from, as one that was handed on, is taken for finished.
     """
     lines = []
-    for run_dir in map(RunDir, paths):
+    for run_dir in run_dirs:
         if not all(_has_ended(one.state) for one in run_dir.members()):
             again = command("train", "DATA", "--out", run_dir.path, "--resume")
             lines.append(

@@ -100,18 +100,18 @@ def name_findings(dataset: Dataset) -> list[Finding]:
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         unlisted = [path.name for path in files if is_scan(path) and path.resolve() not in used]
         if unlisted:
-            shown = ", ".join(unlisted[:3]) + (" and more" if len(unlisted) > 3 else "")
-            message = (
-                f"{folder}: no case uses {len(unlisted)} of its files ({shown}); list them or move them away"
-            )
+            message = f"{folder}: no case uses {len(unlisted)} of its files ({_shown(unlisted)}); list them or move them away"
             findings.append(Finding("unlisted-file", message, file=folder))
     for name in (*_FOLDERS, *_PLAIN):
         folder = dataset.root / name
         if unread := list(unread_files(folder).values()):
-            shown = ", ".join(unread[:3]) + (" and more" if len(unread) > 3 else "")
-            message = f"{folder}: {len(unread)} files are of a format that is not read ({shown}); save them as {SUFFIXES[0]}, or move them away"
+            message = f"{folder}: {len(unread)} files are of a format that is not read ({_shown(unread)}); save them as {SUFFIXES[0]}, or move them away"
             findings.append(Finding("unlisted-file", message, file=folder))
     return findings
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")
 
 
 def scans_in(path: Path) -> list[ScanSource]:

@@ -144,10 +144,14 @@ def _followed(patients: Sequence[str]) -> list[_Alike]:
     groups = []
     for (*stem, last), name in known.items():
         before = known.get(tuple(stem))
-        numbers_somebody = re.search(r"\d", " ".join(stem)) and not PLACE.fullmatch(" ".join(stem))
-        if before is not None and numbers_somebody and _TELLING.fullmatch(last):
+        if before is not None and _is_somebody(" ".join(stem)) and _TELLING.fullmatch(last):
             groups.append(_Alike(len(stem), (before, name), (last,), tuple(stem)))
     return groups
+
+
+def _is_somebody(stem: str) -> bool:
+    """Whether what a name begins with numbers a patient, and not a site or a study."""
+    return bool(re.search(r"\d", stem)) and not PLACE.fullmatch(stem)
 
 
 def _plain(name: str) -> str:
@@ -188,7 +192,7 @@ def _dated(patients: Sequence[str]) -> list[_Alike]:
 def _groups(patients: Sequence[str]) -> list[_Alike]:
     members: dict[tuple[int, tuple[str, ...]], list[tuple[str, str]]] = defaultdict(list)
     for name in patients:
-        parts = [part.strip("()[]{}") for part in _SEPARATOR.split(name.lower())]
+        parts = _SEPARATOR.split(_plain(name))
         for place, part in enumerate(parts):
             rest = (*parts[:place], *parts[place + 1 :])
             members[place, rest].append((name, part))
@@ -219,8 +223,7 @@ def _numbers_somebody(group: _Alike) -> bool:
     last = group.place == len(group.rest)
     return (
         2 <= len(group.names) <= _MOST_SCANS
-        and bool(re.search(r"\d", before))
-        and not PLACE.fullmatch(before)
+        and _is_somebody(before)
         and (not last or all(re.match("[a-z]{2}|t[12]", part) for part in group.parts))
     )
 

@@ -4,7 +4,7 @@ import filecmp
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ class Series:
     folder: Path
     slices: tuple[Slice, ...] = field(repr=False, compare=False)
     """The frames of all files, in the same order."""
-    listed: Mapping[Path, frozenset[Path]] = field(default_factory=dict, repr=False, compare=False)
+    listed: Mapping[Path, Set[Path]] = field(default_factory=dict, repr=False, compare=False)
     """What lay in the folders of its files when it was found."""
 
     @property
@@ -77,7 +77,7 @@ def find_series(*paths: Path, keep_going: bool = False) -> tuple[Series, ...]:
     # Of folders what the search has found there, and no more: what came since may belong to a series.
     listed = _listed({path.parent for path in paths if path.is_file()})
     for file in given:
-        listed[file.parent] = listed.get(file.parent, frozenset()) | {file}
+        listed.setdefault(file.parent, set()).add(file)
     others: list[Path] = []
 
     @contextmanager
@@ -174,16 +174,16 @@ def _files_of(path: Path) -> list[Path]:
     return [path] if path.is_file() else files_below(path)
 
 
-def _listed(folders: Collection[Path]) -> dict[Path, frozenset[Path]]:
+def _listed(folders: Collection[Path]) -> dict[Path, set[Path]]:
     """What lies in folders, as far as they may be listed: of a file that was given, nobody needs its folder."""
     found = {}
     for folder in folders:
         with suppress(OSError):
-            found[folder] = frozenset(folder.iterdir())
+            found[folder] = set(folder.iterdir())
     return found
 
 
-def _series(headers: list[FileHeader], listed: Mapping[Path, frozenset[Path]]) -> Series:
+def _series(headers: list[FileHeader], listed: Mapping[Path, Set[Path]]) -> Series:
     kept = _without_copies(headers)
     slices = along_normal([piece for header in kept for piece in header.slices])
     files = tuple(dict.fromkeys(piece.file for piece in slices))
