@@ -241,7 +241,7 @@ class RunDir:
 
 def sessions(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """What a run was trained on and with, in turn; one that went on may have had other machines and revisions."""
-    return [manifest, *manifest.get("resumed", [])]
+    return [manifest, *manifest["resumed"]]
 
 
 def revisions(manifest: dict[str, Any]) -> list[str | None]:
@@ -251,9 +251,9 @@ def revisions(manifest: dict[str, Any]) -> list[str | None]:
 
 def code_words(session: dict[str, Any]) -> str:
     """What a run was trained with, in words: an installed package has a version and no revision."""
-    packages, revision = session.get("packages", {}), session["git_revision"]
-    made = f"medvisionllama {packages.get('medvisionllama')} ({(revision or 'installed')[:12]})"
-    return f"{made} with torch {packages.get('torch')}"
+    packages, revision = session["packages"], session["git_revision"]
+    made = f"medvisionllama {packages['medvisionllama']} ({(revision or 'installed')[:12]})"
+    return f"{made} with torch {packages['torch']}"
 
 
 def machine_facts() -> dict[str, Any]:

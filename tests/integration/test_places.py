@@ -66,12 +66,3 @@ def test_the_api_and_evaluate_keep_it_too(run, scan, two_organs, cli):
     assert cli("evaluate", run.path, "--split", "test").code == 0
     for mask in (run.path / "predictions" / "test").iterdir():
         assert voxels(mask) == 4 * 4 * 4
-
-
-def test_a_run_of_before_keeps_the_larger(run, scan, two_organs, cli, tmp_path):
-    plan = json.loads(run.plan.read_text())
-    del plan["places"]
-    run.plan.write_text(json.dumps(plan))
-    out = tmp_path / "masks"
-    assert cli("predict", run.path, scan, "--out", out, "--largest").code == 0
-    assert voxels(out / scan.name) == 5 * 4 * 4

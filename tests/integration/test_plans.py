@@ -1,4 +1,4 @@
-"""Plans as users meet them: shown, set by hand, stored, and read again from runs of an older version."""
+"""Plans as users meet them: shown, set by hand, stored, and kept by a run that goes on."""
 
 import json
 import shutil
@@ -70,17 +70,6 @@ def test_strides_set_by_hand_train_and_predict(phantoms, tmp_path):
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["strides"] == strides
     scan = min((phantoms / "imagesTr").iterdir())
     assert len(api.predict(tmp_path / "run", [scan], out=tmp_path / "masks")) == 1
-
-
-def test_a_run_of_an_older_version_predicts_and_goes_on(phantoms, run, tmp_path):
-    old = RunDir(tmp_path / "run")
-    shutil.copytree(run.path, old.path)
-    plan = json.loads(old.plan.read_text())
-    del plan["reasons"], plan["normalisation_rules"]
-    old.plan.write_text(json.dumps(plan))
-    scan = min((phantoms / "imagesTr").iterdir())
-    assert len(api.predict(old.path, [scan], out=tmp_path / "masks")) == 1
-    assert api.train(phantoms, out=old.path, epochs=2, resume=True, test=False).finished
 
 
 def test_resume_names_what_would_be_planned_otherwise(phantoms, run, tmp_path, cli):

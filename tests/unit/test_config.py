@@ -97,15 +97,6 @@ def test_a_written_file_names_every_setting(tmp_path):
     assert written["augment"]["rotation_degrees"] == 20.0
 
 
-def test_a_file_of_before_the_insert_had_a_width_of_its_own_is_still_read(tmp_path):
-    path = tmp_path / "config.yaml"
-    write_config(load_config("small", ["network.insert=mlp"]), path)
-    written = yaml.safe_load(path.read_text())
-    assert written["network"].pop("insert_mlp_ratio", "absent") is None
-    path.write_text(yaml.safe_dump(written))
-    assert read_config(path) == load_config("small", ["network.insert=mlp"])
-
-
 def test_the_paper_preset_has_the_published_sizes():
     config = load_config("paper")
     network, train = config.network, config.train

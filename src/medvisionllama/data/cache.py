@@ -1,7 +1,7 @@
 """Each case preprocessed once: RAS, target grid, memory-mapped; keyed by file content and settings.
 
-Intensities are stored as read. Normalisation is two numbers a channel, applied to the crop; so CT statistics may
-come from the training cases of a fold while all folds share one cache.
+Intensities are stored as read. Normalisation is two numbers a channel, applied to the crop (`normalisation.py`); so
+CT statistics may come from the training cases of a fold while all folds share one cache.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from medvisionllama._files import atomic_path, canonical_hash, locked_folder, user_cache, write_json
 from medvisionllama._machine import available_cores
-from medvisionllama.config.schema import parse_window
 from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.formats.dicom_series import Series, files_of
 from medvisionllama.data.index import Case
 from medvisionllama.data.labels import whole_label
-from medvisionllama.data.planning import Normalisation, Plan, is_ct
+from medvisionllama.data.normalisation import image_moments
+from medvisionllama.data.planning import Plan
 from medvisionllama.data.readers import read_image, read_label
 from medvisionllama.data.resample import resample_image, resample_label, shape_at
 from medvisionllama.data.volume import Volume, to_ras
@@ -173,74 +173,6 @@ def found_classes(cases: Sequence[CachedCase]) -> dict[int, str]:
     return {value: f"class {value}" for value in values}
 
 
-def fit_normalisation(
-    cases: Sequence[CachedCase], channels: Sequence[str], *, rules: Sequence[str] = ()
-) -> tuple[Normalisation, ...]:
-    """Choose the normalisation of each channel; `cases` are those that train.
-
-    `dataset`, the rule for CT, clips to the 0.5 and 99.5 percentiles of foreground voxels and scales by their mean
-    and deviation (nnU-Net's rule). A window is scaled as if its values were evenly spread.
-
-    Args:
-        rules: `Plan.channel_rules`; by default `dataset` for CT and `image` for all else.
-    """
-    result = []
-    rules = rules or ["dataset" if is_ct(channel) else "image" for channel in channels]
-    for index, rule in enumerate(rules):
-        if rule == "image":
-            result.append(Normalisation(kind="image"))
-            continue
-        if rule != "dataset":
-            low, high = parse_window(rule)
-            spread = (high - low) / math.sqrt(12)
-            result.append(
-                Normalisation(kind="dataset", low=low, high=high, mean=(low + high) / 2, std=spread)
-            )
-            continue
-        samples = np.concatenate(
-            [np.asarray(case.facts["foreground_samples"][index], dtype=np.float64) for case in cases]
-        )
-        if samples.size == 0:
-            raise DataError(
-                f"no labelled voxel in the {len(cases)} training cases, so CT intensities cannot be scaled; check the labels, or give a window: --set data.normalisation=-160:240"
-            )
-        low, high = (float(value) for value in np.percentile(samples, [0.5, 99.5]))
-        clipped = samples.clip(low, high)
-        mean = float(clipped.mean())
-        std = _divisor(mean, float(clipped.std()))
-        result.append(Normalisation(kind="dataset", low=low, high=high, mean=mean, std=std))
-    return tuple(result)
-
-
-def normalise(
-    image: ImageArray, rules: Sequence[Normalisation], moments: Sequence[Sequence[float]]
-) -> ImageArray:
-    """Bring `[channel, x, y, z]` to a common scale; `moments` are the scan's own, by channel."""
-    result = np.empty(image.shape, dtype=np.float32)
-    for channel, (rule, (mean, std)) in enumerate(zip(rules, moments, strict=True)):
-        if rule.kind == "image":
-            result[channel] = (image[channel] - np.float32(mean)) / np.float32(std)
-        else:
-            result[channel] = (image[channel].clip(rule.low, rule.high) - np.float32(rule.mean)) / np.float32(
-                rule.std
-            )
-    return result
-
-
-def image_moments(image: ImageArray) -> list[tuple[float, float]]:
-    """Mean and deviation of each channel's non-zero voxels: zero is padding or stripped skull in MR."""
-    moments = []
-    for channel in image:
-        mean, std = _nonzero_moments(channel)
-        moments.append((mean, _divisor(mean, std)))
-    return moments
-
-
-def _divisor(mean: float, std: float) -> float:
-    """The deviation, or 1 for values that are all the same to rounding, whatever their unit: m²/s are 1e-9."""
-    return std if std > 1e-8 * abs(mean) else 1.0
-
-
 def describe(cases: Sequence[CachedCase], plan: Plan) -> dict[str, Any]:
     """The fingerprint's second half, from the voxels of `cases`: volumes by class, intensities by channel.
 
@@ -268,17 +200,6 @@ def describe(cases: Sequence[CachedCase], plan: Plan) -> dict[str, Any]:
 
 def _quartiles(values: Sequence[float]) -> list[float]:
     return [float(f"{value:.4g}") for value in np.percentile(values, [25, 50, 75])] if len(values) else []
-
-
-def _nonzero_moments(channel: np.ndarray) -> tuple[float, float]:
-    """Mean and deviation, plane by plane: those of a whole scan at once would take three times its memory."""
-    number = int(np.count_nonzero(channel))
-    if number == 0:
-        return 0.0, 0.0
-    # Zeros add nothing to a sum; to the squares they do, so they are left out there.
-    mean = sum(float(plane.sum(dtype=np.float64)) for plane in channel) / number
-    squares = (np.square(np.subtract(plane[plane != 0], mean, dtype=np.float64)).sum() for plane in channel)
-    return mean, math.sqrt(sum(map(float, squares)) / number)
 
 
 def _moments(voxels: np.ndarray) -> tuple[float, float]:
@@ -319,11 +240,11 @@ def _prepare(case: Case, plan: Plan, root: Path) -> CachedCase:
         "ct": [rule == "dataset" for rule in plan.channel_rules],
     }
     folder = root / canonical_hash([content, settings])[:32]
-    facts = _facts_of(folder, case)
+    facts = _facts_of(folder)
     if facts is None:
         with _alone_in(folder):
             # Another process may have filled it meanwhile, as runs that start together do.
-            facts = _facts_of(folder, case)
+            facts = _facts_of(folder)
             if facts is None:
                 facts = {"content_sha256": content, **_write_arrays(case, contents, plan, folder)}
                 # Written last: a folder without it is an unfinished one, and is filled again.
@@ -345,19 +266,15 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _facts_of(folder: Path, case: Case) -> dict[str, Any] | None:
+def _facts_of(folder: Path) -> dict[str, Any] | None:
     """Facts of a folder that is whole; None for one to be filled, or filled again."""
     path = folder / "facts.json"
     if not path.is_file():
         return None
     facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    # Folders made before sizes were kept are whole if their files exist.
-    names = ["image", *([] if case.label is None else ["label", "centres"])]
-    names += ["native_label"] if facts.get("resampled") else []
-    sizes: dict[str, int | None] = facts.get("array_bytes") or dict.fromkeys(names)
-    for name, size in sizes.items():
+    for name, size in facts["array_bytes"].items():
         array = folder / f"{name}.npy"
-        if not array.is_file() or size not in {None, array.stat().st_size}:
+        if not array.is_file() or array.stat().st_size != size:
             return None
     return facts
 

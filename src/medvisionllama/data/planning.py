@@ -72,13 +72,13 @@ class Plan(BaseModel):
     normalisation_rules: tuple[str, ...] = ()
     """What was asked for each channel (`data.normalisation`); empty if nothing was."""
     places: Places | None = None
-    """Where the labels that train lie; None before they were measured, and in plans of earlier versions."""
+    """Where the labels that train lie; None before they were measured."""
     reasons: dict[str, str] = {}
-    """Why, in one sentence for each decision; empty in plans written before there were any."""
+    """Why, in one sentence for each decision."""
 
     @property
     def decisions(self) -> "Plan":
-        """The plan without its reasons, and without what only later versions measure: what two runs must share."""
+        """The plan without its reasons and without places, which follow from the rest: what two runs must share."""
         return self.model_copy(update={"places": None, "reasons": {}})
 
     @property
@@ -110,7 +110,7 @@ class Plan(BaseModel):
 
     @property
     def lines(self) -> list[str]:
-        """The plan in a few lines: what was decided, and why where that is known."""
+        """The plan in a few lines: what was decided, and why."""
         size = "×".join(map(str, self.crop_size))
         decided = {
             "resize": f"whole scans resized to {size} voxels" if self.resize else "",
@@ -119,11 +119,7 @@ class Plan(BaseModel):
             "strides": "strides " + ", ".join("×".join(map(str, stride)) for stride in self.strides),
             "flip_axes": "mirrored axes: " + (", ".join("xyz"[axis] for axis in self.flip_axes) or "none"),
         }
-        lines = [
-            f"{text}: {self.reasons[key]}" if key in self.reasons else text
-            for key, text in decided.items()
-            if text
-        ]
+        lines = [f"{text}: {self.reasons[key]}" for key, text in decided.items() if text]
         rest: dict[str, list[str]] = {}
         for key, reason in self.reasons.items():
             if key not in decided:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from medvisionllama.config import AugmentConfig, DataConfig
-from medvisionllama.data.cache import CachedCase, PseudoLabelledCase, normalise
+from medvisionllama.data.cache import CachedCase, PseudoLabelledCase
+from medvisionllama.data.normalisation import normalise
 from medvisionllama.data.planning import Plan
 from medvisionllama.data.transforms import Augmentation
 from medvisionllama.errors import ConfigError

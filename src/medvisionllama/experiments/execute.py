@@ -139,8 +139,7 @@ def _facts(files: RunFiles, dice: dict[str, float], evaluation_seconds: float) -
     # Of a run that went on on another machine the last one is named.
     last = sessions(manifest)[-1]
     hardware = last["hardware"]
-    # Runs of before that was recorded took the GPU if their machine had one, unless they were kept off it.
-    on_gpu = hardware["gpu"] and hardware.get("device", config.train.device) != "cpu"
+    on_gpu = hardware["device"] == "cuda"
     device = hardware["gpu"] if on_gpu else f"{hardware['processor']}, {hardware['threads']} threads"
     return {
         "run_id": files.path.name,

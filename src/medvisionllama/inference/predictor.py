@@ -14,7 +14,8 @@ from torch import Tensor
 from medvisionllama._files import with_home
 from medvisionllama.checkpoint import copy_into, frozen, load_facts, load_tensors
 from medvisionllama.config import ONE_VIEW, Config, InferenceConfig, read_config
-from medvisionllama.data.cache import image_moments, normalise, to_grid
+from medvisionllama.data.cache import to_grid
+from medvisionllama.data.normalisation import image_moments, normalise
 from medvisionllama.data.planning import Plan, read_plan
 from medvisionllama.data.readers import ScanSource, check_finite, read_image
 from medvisionllama.data.volume import Volume, from_ras, to_ras, voxel_ml

@@ -59,11 +59,24 @@ class Rise(nn.ConvTranspose3d):
         return boxes.flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
 
 
-def make_convolutions_safe(network: nn.Module) -> None:
-    """Turn the convolutions of a foreign network into ours; weights and names stay."""
+class InstanceNorm3d(nn.InstanceNorm3d):
+    """An instance norm that hands on the layout it is given.
+
+    PyTorch's leaves one channel after the other, and each reader would turn that back for itself, when it runs and
+    when its gradient is taken.
+    """
+
+    def forward(self, grid: Tensor) -> Tensor:
+        normed = super().forward(grid)
+        is_last = grid.is_contiguous(memory_format=torch.channels_last_3d)
+        return normed.contiguous(memory_format=torch.channels_last_3d) if is_last else normed
+
+
+def use_our_layers(network: nn.Module) -> None:
+    """Turn the convolutions and instance norms of a foreign network into ours; weights and names stay."""
+    ours: dict[type[nn.Module], type[nn.Module]] = {nn.Conv3d: Conv3d, nn.InstanceNorm3d: InstanceNorm3d}
     for module in network.modules():
-        if type(module) is nn.Conv3d:
-            module.__class__ = Conv3d
+        module.__class__ = ours.get(type(module), type(module))
 
 
 class ConvBlock(nn.Module):
@@ -75,16 +88,10 @@ class ConvBlock(nn.Module):
         super().__init__()
         x, y, z = (size // 2 for size in kernel)
         self.conv = Conv3d(num_in, num_out, kernel, stride=stride, padding=(x, y, z), bias=False)
-        self.norm = nn.InstanceNorm3d(num_out, affine=True)
+        self.norm = InstanceNorm3d(num_out, affine=True)
 
     def forward(self, grid: Tensor) -> Tensor:
-        made = self.conv(grid)
-        normed = self.norm(made)
-        if made.is_contiguous(memory_format=torch.channels_last_3d):
-            # The norm leaves one channel after the other, and each reader would turn that back for itself, when it
-            # runs and when its gradient is taken.
-            normed = normed.contiguous(memory_format=torch.channels_last_3d)
-        return F.leaky_relu(normed, 0.01, inplace=True)
+        return F.leaky_relu(self.norm(self.conv(grid)), 0.01, inplace=True)
 
 
 def hidden_width(width: int, ratio: float) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medvisionllama.errors import ConfigError
 from medvisionllama.networks.embeds import Features, kernels_for
-from medvisionllama.networks.layers import make_convolutions_safe
+from medvisionllama.networks.layers import use_our_layers
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.types import ImageBatch, LogitBatch, RivalName, Triple
 
@@ -96,7 +96,7 @@ def build_rival(
         raise ConfigError(
             f"a crop of {'×'.join(map(str, crop_size))} voxels is one voxel at the deepest stage of {name} (stride {'×'.join(map(str, unit))}), which its norm cannot scale; set a larger data.crop_size"
         )
-    make_convolutions_safe(network)
+    use_our_layers(network)
     return TokenSegmenter(
         ScanItself(),
         nn.Identity(),

@@ -63,18 +63,11 @@ def write_report(run: Path) -> Path:
         pictures=[] if table is None else _pictures(run_dir, config, table),
         colours=[colour_of(index) for index in range(len(plan.mask_classes))],
         kept=run_dir.kept_record().get("dice"),
-        tolerance=_tolerance(table, config),
+        tolerance=config.inference.tolerance_mm if table is None else float(table["tolerance_mm"].iloc[0]),
         num_patients=0 if table is None else table["patient_id"].nunique(),
     )
     write_text(run_dir.report, page)
     return run_dir.report
-
-
-def _tolerance(table: pd.DataFrame | None, config: Config) -> float:
-    """Of the table's surface Dice, in millimetres; tables did not always say it."""
-    if table is None or "tolerance_mm" not in table:
-        return config.inference.tolerance_mm
-    return float(table["tolerance_mm"].iloc[0])
 
 
 def changed_settings(config: Config) -> dict[str, Any]:

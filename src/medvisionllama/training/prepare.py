@@ -9,13 +9,14 @@ from statistics import median
 
 from medvisionllama._files import canonical_hash, with_home
 from medvisionllama.config import Config
-from medvisionllama.data.cache import CachedCase, build_cache, fit_normalisation, found_classes
+from medvisionllama.data.cache import CachedCase, build_cache, found_classes
 from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.check.headers import persons_of
 from medvisionllama.data.check.run import dataset_findings
 from medvisionllama.data.fingerprint import Fingerprint, fingerprint
 from medvisionllama.data.formats.dicom_series import Series
 from medvisionllama.data.index import Case, Dataset, open_configured, patient_of_stranger
+from medvisionllama.data.normalisation import fit_normalisation
 from medvisionllama.data.places import fit_places
 from medvisionllama.data.planning import AIR, Plan, has_values_of_ct, is_ct, make_plan
 from medvisionllama.data.splits import (
@@ -104,7 +105,7 @@ def prepare_data(
         *_too_thin(training, plan),
     ):
         progress.say(f"look at this: {line}")
-    rules = fit_normalisation(training, plan.channels, rules=plan.channel_rules)
+    rules = fit_normalisation(training, plan.channel_rules)
     plan = plan.with_normalisation(rules, len(training))
     plan = plan.model_copy(update={"places": fit_places(training, merged=plan.merged)})
     for line in plan.lines:

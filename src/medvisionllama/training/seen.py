@@ -24,10 +24,8 @@ def seen_by(run_dir: RunDir) -> Seen:
     config, manifest = read_config(run_dir.config), run_dir.read_manifest()
     try:
         named = {part: list(manifest["cases"][part]) for part in ("train", "validation")}
-        # They trained as well, if without their labels. Only runs of before there were any may not mention them.
-        without_labels: dict[str, str] = (
-            manifest.get("unlabelled", {}) if config.unlabelled.scans == "none" else manifest["unlabelled"]
-        )
+        # They trained as well, if without their labels.
+        without_labels: dict[str, str] = manifest["unlabelled"]
         before = seen_before(manifest)
         pattern = config.data.patient_pattern
         seen = {part: {name: patient_of(name, pattern) for name in names} for part, names in named.items()}

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from medvisionllama.config import Config
-from medvisionllama.data.cache import CachedCase, normalise
+from medvisionllama.data.cache import CachedCase
+from medvisionllama.data.normalisation import normalise
 from medvisionllama.data.planning import Plan
 from medvisionllama.evaluation.metrics import dice
 from medvisionllama.inference.slabs import native_mask

@@ -43,7 +43,7 @@ def write_cell(where: Path, arm: str, seed: int, dice: float, hardware: dict) ->
 def trained_run(path: Path, dice: float, **facts) -> SimpleNamespace:
     network = {"trainable_parameters": 1, "frozen_parameters": 0}
     manifest = {"network": network, "precision": "no", "splits_sha256": "", "cases": {"train": []}}
-    manifest |= {"git_revision": "a", **facts}
+    manifest |= {"git_revision": "a", "resumed": [], **facts}
     record = {"step": 1, "seconds": 1.0, "dice": dice}
     return SimpleNamespace(
         path=path,

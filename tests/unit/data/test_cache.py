@@ -2,9 +2,7 @@ import errno
 import json
 import shutil
 import time
-import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +11,11 @@ import pytest
 from dicom_files import classic, save
 from medvisionllama.config import DataConfig
 from medvisionllama.data import cache
-from medvisionllama.data.cache import (
-    build_cache,
-    describe,
-    fit_normalisation,
-    found_classes,
-    image_moments,
-    normalise,
-)
+from medvisionllama.data.cache import build_cache, describe, found_classes
 from medvisionllama.data.fingerprint import fingerprint
 from medvisionllama.data.index import Case, Dataset, open_dataset
-from medvisionllama.data.planning import Normalisation, Plan, make_plan
+from medvisionllama.data.normalisation import fit_normalisation
+from medvisionllama.data.planning import Plan, make_plan
 from medvisionllama.data.readers import read_image, read_label
 from medvisionllama.data.volume import to_ras
 from medvisionllama.errors import DataError
@@ -148,7 +140,7 @@ def test_a_channel_renamed_to_ct_gets_its_intensities_sampled(dataset_folder, tm
     cases, plan = prepared(dataset_folder(num_cases=1))
     build_cache(cases, plan, folder=tmp_path)
     entry = build_cache(cases, plan.model_copy(update={"channels": ("CT",)}), folder=tmp_path)[0]
-    assert fit_normalisation([entry], ("CT",))[0].kind == "dataset"
+    assert fit_normalisation([entry], ["dataset"])[0].kind == "dataset"
 
 
 def test_runs_that_start_together_prepare_each_scan_once(dataset_folder, tmp_path, monkeypatch):
@@ -203,22 +195,6 @@ def test_an_entry_that_lost_an_array_or_a_part_of_it_is_filled_again(dataset_fol
         (folder / f"{name}.npy").write_bytes(whole[f"{name}.npy"][:-1])
     assert build_cache(cases, plan, folder=tmp_path)[0].folder == folder
     assert files_of(folder) == whole
-
-
-@pytest.mark.parametrize("labelled", [True, False])
-def test_an_entry_without_sizes_is_kept_while_its_files_exist(
-    dataset_folder, tmp_path, monkeypatch, labelled
-):
-    cases, plan = prepared(dataset_folder(num_cases=1))
-    case = cases[0] if labelled else replace(cases[0], label=None)
-    entry = build_cache([case], plan, folder=tmp_path)[0]
-    old = {key: value for key, value in entry.facts.items() if key != "array_bytes"}
-    (entry.folder / "facts.json").write_text(json.dumps(old))
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "read_image", lambda *_: pytest.fail("a scan was read again"))
-        assert build_cache([case], plan, folder=tmp_path)[0].facts == json.loads(json.dumps(old))
-    (entry.folder / "image.npy").unlink()
-    assert build_cache([case], plan, folder=tmp_path)[0].image.shape == entry.image.shape
 
 
 def test_a_disk_that_takes_no_more_leaves_no_half_entry_and_is_named(dataset_folder, tmp_path):
@@ -290,26 +266,7 @@ def test_empty_labels_are_refused_where_classes_or_ct_numbers_need_them(
         found_classes(entries)
     if channel == "CT":
         with pytest.raises(DataError, match="no labelled voxel"):
-            fit_normalisation(entries, [channel])
-
-
-def test_moments_leave_out_zero_voxels_by_channel():
-    image = np.zeros((3, 2, 2, 2), dtype=np.float32)
-    image[0, 0] = 4.0
-    image[1, 0, 0], image[1, 0, 1] = 1.0, 3.0
-    assert image_moments(image) == [(4.0, 1.0), (2.0, 1.0), (0.0, 1.0)]
-
-
-def test_moments_are_those_of_all_voxels_at_once_without_their_memory():
-    image = np.random.default_rng(0).normal(500, 40, (1, 96, 96, 96)).astype(np.float32)
-    image[:, ::3] = 0
-    voxels = image[image != 0].astype(np.float64)
-    tracemalloc.start()
-    [found] = image_moments(image)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert found == pytest.approx((voxels.mean(), voxels.std()), rel=1e-12)
-    assert peak < image.nbytes / 4
+            fit_normalisation(entries, ["dataset"])
 
 
 def test_what_a_file_manager_leaves_in_a_series_is_no_change_of_it(tmp_path):
@@ -327,30 +284,6 @@ def test_what_a_file_manager_leaves_in_a_series_is_no_change_of_it(tmp_path):
     slices = sorted((tmp_path / "a").glob("[!.T]*"))
     slices[0].write_bytes(slices[0].read_bytes()[:-2] + b"\x07\x07")
     assert build_cache([case], plan, folder=tmp_path / "cache")[0].content_sha256 != before.content_sha256
-
-
-def test_an_mr_scan_is_brought_to_mean_zero_and_deviation_one():
-    image = np.random.default_rng(0).normal(500, 40, (2, 8, 8, 8)).astype(np.float32)
-    result = normalise(image, [Normalisation(kind="image")] * 2, image_moments(image))
-    np.testing.assert_allclose(result.mean(axis=(1, 2, 3)), 0, atol=1e-5)
-    np.testing.assert_allclose(result.std(axis=(1, 2, 3)), 1, atol=1e-5)
-
-
-def test_a_ct_scan_is_clipped_and_scaled_by_fixed_numbers():
-    image = np.array([-1000.0, 0.0, 50.0, 3000.0], dtype=np.float32).reshape(1, 4, 1, 1)
-    rule = Normalisation(kind="dataset", low=-100.0, high=200.0, mean=50.0, std=25.0)
-    assert normalise(image, [rule], [(0.0, 1.0)]).ravel().tolist() == [-6.0, -2.0, 0.0, 6.0]
-
-
-def test_ct_numbers_come_from_the_foreground_of_the_training_cases(dataset_folder, tmp_path):
-    cases, plan = prepared(dataset_folder(num_cases=3, channels=("MRI", "CT")))
-    entries = build_cache(cases, plan, folder=tmp_path)[:2]
-    mr, ct = fit_normalisation(entries, plan.channels)
-    voxels = np.concatenate([entry.image[1][entry.label > 0] for entry in entries]).astype(np.float64)
-    low, high = np.percentile(voxels, [0.5, 99.5])
-    assert mr.kind == "image"
-    assert (ct.low, ct.high) == pytest.approx((low, high))
-    assert (ct.mean, ct.std) == pytest.approx((voxels.clip(low, high).mean(), voxels.clip(low, high).std()))
 
 
 def test_description_gives_volumes_in_ml_and_foreground_intensities(dataset_folder):

@@ -107,7 +107,7 @@ def test_distances_are_counted_in_twice_the_deviation():
     np.testing.assert_allclose(z, [1, 1])
 
 
-def test_places_are_no_decision_that_older_plans_could_miss(cases_of):
+def test_places_are_stored_and_are_no_decision(cases_of):
     plan = make_plan()
     measured = plan.model_copy(
         update={"places": fit_places(cases_of(box((1, 1, 1), (2, 2, 2))), merged=False)}

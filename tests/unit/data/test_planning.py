@@ -303,15 +303,6 @@ def test_the_reason_of_ct_names_its_measured_limits(tmp_path):
     assert "30 training cases, here -57.25 to 164" in reason
 
 
-def test_a_plan_of_an_older_version_is_read_without_reasons(tmp_path):
-    plan = plan_of(tmp_path)
-    old = plan.model_dump(mode="json", exclude={"reasons", "normalisation_rules"})
-    read = Plan.model_validate(old)
-    assert read.reasons == {}
-    assert read.decisions == plan.decisions
-    assert read.lines[0] == "crops of 40×56×40 voxels"
-
-
 def test_the_lines_of_a_plan_give_reasons(tmp_path):
     lines = plan_of(tmp_path).lines
     assert lines[0].startswith("crops of 40×56×40 voxels: covers the median scan of 36 × 49 × 35.5 mm")

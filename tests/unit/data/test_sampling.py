@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from medvisionllama.config import AugmentConfig, DataConfig
-from medvisionllama.data.cache import PseudoLabelledCase, build_cache, fit_normalisation
+from medvisionllama.data.cache import PseudoLabelledCase, build_cache
 from medvisionllama.data.fingerprint import fingerprint
 from medvisionllama.data.index import open_dataset
+from medvisionllama.data.normalisation import fit_normalisation
 from medvisionllama.data.planning import make_plan
 from medvisionllama.data.sampling import BatchSampler
 from medvisionllama.errors import ConfigError
@@ -30,7 +31,7 @@ def sampler(dataset_folder, tmp_path):
                 "crop_size": crop,
                 "merged": merged,
                 "flip_axes": () if augment is STILL else plan.flip_axes,
-                "normalisation": fit_normalisation(cases, plan.channels),
+                "normalisation": fit_normalisation(cases, plan.channel_rules),
             }
         )
         data = DataConfig(foreground_share=foreground_share)
@@ -187,7 +188,7 @@ def test_cases_without_labels_are_cut_anywhere(dataset_folder, write_nifti, tmp_
     write_nifti(dataset.cases[0].label, np.zeros(found.shapes["case_000"]), dtype=np.uint8)
     plan = make_plan(dataset, found, DataConfig(crop_size=(8, 8, 8)), flip=False, patch_size=None)
     cases = build_cache(dataset.cases, plan, folder=tmp_path / "cache")
-    plan = plan.model_copy(update={"normalisation": fit_normalisation(cases, plan.channels)})
+    plan = plan.model_copy(update={"normalisation": fit_normalisation(cases, plan.channel_rules)})
     made = BatchSampler(cases, plan, DataConfig(foreground_share=1.0), OFF, batch_size=2, seed=0)
     images, labels = made.batch(0)
     assert images.ne(0).all()
@@ -205,7 +206,7 @@ def test_crops_within_an_organ_hold_no_padding(write_nifti, tmp_path):
         dataset, fingerprint(dataset), DataConfig(crop_size=(16, 16, 16)), flip=False, patch_size=None
     )
     cases = build_cache(dataset.cases, plan, folder=tmp_path / "cache")
-    update = {"classes": {1: "a", 2: "b"}, "normalisation": fit_normalisation(cases, plan.channels)}
+    update = {"classes": {1: "a", 2: "b"}, "normalisation": fit_normalisation(cases, plan.channel_rules)}
     settings = DataConfig(foreground_share=1.0), AugmentConfig(elastic=0.05)
     sampler = BatchSampler(cases, plan.model_copy(update=update), *settings, batch_size=4, seed=0)
     crops = [crop for step in range(60) for crop in sampler.batch(step)[1]]
@@ -263,7 +264,7 @@ def test_a_structure_of_three_voxels_among_sixty_classes_is_found(write_nifti, t
     plan = plan.model_copy(
         update={
             "classes": {value: str(value) for value in range(1, 61)},
-            "normalisation": fit_normalisation(cases, plan.channels),
+            "normalisation": fit_normalisation(cases, plan.channel_rules),
         }
     )
     sampler = BatchSampler(cases, plan, DataConfig(foreground_share=1.0), OFF, batch_size=2, seed=0)

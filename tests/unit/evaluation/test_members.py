@@ -14,8 +14,8 @@ from medvisionllama.run_dir import RunDir
 def write_run(tmp_path):
     def write(name, *, train=(), validation=(), unlabelled=None, pattern=None):
         run = RunDir(tmp_path / name)
-        seen = {} if unlabelled is None else {"unlabelled": unlabelled}
-        write_json(run.manifest, {"cases": {"train": train, "validation": validation}, **seen})
+        cases = {"train": train, "validation": validation}
+        write_json(run.manifest, {"cases": cases, "unlabelled": unlabelled or {}})
         write_config(load_config("small", {"data.path": "d", "data.patient_pattern": pattern}), run.config)
         return run
 

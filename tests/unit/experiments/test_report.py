@@ -45,6 +45,7 @@ def finish(experiment, run, dice, **facts):
         "splits_sha256": place * 32,
         "patients": {"train": ["x"], "validation": ["y"], "test": [f"p{place}"]},
         "test_dice": {run.arm: dice},
+        "made_with": ["medvisionllama 1 (installed) with torch 2"],
     }
     write_json(files.done, told | facts)
 
@@ -121,12 +122,12 @@ def test_a_table_that_was_written_again_is_refused(folds):
 
 def test_code_that_changed_under_way_is_told(folds):
     first, second, third, fourth, *_ = expand(folds.matrix)
-    finish(folds, first, 0.5, made_with=["medvisionllama 1 (installed) with torch 2"])
-    finish(folds, second, 0.5, made_with=["medvisionllama 1 (installed) with torch 2"])
+    finish(folds, first, 0.5)
+    finish(folds, second, 0.5)
     assert "versions of the code" not in report(folds)[0]
     finish(folds, third, 0.5, made_with=["medvisionllama 2 (installed) with torch 2"])
-    finish(folds, fourth, 0.5, git_revisions=["abc"])
-    assert "The runs were made by 3 versions of the code: abc, medvisionllama 1" in report(folds)[0]
+    finish(folds, fourth, 0.5, made_with=["medvisionllama 1 (abc) with torch 2"])
+    assert "The runs were made by 3 versions of the code: medvisionllama 1 (abc)" in report(folds)[0]
 
 
 def test_what_a_number_of_cases_makes_of_percents_is_told(tmp_path, write_matrix):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from medvisionllama.networks.layers import Conv3d, ConvBlock, Rise, make_convolutions_safe
+from medvisionllama.networks.layers import Conv3d, ConvBlock, InstanceNorm3d, Rise, use_our_layers
 
 
 def weight_gradient(convolution: nn.Conv3d, image: torch.Tensor, *, bf16: bool) -> torch.Tensor:
@@ -52,7 +52,8 @@ def test_a_block_hands_on_the_layout_it_was_given(layout):
     for bf16 in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             made, conv = block(image), block.conv(image)
-            plain = nn.functional.leaky_relu(block.norm(conv), 0.01)
+            normed = nn.functional.instance_norm(conv, weight=block.norm.weight, bias=block.norm.bias)
+            plain = nn.functional.leaky_relu(normed, 0.01)
         # Convolutions keep the layout in bf16 only where the processor has it.
         kept = conv.is_contiguous(memory_format=layout)
         assert kept or bf16
@@ -61,8 +62,10 @@ def test_a_block_hands_on_the_layout_it_was_given(layout):
 
 
 def test_a_foreign_network_keeps_its_weights():
-    network = nn.Sequential(nn.Conv3d(1, 2, 3), nn.ConvTranspose3d(2, 1, 2))
+    network = nn.Sequential(
+        nn.Conv3d(1, 2, 3), nn.InstanceNorm3d(2, affine=True), nn.ConvTranspose3d(2, 1, 2)
+    )
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    make_convolutions_safe(network)
-    assert [type(module) for module in network] == [Conv3d, nn.ConvTranspose3d]
+    use_our_layers(network)
+    assert [type(module) for module in network] == [Conv3d, InstanceNorm3d, nn.ConvTranspose3d]
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

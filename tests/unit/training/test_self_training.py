@@ -7,9 +7,10 @@ import torch
 from accelerate import Accelerator
 
 from medvisionllama.config import DataConfig, load_config
-from medvisionllama.data.cache import CachedCase, build_cache, fit_normalisation
+from medvisionllama.data.cache import CachedCase, build_cache
 from medvisionllama.data.fingerprint import fingerprint
 from medvisionllama.data.index import open_dataset
+from medvisionllama.data.normalisation import fit_normalisation
 from medvisionllama.data.places import Place, Places
 from medvisionllama.data.planning import make_plan
 from medvisionllama.run_dir import RunDir
@@ -90,7 +91,7 @@ def parts(dataset_folder, tmp_path):
     dataset = open_dataset(dataset_folder(values=(2, 5)))
     plan = make_plan(dataset, fingerprint(dataset), DataConfig(), flip=True, patch_size=None)
     cases = build_cache(dataset.cases, plan, folder=tmp_path / "cache")
-    plan = plan.with_normalisation(fit_normalisation(cases, plan.channels), len(cases))
+    plan = plan.with_normalisation(fit_normalisation(cases, plan.channel_rules), len(cases))
     # One window shows a whole scan.
     plan = plan.model_copy(update={"crop_size": (32, 32, 32)})
     bare = [CachedCase(case.case_id, case.patient_id, case.folder, case.facts) for case in cases[3:]]

@@ -8,9 +8,10 @@ import torch
 from accelerate import Accelerator
 
 from medvisionllama.config import DataConfig, load_config
-from medvisionllama.data.cache import build_cache, fit_normalisation
+from medvisionllama.data.cache import build_cache
 from medvisionllama.data.fingerprint import fingerprint
 from medvisionllama.data.index import open_dataset
+from medvisionllama.data.normalisation import fit_normalisation
 from medvisionllama.data.planning import make_plan
 from medvisionllama.inference.slabs import likeliest
 from medvisionllama.run_dir import RunDir
@@ -56,7 +57,7 @@ def cases(dataset_folder, write_nifti, tmp_path):
     dataset = open_dataset(root)
     plan = make_plan(dataset, fingerprint(dataset), DataConfig(), flip=False, patch_size=None)
     found = build_cache(dataset.cases, plan, folder=tmp_path / "cache")
-    plan = plan.with_normalisation(fit_normalisation(found, plan.channels), len(found))
+    plan = plan.with_normalisation(fit_normalisation(found, plan.channel_rules), len(found))
     classes = {**plan.classes, 7: "Rare"}
     return found, plan.model_copy(update={"crop_size": (32, 32, 32), "classes": classes})
 
