@@ -143,10 +143,11 @@ def predict(
         MedVisionLlamaError: anything the user can fix, in one line; before the first scan is segmented where
             headers tell.
     """
-    from medvisionllama.inference.batch import Outputs, predict_scans
+    from medvisionllama.inference.batch import predict_scans
     from medvisionllama.inference.cleaning import cleaning_of
     from medvisionllama.inference.inputs import collect_scans
     from medvisionllama.inference.ledger import MadeBy, Views
+    from medvisionllama.inference.outputs import Outputs
     from medvisionllama.inference.predictor import Predictor, check_alike, unfinished
     from medvisionllama.progress import Silent
 

@@ -94,21 +94,10 @@ def evaluate_run(
     members = [run_dir, *(RunDir(path) for path in also)]
     check_distinct(members)
     config = read_config(run_dir.config)
-    if choose:
-        check_choosable(
-            run_dir, config.inference, split=split, num_runs=len(members), block_removed=block_removed
-        )
-        cleaning = Cleaning()
-    else:
-        cleaning, reason = cleaning_of(run_dir, config.inference, num_runs=len(members))
-        if reason:
-            progress.say(reason)
+    scored = Scored(run_dir, split, tuple(also), block_removed)
+    cleaning = _cleaning(scored, config, choose=choose, progress=progress)
     check_alike([member.path for member in members])
-    for line in unfinished(members):
-        if split == "test":
-            # Whoever has seen its test would choose by it whether the run goes on.
-            raise CheckpointError(line)
-        progress.say(line)
+    _check_finished(members, split, progress)
     dataset, cases = _cases(run_dir, config, split)
     if also:
         check_unseen(members, dataset, cases, split=split)
@@ -120,7 +109,6 @@ def evaluate_run(
         device="cpu" if config.train.device == "cpu" else "auto",
         block_removed=block_removed,
     )
-    scored = Scored(run_dir, split, tuple(also), block_removed)
     tally = CalibrationTally(predictor.plan) if calibration else None
     with progress.track(f"segmenting the {split} cases", len(cases)) as advance:
         declared = bool(dataset.classes)
@@ -180,6 +168,41 @@ def segment_cases(
         pairs.append(Pair(case.case_id, case.patient_id, path, case.label, by_value=True, declared=declared))
         advance(number)
     return pairs
+
+
+def _cleaning(scored: Scored, config: Config, *, choose: bool, progress: Progress) -> Cleaning:
+    """Which components are removed from the masks; none where the masks are to choose that.
+
+    Raises:
+        ConfigError: a choice that would be unfair or of no effect.
+    """
+    num_runs = 1 + len(scored.also)
+    if choose:
+        check_choosable(
+            scored.run_dir,
+            config.inference,
+            split=scored.split,
+            num_runs=num_runs,
+            block_removed=scored.block_removed,
+        )
+        return Cleaning()
+    cleaning, reason = cleaning_of(scored.run_dir, config.inference, num_runs=num_runs)
+    if reason:
+        progress.say(reason)
+    return cleaning
+
+
+def _check_finished(members: Sequence[RunDir], split: Split, progress: Progress) -> None:
+    """Say which runs have not ended; refuse them on test cases.
+
+    Raises:
+        CheckpointError: such a run, and the split is test.
+    """
+    for line in unfinished(members):
+        if split == "test":
+            # Whoever has seen its test would choose by it whether the run goes on.
+            raise CheckpointError(line)
+        progress.say(line)
 
 
 def _choose(run_dir: RunDir, pairs: Sequence[Pair], plan: Plan, weights: str, progress: Progress) -> None:

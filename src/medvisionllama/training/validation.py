@@ -84,7 +84,7 @@ def validate_cases(
     processes = Processes(accelerator)
     shared = processes.num > 1 and not config.train.shard_block
     numbers = range(processes.index, len(cases), processes.num) if shared else range(len(cases))
-    # Dice; 1 where a case has the class; 1 where it or its mask has it.
+    # For each case the rows of `_scores`.
     table = torch.zeros(3, len(cases), len(plan.output_values), dtype=torch.float64)
     network.eval()
 
@@ -95,12 +95,7 @@ def validate_cases(
         mask = case_mask(
             network, cases[number], plan, truth.shape, overlap=overlap, flip=False, accelerator=accelerator
         )
-        for column, value in enumerate(plan.output_values):
-            wanted = truth > 0 if plan.merged else truth == value
-            found = mask == value
-            table[0, number, column] = dice(found, wanted)
-            table[1, number, column] = float(wanted.any())
-            table[2, number, column] = float(wanted.any() or found.any())
+        table[:, number] = _scores(mask, truth, plan)
         return time.monotonic() - started
 
     side_by_side = processes.num if shared else 1
@@ -132,6 +127,23 @@ def validate_cases(
     if len(cases) <= side_by_side and patience_seconds is not None:
         longest = processes.first(longest)
         too_long = {"would_take_seconds": longest} if longest > patience_seconds else {}
+    return {**_record(table, plan), **opened, **too_long}
+
+
+def _scores(mask: LabelArray, truth: LabelArray, plan: Plan) -> torch.Tensor:
+    """Three rows with a column for each class: Dice; 1 where the case has it; 1 where it or its mask has it."""
+    rows = torch.zeros(3, len(plan.output_values), dtype=torch.float64)
+    for column, value in enumerate(plan.output_values):
+        wanted = truth > 0 if plan.merged else truth == value
+        found = mask == value
+        rows[0, column] = dice(found, wanted)
+        rows[1, column] = float(wanted.any())
+        rows[2, column] = float(wanted.any() or found.any())
+    return rows
+
+
+def _record(table: torch.Tensor, plan: Plan) -> dict[str, Any]:
+    """Means over the cases of a table, as `validate_cases` tells them."""
     scores, present, counts = table.numpy()
     counts = counts * present.any(axis=0)
     num_counted = counts.sum(axis=0)
@@ -143,8 +155,6 @@ def validate_cases(
         "dice": float(per_class.mean()),
         "dice_per_class": dict(zip(names, map(float, per_class), strict=True)),
         **({"never_found": never_found} if never_found else {}),
-        **opened,
-        **too_long,
     }
 
 

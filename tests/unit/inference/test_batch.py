@@ -12,6 +12,7 @@ from medvisionllama.inference import batch
 from medvisionllama.inference.cleaning import Cleaning
 from medvisionllama.inference.inputs import Scan
 from medvisionllama.inference.ledger import MadeBy
+from medvisionllama.inference.outputs import Outputs
 from medvisionllama.progress import Silent
 
 
@@ -32,7 +33,7 @@ def predict(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         batch.predict_scans(
             predictor,
             [Scan(f"c{number}", (Path(f"{number}.nii"),), voxels) for number in range(4)],
-            batch.Outputs(Path("nowhere"), MadeBy(weights_sha256=("0",), views=(), cleaning=Cleaning())),
+            Outputs(Path("nowhere"), MadeBy(weights_sha256=("0",), views=(), cleaning=Cleaning())),
             keep_going=False,
             progress=Silent(),
         )
