@@ -1,8 +1,6 @@
 """`fit`: from a configuration to a run folder. Reads top to bottom: data, network, loop."""
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,13 +11,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
-from medvisionllama._files import lock_if_free, with_home, write_json, write_text
-from medvisionllama.checkpoint import frozen, trainable
-from medvisionllama.config import Config, write_config
-from medvisionllama.data.cache import describe
-from medvisionllama.data.planning import read_plan
+from medvisionllama._files import with_home
+from medvisionllama.config import Config
 from medvisionllama.data.sampling import BatchSampler, check_share
-from medvisionllama.data.splits import write_splits
 from medvisionllama.devices import (
     choose_device,
     convolution_caution,
@@ -28,15 +22,23 @@ from medvisionllama.devices import (
     fast_layout,
     use_bf16,
 )
-from medvisionllama.errors import CheckpointError, ConfigError
+from medvisionllama.errors import ConfigError
 from medvisionllama.llm import CATALOG
-from medvisionllama.llm.block import tensors_sha256
 from medvisionllama.networks.factory import build_network, check_insert
 from medvisionllama.networks.segmenter import TokenSegmenter
 from medvisionllama.progress import Progress, Silent
-from medvisionllama.run_dir import RunDir, machine_facts
+from medvisionllama.run_dir import RunDir
+from medvisionllama.training.checks import (
+    alone_in,
+    check_still_unused,
+    check_time_left,
+    check_unchanged,
+    say_long_warmup,
+    say_never_found,
+)
 from medvisionllama.training.loop import TrainingLoop
 from medvisionllama.training.losses import SupervisedSegmenter
+from medvisionllama.training.manifest import network_facts, sessions_of, write_run_files
 from medvisionllama.training.members import check_members, others_beside
 from medvisionllama.training.prepare import PreparedData, prepare_data
 from medvisionllama.training.processes import (
@@ -49,7 +51,7 @@ from medvisionllama.training.processes import (
 )
 from medvisionllama.training.seen import check_strangers
 from medvisionllama.training.self_training import SelfTraining
-from medvisionllama.training.start import begin_with, read_start, started_words
+from medvisionllama.training.start import Start, begin_with, read_start, started_words
 from medvisionllama.training.validation import validate_cases
 
 _IN_VAIN = (
@@ -140,41 +142,10 @@ def _fit(
         progress = Silent()
     if launched_in_vain():
         progress.say(_IN_VAIN)
-    with processes.machine_first() as is_first:
-        if is_first:
-            check_share(config.train.batch_size, processes.num)
-            check_members(config.train.members, processes.num)
-            if resume:
-                run_dir.check_resumable()
-            else:
-                run_dir.check_unused(config.data.splits)
-            check_insert(config.network)
-        start = None
-        # A run that goes on has them in its own weights, and the earlier run may be gone.
-        if config.train.start_from is not None and not run_dir.state.is_file():
-            start = read_start(RunDir(config.train.start_from))
-        strangers = (
-            None if start is None else partial(check_strangers, start.run_dir, start.seen, config.data)
-        )
-        drawn = run_dir.splits if resume else config.data.splits
-        data = prepare_data(
-            config, drawn=drawn, begun=resume or is_member, progress=progress, check_division=strangers
-        )
-        if resume:
-            check_unchanged(run_dir, data)
-            if not is_member:  # whose own test nobody scores
-                test = run_dir.cases_of("test", data.selection.test, otherwise="start a new run")
-                data = replace(data, selection=replace(data.selection, test=test))
+    data, start = _prepared(config, run_dir, processes, resume=resume, is_member=is_member, progress=progress)
     if not run_dir.state.is_file():
         check_time_left(config, processes.first(time.monotonic() - started), progress)
-    torch.manual_seed(config.train.seed)
-    network = fast_layout(build_network(config.network, **data.plan.network_shapes, seed=config.train.seed))
-    started_from = None
-    if start is not None:
-        started_from = begin_with(network, start, config=config, plan=data.plan)
-        progress.say(started_words(started_from, network))
-    elif run_dir.state.is_file():
-        started_from = run_dir.read_manifest().get("started_from")
+    network, started_from = _network(config, run_dir, data, start, progress)
     facts = network_facts(network)
     loop = TrainingLoop(
         SupervisedSegmenter(
@@ -205,20 +176,7 @@ def _fit(
         if processes.is_main:
             sessions = sessions_of(run_dir, loop, precision=accelerator.mixed_precision)
             write_run_files(run_dir, config, data, facts, {**sessions, "started_from": started_from})
-        say_long_warmup(config, loop.timetable.total_steps, progress)
-        progress.say(f"training on {device_words(config.train.device, config.train.precision)}")
-        device, bf16 = accelerator.device, accelerator.mixed_precision == "bf16"
-        block_dtype = config.network.block.dtype if config.network.has_block else None
-        for caution in (
-            convolution_caution(device, bf16=bf16, cudnn=torch.backends.cudnn.version()),
-            emulation_caution(device, bf16=bf16, block_dtype=block_dtype),
-        ):
-            if caution:
-                progress.say(caution)
-        if config.train.members > 1:
-            progress.say(
-                f"{config.train.members} networks train side by side; predictions are the mean of theirs"
-            )
+        _say_what_trains(config, accelerator, loop.timetable.total_steps, progress)
         with others_beside(config, resume=resume, started=started, progress=progress) as others:
             finished = loop.run(progress, echo_seconds=echo_seconds)
             if finished:
@@ -235,6 +193,79 @@ def _fit(
         validation_dice=loop.state.kept,
         is_main=processes.is_main,
     )
+
+
+def _prepared(
+    config: Config,
+    run_dir: RunDir,
+    processes: Processes,
+    *,
+    resume: bool,
+    is_member: bool,
+    progress: Progress,
+) -> tuple[PreparedData, Start | None]:
+    """Refuse what cannot be trained, then read the run that this one begins with, if any, and prepare the data."""
+    with processes.machine_first() as is_first:
+        if is_first:
+            check_share(config.train.batch_size, processes.num)
+            check_members(config.train.members, processes.num)
+            if resume:
+                run_dir.check_resumable()
+            else:
+                run_dir.check_unused(config.data.splits)
+            check_insert(config.network)
+        start = None
+        # A run that goes on has them in its own weights, and the earlier run may be gone.
+        if config.train.start_from is not None and not run_dir.state.is_file():
+            start = read_start(RunDir(config.train.start_from))
+        strangers = (
+            None if start is None else partial(check_strangers, start.run_dir, start.seen, config.data)
+        )
+        drawn = run_dir.splits if resume else config.data.splits
+        data = prepare_data(
+            config, drawn=drawn, begun=resume or is_member, progress=progress, check_division=strangers
+        )
+        if resume:
+            check_unchanged(run_dir, data)
+            if not is_member:  # whose own test nobody scores
+                test = run_dir.cases_of("test", data.selection.test, otherwise="start a new run")
+                data = replace(data, selection=replace(data.selection, test=test))
+    return data, start
+
+
+def _network(
+    config: Config, run_dir: RunDir, data: PreparedData, start: Start | None, progress: Progress
+) -> tuple[TokenSegmenter, dict[str, Any] | None]:
+    """Build the network, and tell what the manifest keeps of the run whose weights it begins with."""
+    torch.manual_seed(config.train.seed)
+    network = fast_layout(build_network(config.network, **data.plan.network_shapes, seed=config.train.seed))
+    started_from = None
+    if start is not None:
+        started_from = begin_with(network, start, config=config, plan=data.plan)
+        progress.say(started_words(started_from, network))
+    elif run_dir.state.is_file():
+        started_from = run_dir.read_manifest().get("started_from")
+    return network, started_from
+
+
+def _say_what_trains(
+    config: Config, accelerator: Accelerator, total_steps: int | None, progress: Progress
+) -> None:
+    """Name the device, the number of networks, and what makes this run slower or worse than need be."""
+    say_long_warmup(config, total_steps, progress)
+    progress.say(f"training on {device_words(config.train.device, config.train.precision)}")
+    device, bf16 = accelerator.device, accelerator.mixed_precision == "bf16"
+    block_dtype = config.network.block.dtype if config.network.has_block else None
+    for caution in (
+        convolution_caution(device, bf16=bf16, cudnn=torch.backends.cudnn.version()),
+        emulation_caution(device, bf16=bf16, block_dtype=block_dtype),
+    ):
+        if caution:
+            progress.say(caution)
+    if config.train.members > 1:
+        progress.say(
+            f"{config.train.members} networks train side by side; predictions are the mean of theirs"
+        )
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -260,88 +291,6 @@ def with_absolute_paths(config: Config) -> Config:
         train = train.model_copy(update={"start_from": absolute(train.start_from)})
     changes = {"data": data, "network": network, "unlabelled": unlabelled, "train": train}
     return config.model_copy(update={**changes, "out": absolute(config.out)})
-
-
-@contextmanager
-def alone_in(run_dir: RunDir, processes: Processes) -> Iterator[None]:
-    """Hold a run's folder for this run alone.
-
-    Raises:
-        CheckpointError: another one trains in it: a job that was started twice, a terminal that was forgotten.
-    """
-    with ExitStack() as stack:
-        is_free = True
-        if processes.is_main:
-            # Some disks have no locks, and must not keep anybody from training.
-            with suppress(OSError):
-                is_free = stack.enter_context(lock_if_free(run_dir.lock, seconds=1.0))
-        if processes.any(not is_free):
-            raise CheckpointError(
-                f"another process is training {run_dir.path}; wait for its end, stop it, or choose another --out"
-            )
-        yield
-
-
-def check_still_unused(run_dir: RunDir, processes: Processes, drawn: Path | None = None) -> None:
-    """Refuse a folder that another run has filled while the scans were prepared.
-
-    Raises:
-        CheckpointError: as `RunDir.check_unused`; its weights would be gone on with under this run's division.
-    """
-    taken = ""
-    if processes.is_main:
-        try:
-            run_dir.check_unused(drawn)
-        except CheckpointError as error:
-            taken = str(error)
-    if processes.any(bool(taken)):
-        raise CheckpointError(taken or f"{run_dir.path} already holds a run")
-
-
-def check_time_left(config: Config, seconds: float, progress: Progress) -> None:
-    """Refuse to train if preparing the scans took all the time of a run; say so if it took a good part.
-
-    Raises:
-        ConfigError: nothing would have been learned.
-    """
-    limit = config.train.max_minutes
-    if limit is None or seconds < 6 * limit:
-        return
-    words = f"preparing the scans took {seconds / 60:.2g} of the {limit:g} minutes of train.max_minutes"
-    if seconds >= 60 * limit:
-        raise ConfigError(
-            f"{words}, so none is left for training; they are kept, so give the same command again, or a larger --max-minutes"
-        )
-    progress.say(f"{words}; they are kept for the next run")
-
-
-def say_long_warmup(config: Config, total_steps: int | None, progress: Progress) -> None:
-    """Say so if a run limited by epochs or steps ends before its learning rate is anywhere near what was set."""
-    warmup = config.train.warmup_steps
-    if total_steps is not None and warmup > total_steps / 3:
-        progress.say(
-            f"look at this: warm-up takes {warmup} of the {total_steps} steps of this run, so it hardly reaches its learning rate; train longer, or give --set train.warmup_steps={total_steps // 10}"
-        )
-
-
-def say_never_found(run_dir: RunDir, num_cases: int, progress: Progress) -> None:
-    """Name the classes that the weights which are kept find in no validation case, which a mean Dice hides."""
-    if names := run_dir.kept_record().get("never_found"):
-        progress.say(
-            f"look at this: in {run_dir.path}, {' and '.join(map(repr, names))} was found in none of the {num_cases} validation cases (or of those that have it); train longer, or begin again with another --set train.seed"
-        )
-
-
-def check_unchanged(run_dir: RunDir, data: PreparedData) -> None:
-    """Raise CheckpointError if a run that is to go on would see other data than it began with."""
-    run_dir.check_same_data(data.hashes)
-    before = read_plan(run_dir).decisions.model_dump()
-    now = data.plan.decisions.model_dump()
-    changed = [name for name, value in now.items() if value != before[name]]
-    if changed:
-        raise CheckpointError(
-            f"the scans, or our rules for them, changed since {run_dir.path} began: its plan differs in {', '.join(changed)}; start a new run"
-        )
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -371,59 +320,3 @@ def make_sampler(config: Config, data: PreparedData, accelerator: Accelerator) -
         num_ranks=accelerator.num_processes,
         pseudo_share=config.unlabelled.share,
     )
-
-
-def network_facts(network: TokenSegmenter) -> dict[str, Any]:
-    """What identifies the network: sizes, and the block's name and hash."""
-    held = frozen(network)
-    block = network.block
-    return {
-        "format": 1,
-        "trainable_parameters": sum(parameter.numel() for parameter in trainable(network).values()),
-        "frozen_parameters": sum(tensor.numel() for tensor in held.values()),
-        "frozen_sha256": tensors_sha256(held),
-        "block": None if block is None else {"name": block.name, "sha256": block.sha256()},
-    }
-
-
-def sessions_of(run_dir: RunDir, loop: TrainingLoop, *, precision: str) -> dict[str, Any]:
-    """Machine, versions and revision that a run began with, and under `resumed` those that it went on with.
-
-    Those of now count only if this session has something to train. The hardware's `device` is what trains, as a
-    machine may have a GPU that is not used: cpu or cuda.
-    """
-    facts = machine_facts()
-    hardware = {**facts["hardware"], "device": loop.accelerator.device.type}
-    now = {**facts, "hardware": hardware, "precision": precision}
-    if not loop.state.step:
-        return {**now, "resumed": []}
-    before = run_dir.read_manifest()
-    began = {key: before.get(key, value) for key, value in now.items()}
-    return {**began, "resumed": [*before.get("resumed", []), *([] if loop.timetable.is_over else [now])]}
-
-
-def write_run_files(
-    run_dir: RunDir,
-    config: Config,
-    data: PreparedData,
-    network: dict[str, Any],
-    about: dict[str, Any],
-) -> None:
-    """Write everything that does not change while training; config.yaml last, as it makes the folder a run."""
-    chosen = data.selection
-    parts = {"train": chosen.train, "validation": chosen.validation, "test": chosen.test}
-    manifest = {
-        **about,
-        "seed": config.train.seed,
-        **data.hashes,
-        "fingerprint": describe(data.train, data.plan),
-        "network": network,
-        # With their patients, as those of a folder are no cases of the dataset, which would know them.
-        "unlabelled": {case.case_id: case.patient_id for case in data.unlabelled},
-        "num_cases": {part: len(names) for part, names in parts.items()},
-        "cases": parts,
-    }
-    write_json(run_dir.manifest, manifest)
-    write_splits(data.splits, run_dir.splits)
-    write_text(run_dir.plan, data.plan.model_dump_json(indent=2) + "\n")
-    write_config(config, run_dir.config)

@@ -16,7 +16,7 @@ from medvisionllama.data.planning import make_plan
 from medvisionllama.inference.slabs import likeliest
 from medvisionllama.run_dir import RunDir
 from medvisionllama.training import validation
-from medvisionllama.training.fit import say_never_found
+from medvisionllama.training.checks import say_never_found
 from medvisionllama.training.validation import validate_cases
 
 
