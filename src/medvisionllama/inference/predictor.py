@@ -355,7 +355,7 @@ def unfinished(run_dirs: Sequence[RunDir]) -> list[str]:
 def _has_ended(state: Path) -> bool:
     """What a state to go on from says, if it is there and whole."""
     with suppress(CheckpointError):
-        return bool(load_facts(state).get("finished", True))
+        return bool(load_facts(state)["finished"])
     return True
 
 

@@ -28,7 +28,6 @@ PUBLISHED_CHANNELS: dict[RivalName, int] = {
 """Channels of the first stage, or feature size, as their papers have them: 32 in SegResNet (Myronenko 2018) and 48
 in Swin UNETR (Hatamizadeh et al. 2022), twice MONAI's examples of them; of the others, and of BasicUNet, MONAI's
 defaults."""
-_CHANNELS_LAST = {"unetr", "unet++"}  # faster so in bf16 on two Zen 4 cores; the others are slower so
 _MOST_CHANNELS = 320  # nnU-Net's limit in three dimensions
 _SMALLEST_EDGE, _SMALLEST_EDGE_ALONE = 8, 12
 """nnU-Net halves axes while they are at least so long, and a single one a little longer."""
@@ -103,8 +102,16 @@ def build_rival(
         nn.Identity(),
         nn.Identity(),
         MonaiHead(network, unit=unit),
-        memory_format=torch.channels_last_3d if name in _CHANNELS_LAST else torch.contiguous_format,
+        memory_format=_fastest_layout(name, strides),
     )
+
+
+def _fastest_layout(name: RivalName, strides: Sequence[Triple]) -> torch.memory_format:
+    """The layout of fewer seconds a step in bf16 on two Zen 5 cores (`benchmarks/step.py`; decision 0017)."""
+    has_flat_kernels = name == "dynunet" and any(1 in stride for stride in strides)
+    if name == "segresnet" or has_flat_kernels:
+        return torch.contiguous_format
+    return torch.channels_last_3d
 
 
 def dynunet_strides(crop_size: Triple, strides: Sequence[Triple]) -> list[Triple]:

@@ -244,7 +244,7 @@ def _network(
         started_from = begin_with(network, start, config=config, plan=data.plan)
         progress.say(started_words(started_from, network))
     elif run_dir.state.is_file():
-        started_from = run_dir.read_manifest().get("started_from")
+        started_from = run_dir.read_manifest()["started_from"]
     return network, started_from
 
 

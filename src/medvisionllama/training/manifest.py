@@ -39,8 +39,8 @@ def sessions_of(run_dir: RunDir, loop: TrainingLoop, *, precision: str) -> dict[
     if not loop.state.step:
         return {**now, "resumed": []}
     before = run_dir.read_manifest()
-    began = {key: before.get(key, value) for key, value in now.items()}
-    return {**began, "resumed": [*before.get("resumed", []), *([] if loop.timetable.is_over else [now])]}
+    began = {key: before[key] for key in now}
+    return {**began, "resumed": [*before["resumed"], *([] if loop.timetable.is_over else [now])]}
 
 
 def write_run_files(

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -366,6 +367,25 @@ def test_patients_that_were_left_out_are_compared_with_the_preset(module, tmp_pa
     summary = module("few_shot_summary").summarise(tmp_path).set_index("arm")
     assert summary.loc["unet-16", "unused_minus_block"] == pytest.approx(-0.1)
     assert pd.isna(summary.loc["block", "unused_minus_block"])
+
+
+def test_a_picture_has_a_line_for_each_training_of_both_on_one_machine(module, tmp_path):
+    figure, summary = module("few_shot_figure"), module("few_shot_summary")
+    row = tmp_path / "acdc-4-20min"
+    row.mkdir()
+    for arm, dice in (("block", 0.7), ("dynunet-16-one-network", 0.55)):
+        write_cell(row, arm, 0, dice, FAST)
+        cell = row / "AVX512" / f"{arm}-s0.csv"
+        shutil.copy(cell, summary.unused_table(cell))
+    write_cell(row, "block", 1, 0.7, FAST)
+    write_cell(row, "dynunet-16-one-network", 1, 0.7, SLOW)
+    [(name, parts)] = figure.pairs(tmp_path)
+    assert name.startswith("4 hearts (ACDC), seed 0\n")
+    assert parts["test"].to_dict() == pytest.approx(dict.fromkeys(("p0", "p1", "p2"), 0.15))
+    # None is on the axis, so their numbers are there in letters.
+    left_out, tested = figure.draw([(name, parts), (name, {"test": -parts["test"]})]).axes
+    assert [text.get_text() for text in left_out.texts] == ["+0.15, +0.15, +0.15 →"]
+    assert [text.get_text() for text in tested.texts][1] == "← -0.15, -0.15, -0.15"
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -53,6 +53,31 @@ def _config(**changes):
     return TrainConfig(optimizer="muon", max_steps=1, **changes)
 
 
+def _step_of(kernel, ahead, *, rate):
+    """A step of fifteen times the rate beside the kernel's own size, of 12 singular values."""
+    direction = orthogonalised(ahead.flatten(1)).view(kernel.shape)
+    return rate * 15 * kernel.norm() * direction / 12**0.5
+
+
+def _turned(start, factor):
+    """How a kernel that began `factor` times as large points after a step, as a vector of length one."""
+    network = _layer()
+    kernel = network[1].weight
+    with torch.no_grad():
+        kernel.mul_(0).add_(factor * start)
+    optimizer = make_optimizer(network, _config(learning_rate=0.01))
+    kernel.grad = _matrix(*kernel.shape, seed=1)
+    optimizer.step()
+    return (kernel / kernel.norm()).detach()
+
+
+def test_a_kernel_turns_as_far_whatever_size_it_began_with():
+    start = _layer()[1].weight.detach()
+    torch.testing.assert_close(_turned(start, 6.0), _turned(start, 1.0))
+    # Smaller ones than PyTorch's count as large as those, or a kernel of zeros could not begin.
+    assert _turned(start, 0.0).isfinite().all()
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 def test_a_kernel_steps_against_its_orthogonal_momentum_and_the_rest_by_adamw(layout):
     network, twin = _layer(layout), _layer(layout)
@@ -70,9 +95,9 @@ def test_a_kernel_steps_against_its_orthogonal_momentum_and_the_rest_by_adamw(la
 
     # The momentum began at zero: after one step it has a twentieth of the gradient, and of what is ahead of it
     # the direction alone counts.
-    update = orthogonalised(gradients["1.weight"].flatten(1)).view(before.shape) * 0.2 * (8 * 27) ** 0.5
-    torch.testing.assert_close(network[1].weight.detach(), before * (1 - 0.01 * 0.5) - 0.01 * update)
-    assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.25)
+    update = _step_of(before, gradients["1.weight"], rate=0.01)
+    torch.testing.assert_close(network[1].weight.detach(), before * (1 - 0.01 * 0.5) - update)
+    assert update.norm() == pytest.approx(0.15 * before.norm(), rel=0.25)
     for name in gradients.keys() - {"1.weight"}:
         assert torch.equal(network.get_parameter(name), twin.get_parameter(name)), name
 
@@ -87,7 +112,7 @@ def test_a_step_looks_ahead_of_the_momentum():
         kernel.grad = _matrix(*kernel.shape, seed=seed)
         momentum = 0.95 * momentum + 0.05 * kernel.grad
         ahead = 0.95 * momentum + 0.05 * kernel.grad
-        expected -= 0.01 * 0.2 * (8 * 27) ** 0.5 * orthogonalised(ahead.flatten(1)).view(kernel.shape)
+        expected -= _step_of(expected, ahead, rate=0.01)
         optimizer.step()
     torch.testing.assert_close(kernel.detach(), expected)
     torch.testing.assert_close(optimizer.state[kernel]["momentum"], momentum)
