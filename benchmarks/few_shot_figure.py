@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="folder with a folder for each row")
     parser.add_argument("--out", type=Path, required=True, help="the picture, .png or .svg")
     arguments = parser.parse_args()
-    draw(pairs(arguments.results)).savefig(arguments.out, dpi=150)
+    if not (trainings := pairs(arguments.results)):
+        raise SystemExit(f"no cells of {OURS} and {RIVAL} on one machine in {arguments.results}")
+    draw(trainings).savefig(arguments.out, dpi=150)
 
 
 def pairs(results: Path) -> list[tuple[str, dict[str, pd.Series]]]:
@@ -65,8 +67,10 @@ def difference(ours: Path, rival: Path) -> pd.Series:
     """Mean class Dice of the first table's scans minus the second's, by patient."""
     table = read_table(ours)
     patients = table.groupby("case_id")["patient_id"].first()
-    scans = mean_class_dice(table) - mean_class_dice(read_table(rival))
-    return scans.groupby(patients).mean()
+    dice, other = mean_class_dice(table), mean_class_dice(read_table(rival))
+    if set(dice.index) != set(other.index):
+        raise SystemExit(f"{ours} and {rival} were not scored on the same scans")
+    return (dice - other).groupby(patients).mean()
 
 
 def draw(trainings: list[tuple[str, dict[str, pd.Series]]]) -> Figure:
@@ -95,7 +99,7 @@ def _line(axes: Axes, place: int, by_patient: pd.Series) -> None:
     # Sorted and spread by turns, so that the picture is the same each time it is made.
     offsets = np.resize([0.0, 0.12, -0.12, 0.24, -0.24], len(values))
     order = np.argsort(values, kind="stable")
-    colours = np.where(values[order] > 0, _OURS_AHEAD, _RIVAL_AHEAD)
+    colours = np.select([values[order] > 0, values[order] < 0], [_OURS_AHEAD, _RIVAL_AHEAD], _MEAN)
     inside = abs(values[order]) <= REACH
     axes.scatter(
         values[order][inside], place + offsets[inside], c=colours[inside], s=12, alpha=0.75, linewidths=0

@@ -141,7 +141,7 @@ class BlockCache:
 
     def _verified(self, file: str) -> Path:
         path = self.folder / file
-        # Files of earlier versions have no checksum yet.
+        # A process that was killed may have left a file before its checksum was noted.
         expected = self.noted("sha256", {}).get(file)
         if expected and file_sha256(path) != expected:
             raise self._changed(file)

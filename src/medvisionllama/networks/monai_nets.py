@@ -108,7 +108,7 @@ def build_rival(
 
 def _fastest_layout(name: RivalName, strides: Sequence[Triple]) -> torch.memory_format:
     """The layout of fewer seconds a step in bf16 on two Zen 5 cores (`benchmarks/step.py`; decision 0017)."""
-    has_flat_kernels = name == "dynunet" and any(1 in stride for stride in strides)
+    has_flat_kernels = name == "dynunet" and any(1 in kernel for kernel in kernels_for(strides))
     if name == "segresnet" or has_flat_kernels:
         return torch.contiguous_format
     return torch.channels_last_3d

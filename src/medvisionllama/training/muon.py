@@ -1,5 +1,6 @@
 """Muon: momentum made orthogonal, for the kernels between channels."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +11,18 @@ _MOMENTUM = 0.95
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the odd polynomial of degree five that lifts small singular values fastest (Jordan et al. 2024)."""
 _ITERATIONS = 5
+_UPDATE_SCALE = 0.2
+"""Root mean square of AdamW's usual updates: both take one learning rate by it (Liu et al. 2025, 2502.16982)."""
 _TURN = 15.0
-"""A step's size beside its kernel's, at a learning rate of one: at 0.002 it is 3 % (decision 0036)."""
+"""Size of a step beside its kernel's where a norm follows, at a rate of one: 3 % at 0.002 (decision 0036)."""
 _FEWEST_CHANNELS = 8
 
 
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024) for the groups marked `orthogonal`, AdamW for the others.
 
-    A kernel of any number of axes counts as a matrix, its first axis against all others. One optimiser and not two,
+    Kernels of groups marked `turns` are turned and keep their size, all by one angle, however large they began. A
+    kernel of any number of axes counts as a matrix, its first axis against all others. One optimiser and not two,
     so that a run has one state and one set of groups; PyTorch's own takes matrices alone.
     """
 
@@ -46,10 +50,28 @@ class Muon(torch.optim.AdamW):
                 state["momentum"] = torch.zeros_like(kernel)
             momentum = state["momentum"].lerp_(kernel.grad, 1 - _MOMENTUM)
             ahead = kernel.grad.lerp(momentum, _MOMENTUM).flatten(1)
-            # A kernel that starts at zero counts as large as PyTorch's start would be.
-            size = kernel.norm().clamp_min((len(ahead) / 3) ** 0.5)
-            step = orthogonalised(ahead).mul_(group["lr"] * _TURN * size / min(ahead.shape) ** 0.5)
-            kernel.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step.view(kernel.shape))
+            direction = orthogonalised(ahead).view(kernel.shape)
+            if group["turns"]:
+                size = kernel.norm()
+                kernel.sub_(direction * (group["lr"] * _TURN * size / min(ahead.shape) ** 0.5))
+                # Without this it would grow by its every step, each larger than the last.
+                kernel.mul_(size / kernel.norm())
+                continue
+            scale = _UPDATE_SCALE * max(ahead.shape) ** 0.5
+            kernel.mul_(1 - group["lr"] * group["weight_decay"])
+            kernel.add_(direction, alpha=-group["lr"] * scale)
+
+
+def kernels_before_norms(network: nn.Module) -> set[nn.Parameter]:
+    """Kernels whose direction alone counts: of convolutions without a bias, which a norm would take away as well.
+
+    Ours and those of DynUNet, UNETR and Swin UNETR; a kernel of one voxel is a map of ours that no norm follows.
+    """
+    return {
+        module.weight
+        for module in network.modules()
+        if isinstance(module, nn.Conv3d) and module.bias is None and math.prod(module.kernel_size) > 1
+    }
 
 
 def is_orthogonal(parameter: nn.Parameter) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from medvisionllama.checkpoint import trainable
 from medvisionllama.config import TrainConfig
 from medvisionllama.errors import CheckpointError
-from medvisionllama.training.muon import Muon, is_orthogonal
+from medvisionllama.training.muon import Muon, is_orthogonal, kernels_before_norms
 
 PLATEAU_PATIENCE = 3
 PLATEAU_FACTOR = 0.5
@@ -19,21 +19,24 @@ _KINDS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Make the run's optimiser over trainable weights only; vectors (norms, biases, gates) do not decay."""
     kernels: list[nn.Parameter] = []
+    turned: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     gates: list[nn.Parameter] = []
+    before_norms = kernels_before_norms(network)
     for name, parameter in trainable(network).items():
         if name.endswith(".gate"):
             gates.append(parameter)
         elif parameter.ndim < 2:
             vectors.append(parameter)
         elif config.optimizer == "muon" and is_orthogonal(parameter):
-            kernels.append(parameter)
+            (turned if parameter in before_norms else kernels).append(parameter)
         else:
             matrices.append(parameter)
     decay, gate_scale = config.weight_decay, config.gate_learning_rate_scale
     groups = [
-        {"params": kernels, "weight_decay": decay, "scale": 1.0, "orthogonal": True},
+        {"params": turned, "weight_decay": 0.0, "scale": 1.0, "orthogonal": True, "turns": True},
+        {"params": kernels, "weight_decay": decay, "scale": 1.0, "orthogonal": True, "turns": False},
         {"params": matrices, "weight_decay": decay, "scale": 1.0, "orthogonal": False},
         {"params": vectors, "weight_decay": 0.0, "scale": 1.0, "orthogonal": False},
         {"params": gates, "weight_decay": 0.0, "scale": gate_scale, "orthogonal": False},

@@ -125,7 +125,8 @@ def test_dynunet_looks_at_every_slice_from_where_they_are_near():
 
 
 def test_dynunets_layout_goes_by_its_kernels():
-    assert make("dynunet").memory_format == torch.channels_last_3d
+    for even in (CUBIC, [(2, 2, 2), (2, 2, 2), (2, 2, 1)]):
+        assert make("dynunet", strides=even).memory_format == torch.channels_last_3d
     thick = make("dynunet", strides=[(2, 2, 1), (2, 2, 2), (2, 2, 2)])
     assert thick.memory_format == torch.contiguous_format
 

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from medvisionllama.config import TrainConfig
-from medvisionllama.training.muon import orthogonalised
+from medvisionllama.config import TrainConfig, load_config
+from medvisionllama.networks.factory import build_network
+from medvisionllama.training.muon import kernels_before_norms, orthogonalised
 from medvisionllama.training.optim import make_optimizer
 
 
@@ -53,31 +54,6 @@ def _config(**changes):
     return TrainConfig(optimizer="muon", max_steps=1, **changes)
 
 
-def _step_of(kernel, ahead, *, rate):
-    """A step of fifteen times the rate beside the kernel's own size, of 12 singular values."""
-    direction = orthogonalised(ahead.flatten(1)).view(kernel.shape)
-    return rate * 15 * kernel.norm() * direction / 12**0.5
-
-
-def _turned(start, factor):
-    """How a kernel that began `factor` times as large points after a step, as a vector of length one."""
-    network = _layer()
-    kernel = network[1].weight
-    with torch.no_grad():
-        kernel.mul_(0).add_(factor * start)
-    optimizer = make_optimizer(network, _config(learning_rate=0.01))
-    kernel.grad = _matrix(*kernel.shape, seed=1)
-    optimizer.step()
-    return (kernel / kernel.norm()).detach()
-
-
-def test_a_kernel_turns_as_far_whatever_size_it_began_with():
-    start = _layer()[1].weight.detach()
-    torch.testing.assert_close(_turned(start, 6.0), _turned(start, 1.0))
-    # Smaller ones than PyTorch's count as large as those, or a kernel of zeros could not begin.
-    assert _turned(start, 0.0).isfinite().all()
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 def test_a_kernel_steps_against_its_orthogonal_momentum_and_the_rest_by_adamw(layout):
     network, twin = _layer(layout), _layer(layout)
@@ -95,9 +71,9 @@ def test_a_kernel_steps_against_its_orthogonal_momentum_and_the_rest_by_adamw(la
 
     # The momentum began at zero: after one step it has a twentieth of the gradient, and of what is ahead of it
     # the direction alone counts.
-    update = _step_of(before, gradients["1.weight"], rate=0.01)
-    torch.testing.assert_close(network[1].weight.detach(), before * (1 - 0.01 * 0.5) - update)
-    assert update.norm() == pytest.approx(0.15 * before.norm(), rel=0.25)
+    update = orthogonalised(gradients["1.weight"].flatten(1)).view(before.shape) * 0.2 * (8 * 27) ** 0.5
+    torch.testing.assert_close(network[1].weight.detach(), before * (1 - 0.01 * 0.5) - 0.01 * update)
+    assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.25)
     for name in gradients.keys() - {"1.weight"}:
         assert torch.equal(network.get_parameter(name), twin.get_parameter(name)), name
 
@@ -112,7 +88,7 @@ def test_a_step_looks_ahead_of_the_momentum():
         kernel.grad = _matrix(*kernel.shape, seed=seed)
         momentum = 0.95 * momentum + 0.05 * kernel.grad
         ahead = 0.95 * momentum + 0.05 * kernel.grad
-        expected -= _step_of(expected, ahead, rate=0.01)
+        expected -= 0.01 * 0.2 * (8 * 27) ** 0.5 * orthogonalised(ahead.flatten(1)).view(kernel.shape)
         optimizer.step()
     torch.testing.assert_close(kernel.detach(), expected)
     torch.testing.assert_close(optimizer.state[kernel]["momentum"], momentum)
@@ -136,3 +112,51 @@ def test_matrices_of_tokens_are_left_to_adamw():
         for parameter in group["params"]
     ]
     assert [kernel is network[0].weight for kernel in kernels] == [True]
+
+
+def _stepped(start, *, num_steps=1, rate=0.01):
+    """A kernel before a norm after steps on random gradients."""
+    network = nn.Sequential(nn.Conv3d(8, 12, 3, bias=False), nn.InstanceNorm3d(12, affine=True))
+    kernel = network[0].weight
+    with torch.no_grad():
+        kernel.copy_(start)
+    optimizer = make_optimizer(network, _config(learning_rate=rate, weight_decay=0.5))
+    for seed in range(num_steps):
+        kernel.grad = _matrix(*kernel.shape, seed=seed)
+        optimizer.step()
+    return kernel.detach()
+
+
+def test_a_kernel_before_a_norm_is_turned_and_keeps_its_size():
+    start = _matrix(12, 8, 3, 3, 3, seed=9)
+    step = orthogonalised(_matrix(*start.shape).flatten(1)).view(start.shape) * 0.15 * start.norm() / 12**0.5
+    assert step.norm() == pytest.approx(0.15 * start.norm(), rel=0.25)
+    expected = start - step
+    torch.testing.assert_close(_stepped(start), expected * start.norm() / expected.norm())
+    assert _stepped(start, num_steps=50).norm() == pytest.approx(start.norm())
+
+
+def test_it_turns_as_far_however_large_it_began():
+    start = _matrix(12, 8, 3, 3, 3, seed=9)
+    torch.testing.assert_close(_stepped(6 * start, num_steps=3), 6 * _stepped(start, num_steps=3))
+
+
+@pytest.mark.parametrize("preset", ["small", "dynunet"])
+def test_kernels_before_norms_are_those_of_both_ways_but_not_of_rising_or_of_outputs(preset):
+    network = build_network(
+        load_config(
+            preset, {"network.insert": "none", "network.gate": "none"} if preset == "small" else {}
+        ).network,
+        num_channels=1,
+        num_outputs=3,
+        crop_size=(32, 32, 32),
+        strides=[(2, 2, 2)] * 3,
+    )
+    found = {name for name, weight in network.named_parameters() if weight in kernels_before_norms(network)}
+    wide = {
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv3d) and max(module.kernel_size) == 3
+    }
+    assert found == {f"{name}.weight" for name in wide}
+    assert len(found) >= 12
