@@ -62,7 +62,7 @@ class Muon(torch.optim.AdamW):
             kernel.add_(direction, alpha=-group["lr"] * scale)
 
 
-def kernels_before_norms(network: nn.Module) -> set[nn.Parameter]:
+def kernels_before_norms(network: nn.Module) -> set[Tensor]:
     """Kernels whose direction alone counts: of convolutions without a bias, which a norm would take away as well.
 
     Ours and those of DynUNet, UNETR and Swin UNETR; a kernel of one voxel is a map of ours that no norm follows.
