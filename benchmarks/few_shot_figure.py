@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from few_shot_summary import machine_name, mean_of_seeds_interval, unused_table
+from few_shot_summary import by_patient, machine_name, mean_of_seeds_interval, unused_table
 from medvisionllama.evaluation.evaluate import mean_class_dice, read_table
 
 OURS, RIVAL = "block", "dynunet-16-one-network"
@@ -25,7 +25,7 @@ ROWS = {
     "hippocampus-14-20min": "14 hippocampi",
     "hippocampus-all-30min": "144 hippocampi, 30 min",
 }
-REACH = 0.1  # of the axis; patients beyond are arrows with their number
+REACH = 0.1  # of the axis; of patients beyond it the numbers are written, behind an arrow
 _OURS_AHEAD, _RIVAL_AHEAD, _MEAN = "#0b6e99", "#b5541c", "#1c2430"
 
 
@@ -66,11 +66,9 @@ def pairs(results: Path) -> list[tuple[str, dict[str, pd.Series]]]:
 def difference(ours: Path, rival: Path) -> pd.Series:
     """Mean class Dice of the first table's scans minus the second's, by patient."""
     table = read_table(ours)
-    patients = table.groupby("case_id")["patient_id"].first()
-    dice, other = mean_class_dice(table), mean_class_dice(read_table(rival))
-    if set(dice.index) != set(other.index):
-        raise SystemExit(f"{ours} and {rival} were not scored on the same scans")
-    return (dice - other).groupby(patients).mean()
+    patients = table.groupby("case_id")["patient_id"].first().to_dict()
+    other = mean_class_dice(read_table(rival))
+    return by_patient(mean_class_dice(table), other, patients, f"{ours} and {rival}")
 
 
 def draw(trainings: list[tuple[str, dict[str, pd.Series]]]) -> Figure:
@@ -85,7 +83,8 @@ def draw(trainings: list[tuple[str, dict[str, pd.Series]]]) -> Figure:
         axes.set_title(
             "patients left out" if part == "left out" else "patients of the test split", fontsize=10
         )
-        axes.set(xlim=(-REACH, REACH), xlabel="← DynUNet ahead    Dice    small ahead →")
+        axes.set(xlim=(-REACH, REACH), xticks=np.linspace(-REACH, REACH, 5))
+        axes.set_xlabel("← DynUNet ahead    Dice    small ahead →", fontsize=8)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(left=False, labelsize=8)
     panels[0].set_yticks(range(len(trainings)), [name for name, _ in trainings], fontsize=8)
@@ -93,9 +92,9 @@ def draw(trainings: list[tuple[str, dict[str, pd.Series]]]) -> Figure:
     return figure
 
 
-def _line(axes: Axes, place: int, by_patient: pd.Series) -> None:
+def _line(axes: Axes, place: int, differences: pd.Series) -> None:
     """One training: its patients, their mean and its 95 % interval."""
-    values = by_patient.to_numpy()
+    values = differences.to_numpy()
     # Sorted and spread by turns, so that the picture is the same each time it is made.
     offsets = np.resize([0.0, 0.12, -0.12, 0.24, -0.24], len(values))
     order = np.argsort(values, kind="stable")
@@ -109,13 +108,13 @@ def _line(axes: Axes, place: int, by_patient: pd.Series) -> None:
             numbers = ", ".join(f"{value:+.2f}" for value in sorted(values[beyond]))
             axes.annotate(
                 f"{numbers} →" if side > 0 else f"← {numbers}",
-                (side * REACH, place),
+                (side * REACH, place - 0.36),
                 ha="right" if side > 0 else "left",
                 va="center",
                 fontsize=8,
                 color=_OURS_AHEAD if side > 0 else _RIVAL_AHEAD,
             )
-    low, high = mean_of_seeds_interval([by_patient])
+    low, high = mean_of_seeds_interval([differences])
     axes.plot([low, high], [place, place], color=_MEAN, linewidth=2, solid_capstyle="butt")
     axes.plot(values.mean(), place, marker="D", color=_MEAN, markersize=5)
 

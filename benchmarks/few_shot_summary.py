@@ -90,11 +90,7 @@ def difference(
         if (where, name) != (machine, arm) or (machine, reference, seed) not in scores or arm == reference:
             continue
         other = scores[machine, reference, seed]
-        if set(dice.index) != set(other.index):
-            raise SystemExit(
-                f"{arm} and {reference} of seed {seed} were not scored on the same scans; keep cells of another dataset in another --results"
-            )
-        pairs.append((dice - other).groupby(patients).mean())
+        pairs.append(by_patient(dice, other, patients, f"{arm} and {reference} of seed {seed}"))
     if not pairs:
         return {}
     low, high = mean_of_seeds_interval(pairs)
@@ -107,6 +103,19 @@ def difference(
         "high": round(high, 4),
         "by_seed": " ".join(map(str, by_seed)),
     }
+
+
+def by_patient(dice: pd.Series, other: pd.Series, patients: Mapping[Any, str], pair: str) -> pd.Series:
+    """Difference of two arms' Dice on the same cases, as each patient's mean.
+
+    Raises:
+        SystemExit: the two that `pair` names were scored on other scans.
+    """
+    if set(dice.index) != set(other.index):
+        raise SystemExit(
+            f"{pair} were not scored on the same scans; keep cells of another dataset in another --results"
+        )
+    return (dice - other).groupby(patients).mean()
 
 
 def mean_of_seeds_interval(by_patient: Sequence[pd.Series]) -> tuple[float, float]:

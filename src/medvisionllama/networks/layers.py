@@ -76,7 +76,8 @@ def use_our_layers(network: nn.Module) -> None:
     """Turn the convolutions and instance norms of a foreign network into ours; weights and names stay."""
     ours: dict[type[nn.Module], type[nn.Module]] = {nn.Conv3d: Conv3d, nn.InstanceNorm3d: InstanceNorm3d}
     for module in network.modules():
-        module.__class__ = ours.get(type(module), type(module))
+        if type(module) in ours:
+            module.__class__ = ours[type(module)]
 
 
 class ConvBlock(nn.Module):

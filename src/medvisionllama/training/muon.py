@@ -56,16 +56,17 @@ class Muon(torch.optim.AdamW):
                 kernel.sub_(direction * (group["lr"] * _TURN * size / min(ahead.shape) ** 0.5))
                 # Without this it would grow by its every step, each larger than the last.
                 kernel.mul_(size / kernel.norm())
-                continue
-            scale = _UPDATE_SCALE * max(ahead.shape) ** 0.5
-            kernel.mul_(1 - group["lr"] * group["weight_decay"])
-            kernel.add_(direction, alpha=-group["lr"] * scale)
+            else:
+                scale = _UPDATE_SCALE * max(ahead.shape) ** 0.5
+                kernel.mul_(1 - group["lr"] * group["weight_decay"])
+                kernel.add_(direction, alpha=-group["lr"] * scale)
 
 
 def kernels_before_norms(network: nn.Module) -> set[Tensor]:
     """Kernels whose direction alone counts: of convolutions without a bias, which a norm would take away as well.
 
     Ours and those of DynUNet, UNETR and Swin UNETR; a kernel of one voxel is a map of ours that no norm follows.
+    SegResNet's, whose norms come before, have no bias either and count too.
     """
     return {
         module.weight
