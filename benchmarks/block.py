@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from medvisionllama._files import write_json
 from medvisionllama.llm import FrozenBlock
 from medvisionllama.run_dir import machine_facts
 
@@ -52,8 +53,7 @@ def main() -> None:
     result = {"rows": rows, "across_precisions": across_precisions(rows)}
     print(json.dumps(result["across_precisions"]))
     out = arguments.out or RESULTS / ("block_cuda.json" if device.type == "cuda" else "block.json")
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({**result, "machine": machine_facts()["hardware"]}, indent=2) + "\n")
+    write_json(out, {**result, "machine": machine_facts()["hardware"]})
 
 
 def measure(tokens: int, precision: str, device: torch.device, repeats: int) -> dict[str, Any]:

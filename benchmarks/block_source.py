@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from medvisionllama._files import write_json
 from medvisionllama.llm.catalog import CATALOG
 from medvisionllama.run_dir import machine_facts
 
@@ -56,8 +57,7 @@ def main() -> None:
         "rows": rows,
         "machine": machine_facts()["hardware"],
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(RESULT, result)
 
 
 def write_checkpoint(folder: Path) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from medvisionllama._files import lock_if_free
+from medvisionllama._files import lock_if_free, write_json
 from medvisionllama.experiments import verbs
 from medvisionllama.experiments.launch import launch
 from medvisionllama.experiments.matrix import expand
@@ -110,7 +110,7 @@ def main() -> None:
                 lambda: subprocess.run(command, check=True, capture_output=True), repeats
             )
     facts = {"runs": len(runs), "seconds": times, "machine": machine_facts()["hardware"]}
-    RESULT.write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(RESULT, facts)
     for name, (low, middle, high) in times.items():
         print(f"{name:24} {middle:6.2f} s ({low:.2f} to {high:.2f}), {len(runs):,} runs")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from medvisionllama._files import write_json
 from medvisionllama.run_dir import machine_facts
 
 RESULT = Path(__file__).parent / "results" / "io_check.json"
@@ -50,8 +51,7 @@ def main() -> None:
         "rows": rows,
         "machine": machine_facts()["hardware"],
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(RESULT, result)
 
 
 def parse() -> argparse.Namespace:

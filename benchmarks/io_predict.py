@@ -66,9 +66,7 @@ def main() -> None:
         "machine": machine_facts()["hardware"],
     }
     print(json.dumps(result, indent=2))
-    RESULTS.mkdir(exist_ok=True)
-    name = f"io_predict{'_fast' if arguments.fast else ''}.json"
-    (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n")
+    write_json(RESULTS / f"io_predict{'_fast' if arguments.fast else ''}.json", result)
 
 
 def parse() -> argparse.Namespace:

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nnunet
+from medvisionllama._files import write_json
 from medvisionllama.run_dir import machine_facts
 
 FOLDER = Path(__file__).parent
@@ -91,8 +92,7 @@ def main() -> None:
         "rows": rows,
         "machine": machine_facts()["hardware"],
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(RESULT, result)
 
 
 def parse() -> argparse.Namespace:

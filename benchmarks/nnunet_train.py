@@ -67,7 +67,6 @@ def train_and_score(
     threads: int,
     seed: int,
     exclude: Sequence[str] = (),
-    bf16: bool = False,
 ) -> "tuple[pd.DataFrame, NnunetResult, Selection]":
     """Divide the cases as our own training would, train nnU-Net on them and measure its masks of the test cases.
 
@@ -102,7 +101,6 @@ def train_and_score(
         environment=environment,
         threads=threads,
         seed=seed,
-        bf16=bf16,
     )
     table = evaluate_folders(result.masks, data / "labelsTr", progress=TerminalProgress())
     return table, result, selection
@@ -119,7 +117,6 @@ def train_and_predict(
     environment: Path,
     threads: int = 2,
     seed: int = 0,
-    bf16: bool = False,
 ) -> NnunetResult:
     """Train on exactly these cases and segment the test cases; a finished part of the same request is kept.
 
@@ -128,7 +125,6 @@ def train_and_predict(
         work: a folder for this run alone; a training that was broken off starts over.
         environment: holds nnU-Net, or is made so.
         threads: processes of the preprocessing, and threads of the network.
-        bf16: train in bfloat16, which nnU-Net itself does not do on a CPU.
 
     Raises:
         NnunetError: another request's folder, or a part that failed.
@@ -136,9 +132,8 @@ def train_and_predict(
     """
     data, work, environment = data.resolve(), work.resolve(), environment.resolve()
     request = make_request(
-        data, train=train, validation=validation, test=test, minutes=minutes, threads=threads, seed=seed,
-        bf16=bf16,
-    )  # fmt: skip
+        data, train=train, validation=validation, test=test, minutes=minutes, threads=threads, seed=seed
+    )
     if work == data or data in work.parents:
         raise NnunetError(f"{work} lies in the dataset, which is only read; name another folder")
     python = nnunet.install(environment)
@@ -166,7 +161,6 @@ def make_request(
     minutes: float,
     threads: int,
     seed: int,
-    bf16: bool,
 ) -> dict[str, Any]:
     """Everything that the trainer's script is told, and by which a run is recognised.
 
@@ -192,7 +186,6 @@ def make_request(
         "minutes": minutes,
         "threads": threads,
         "seed": seed,
-        "bf16": bf16,
     }
 
 
@@ -265,7 +258,6 @@ def main() -> None:
             threads=arguments.threads,
             seed=arguments.seed,
             exclude=arguments.exclude,
-            bf16=arguments.bf16,
         )
     except (NnunetError, ValueError) as error:
         raise SystemExit(str(error)) from None
@@ -297,7 +289,6 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
     default = Path(tempfile.gettempdir()) / "nnunet-env"
     parser.add_argument("--environment", type=Path, default=default, help="made here if it is not there")
     return parser.parse_args()

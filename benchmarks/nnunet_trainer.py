@@ -15,7 +15,6 @@ import os
 import random
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,6 @@ class ClockTrainer(nnUNetTrainer):
     """nnU-Net's trainer, ended by a clock."""
 
     clock: Clock
-    bf16 = False
     num_iterations = 0
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, ClockSchedule]:
@@ -67,8 +65,7 @@ class ClockTrainer(nnUNetTrainer):
     def train_step(self, batch: dict) -> dict:
         """One iteration at the learning rate of this moment."""
         self.lr_scheduler.step()
-        with torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext():
-            result = super().train_step(batch)
+        result = super().train_step(batch)
         self.num_iterations += 1
         return result
 
@@ -128,7 +125,7 @@ def train(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         dataset_json=json.loads((base / "dataset.json").read_text()),
         device=DEVICE,
     )
-    trainer.clock, trainer.bf16 = clock, request["bf16"]
+    trainer.clock = clock
     trainer.run_training()
     manager = trainer.configuration_manager
     history = trainer.logger.get_value

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from medvisionllama._files import write_json
 from medvisionllama.config import load_config
 from medvisionllama.devices import choose_device, fast_layout, use_bf16
 from medvisionllama.networks.factory import build_network
@@ -62,10 +63,9 @@ def main() -> None:
         "machine": machine_facts()["hardware"],
         "system": platform.platform(),
     }
-    RESULTS.mkdir(exist_ok=True)
     kept = "_block_bf16" if arguments.block_dtype == "bfloat16" else ""
     name = f"paper_step_batch{arguments.batch}_{result['precision']}{kept}.json"
-    (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n")
+    write_json(RESULTS / name, result)
     print(json.dumps(result, indent=2))
 
 

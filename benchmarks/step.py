@@ -8,7 +8,6 @@ average of the weights, and training makes batches ahead, beside the step before
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -19,6 +18,7 @@ import pandas as pd
 import torch
 
 from few_shot_arms import ARMS
+from medvisionllama._files import write_json
 from medvisionllama.checkpoint import trainable
 from medvisionllama.config import load_config
 from medvisionllama.data.sampling import BatchSampler
@@ -106,8 +106,7 @@ def main() -> None:
         "hardware": machine_facts()["hardware"],
         "arms": table.to_dict("records"),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"step_{arguments.data.name}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(RESULTS / f"step_{arguments.data.name}.json", facts)
 
 
 def line(name: str, arm: Trained, warmup: int) -> dict[str, object]:

@@ -103,8 +103,8 @@ def make_candidates(volumes_ml: Sequence[Mapping[int, Sequence[float]]]) -> list
     ]
 
 
-def pick(dice: np.ndarray, *, margin: float = MARGIN) -> int:
-    """Number of the candidate to take: the best in the mean, if it is better than the first by more than `margin`.
+def pick(dice: np.ndarray) -> int:
+    """Number of the candidate to take: the best in the mean, if it is better than the first by more than `MARGIN`.
 
     Candidates that lower the mean of any class by more than that are out; of equals the first is taken.
 
@@ -115,8 +115,8 @@ def pick(dice: np.ndarray, *, margin: float = MARGIN) -> int:
     means = per_class.mean(axis=1)
     best = 0
     for number in range(1, len(dice)):
-        harmless = bool((per_class[number] >= per_class[0] - margin - _ROUNDING).all())
-        if harmless and means[number] > max(means[0] + margin, means[best]) + _ROUNDING:
+        harmless = bool((per_class[number] >= per_class[0] - MARGIN - _ROUNDING).all())
+        if harmless and means[number] > max(means[0] + MARGIN, means[best]) + _ROUNDING:
             best = number
     return best
 

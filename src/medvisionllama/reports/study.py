@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from medvisionllama.evaluation.comparison import Family
-from medvisionllama.evaluation.repetitions import KEYS, of_classes, patient_values
+from medvisionllama.evaluation.repetitions import KEYS, LOWER_IS_BETTER, of_classes, patient_values
 
 RUN = ("task", "model", "fraction", "fold", "seed")
 """Columns that say which training a row is about, whatever the arm."""
@@ -18,8 +18,8 @@ class Metric:
     """How a measure is named, rounded and judged."""
 
     title: str
-    decimals: int = 3
-    lower_is_better: bool = False
+    decimals: int
+    lower_is_better: bool
 
     def sign(self, difference: float) -> int:
         """1 where a difference is for the better, -1 where for the worse, 0 for none."""
@@ -28,12 +28,8 @@ class Metric:
 
 
 METRICS = {
-    "dice": Metric("Dice"),
-    "nsd": Metric("NSD"),
-    "hd95_mm": Metric("HD95, mm", decimals=2, lower_is_better=True),
-    "iou": Metric("IoU"),
-    "precision": Metric("precision"),
-    "recall": Metric("recall"),
+    name: Metric(title, decimals, lower_is_better=name in LOWER_IS_BETTER)
+    for name, title, decimals in (("dice", "Dice", 3), ("nsd", "NSD", 3), ("hd95_mm", "HD95, mm", 2))
 }
 
 
@@ -138,17 +134,6 @@ def whole(study: Study) -> Study:
     runs = frames["runs"]
     frames["runs"] = runs.assign(**{name: pd.to_numeric(runs[name], errors="coerce") for name in _NUMBERS})
     return replace(study, **frames)
-
-
-def metric_of(name: str) -> Metric:
-    """A measure of the table above, or one of its own name."""
-    return METRICS.get(name, Metric(name))
-
-
-def metrics_of(frame: pd.DataFrame) -> list[str]:
-    """Measures in a table, the usual ones first."""
-    present = list(dict.fromkeys(frame["metric"]))
-    return [name for name in METRICS if name in present] + [name for name in present if name not in METRICS]
 
 
 def percent(fraction: float) -> str:

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from medvisionllama.reports.study import Study, metric_of, metrics_of, percent, source
+from medvisionllama.reports.study import METRICS, Study, percent, source
 from medvisionllama.reports.study_words import KEY, MARGIN, number, p_words, signed, verdict
 
 WIDTH, HEIGHT = 280, 22
@@ -53,7 +53,7 @@ def forests(study: Study) -> list[Forest]:
     table = study.comparisons
     names = sorted(study.arm_names, key=lambda arm: arm != study.headline_arm)
     found = []
-    for name in metrics_of(table):
+    for name in dict.fromkeys(table["metric"]):
         for model in dict.fromkeys(table["model"]):
             rows = table[(table["metric"] == name) & (table["model"] == model)].to_dict(orient="records")
             if rows:
@@ -62,7 +62,7 @@ def forests(study: Study) -> list[Forest]:
 
 
 def _forest(name: str, model: str, rows: list[dict[Any, Any]]) -> Forest:
-    metric = metric_of(name)
+    metric = METRICS[name]
     reach = _reach(rows, MARGIN if name == "dice" else 0.0)
 
     def place(value: float) -> float:

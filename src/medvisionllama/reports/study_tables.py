@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from medvisionllama.reports.study import Metric, Study, metric_of, metrics_of, source
+from medvisionllama.reports.study import METRICS, Metric, Study, source
 from medvisionllama.reports.study_words import KEY, number, verdict
 
 SIGNS = {"better": "▲", "worse": "▼", "open": ""}
@@ -27,7 +27,6 @@ class Cell:
     """better or worse than the reference after Holm's correction, else open."""
     partial: bool
     """Without a run that another arm of this column has: splits differ in how hard they are."""
-    num_runs: int
     source: str
 
     @property
@@ -79,10 +78,10 @@ def measure_tables(study: Study) -> list[MeasureTable]:
     """Tables by measure, then model."""
     tables = []
     verdicts = {
-        tuple(row[column] for column in KEY): verdict(row, metric_of(row["metric"]))
+        tuple(row[column] for column in KEY): verdict(row, METRICS[row["metric"]])
         for row in study.comparisons.to_dict(orient="records")
     }
-    for name in metrics_of(study.summary):
+    for name in dict.fromkeys(study.summary["metric"]):
         for model in dict.fromkeys(study.summary["model"]):
             chosen = (study.summary["metric"] == name) & (study.summary["model"] == model)
             if chosen.any():
@@ -93,7 +92,7 @@ def measure_tables(study: Study) -> list[MeasureTable]:
 def _measure_table(
     study: Study, rows: pd.DataFrame, model: str, name: str, verdicts: Mapping[tuple[Any, ...], str]
 ) -> MeasureTable:
-    metric = metric_of(name)
+    metric = METRICS[name]
     repetitions = _repetitions(study, model)
     pairs = rows[["task", "fraction"]].drop_duplicates()
     tasks = list(dict.fromkeys(rows["task"]))
@@ -118,7 +117,6 @@ def _measure_table(
                 best=not partial and len(column) > 1 and number(row["mean"], metric.decimals) == best,
                 verdict=verdicts.get(tuple(row[key] for key in KEY), "open"),
                 partial=partial,
-                num_runs=int(row["num_runs"]),
                 source=_cell_source(row, metric),
             )
     return MeasureTable(model, metric, name, columns, list(by_arm.items()))

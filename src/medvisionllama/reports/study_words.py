@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from medvisionllama.evaluation.statistics import smallest_p, t_reach
-from medvisionllama.reports.study import Metric, Study, metric_of, percent, source
+from medvisionllama.reports.study import METRICS, Metric, Study, percent, source
 
 ALPHA = 0.05
 MARGIN = 0.01
@@ -78,7 +78,7 @@ def _is_small(p: float) -> bool:
 
 def statement(row: Mapping[Any, Any]) -> Statement:
     """A row of the comparisons in words."""
-    metric = metric_of(row["metric"])
+    metric = METRICS[row["metric"]]
     found = verdict(row, metric)
     where = f"{row['task']}, {row['model']}, {percent(row['fraction'])} of the training cases"
     origin = source("comparisons.csv", row, *KEY)
@@ -161,9 +161,9 @@ def _doubts(row: Mapping[Any, Any], metric: Metric) -> Iterable[str]:
         yield f"smaller than {MARGIN}"
 
 
-def statements(study: Study, *, metric: str = "dice") -> dict[str, list[Statement]]:
-    """Every comparison by a measure in words, by arm in the order of the page."""
-    rows = study.comparisons[study.comparisons["metric"] == metric].to_dict(orient="records")
+def statements(study: Study) -> dict[str, list[Statement]]:
+    """Every comparison by Dice in words, by arm in the order of the page."""
+    rows = study.comparisons[study.comparisons["metric"] == "dice"].to_dict(orient="records")
     found = {arm: [statement(row) for row in rows if row["arm"] == arm] for arm in study.arm_names}
     return {arm: lines for arm, lines in found.items() if lines}
 

@@ -39,7 +39,7 @@ def request(module, data, **changed):
         "threads": 2,
         "seed": 0,
     }
-    return module("nnunet_train").make_request(data, **{**settings, "bf16": False, **changed})
+    return module("nnunet_train").make_request(data, **{**settings, **changed})
 
 
 def test_the_learning_rate_falls_with_the_time_as_nnunets_with_the_epochs(module):
@@ -170,7 +170,7 @@ def test_nnunet_gets_the_cases_of_our_split_and_its_masks_are_measured(module, t
     assert [seen[part] for part in ("train", "validation", "test")] == [
         selection.train, selection.validation, selection.test,
     ]  # fmt: skip
-    assert (len(selection.train), seen["minutes"], seen["seed"], seen["bf16"]) == (4, 1.5, 3, False)
+    assert (len(selection.train), seen["minutes"], seen["seed"]) == (4, 1.5, 3)
     assert set(table["case_id"]) == set(selection.test)
     assert set(table["dice"]) == {1.0}
     assert result.masks == masks

@@ -30,16 +30,16 @@ def test_the_best_candidate_is_taken():
 
 
 def test_a_gain_within_the_margin_removes_nothing():
-    assert pick(one_case([0.80, 0.80], [0.803, 0.80]), margin=0.002) == 0  # gains 0.0015
-    assert pick(one_case([0.80, 0.80], [0.805, 0.80]), margin=0.002) == 1  # gains 0.0025
+    assert pick(one_case([0.80, 0.80], [0.803, 0.80])) == 0  # gains 0.0015
+    assert pick(one_case([0.80, 0.80], [0.805, 0.80])) == 1  # gains 0.0025
     assert MARGIN == 0.002
 
 
 def test_a_candidate_that_harms_a_class_is_out_however_much_it_gains():
     assert pick(one_case([0.80, 0.80], [0.95, 0.79], [0.82, 0.80])) == 2
     assert pick(one_case([0.80, 0.80], [0.95, 0.79])) == 0
-    assert pick(one_case([0.80, 0.80], [0.95, 0.797]), margin=0.002) == 0
-    assert pick(one_case([0.80, 0.80], [0.95, 0.799]), margin=0.002) == 1
+    assert pick(one_case([0.80, 0.80], [0.95, 0.797])) == 0
+    assert pick(one_case([0.80, 0.80], [0.95, 0.799])) == 1
 
 
 def test_harm_in_one_case_is_outweighed_by_gain_in_another():

@@ -15,13 +15,13 @@ from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 
-from medvisionllama.data.formats.gzip_bytes import Unpacker
 from medvisionllama.data.formats.header import Header, make_header, too_large, unreadable
 from medvisionllama.errors import DataError
 from medvisionllama.types import AffineMatrix
 
 SUFFIXES = (".nii.gz", ".nii")
 _METRE, _MICRON = 1, 3  # NIfTI's codes; 2 are millimetres, 0 is not known
+_PIECE = 1 << 18
 _LONGEST = 32_767  # voxels along an axis that NIfTI-1 can count
 # First number of the header, and its length in bytes.
 _KINDS = {348: nib.Nifti1Image, 540: nib.Nifti2Image}
@@ -73,7 +73,7 @@ def read(path: Path, content: bytes | None = None) -> tuple[np.ndarray, Header]:
 
 def _unpack(path: Path, content: bytes, *, packed: bool) -> tuple[np.ndarray, Header] | None:
     """Voxels and header, or None for what does not begin like NIfTI."""
-    source = Unpacker(content) if packed else io.BytesIO(content)
+    source = gzip.GzipFile(fileobj=io.BytesIO(content)) if packed else io.BytesIO(content)
     # No more than the header: the voxels after it are not to be joined to what was read of them before.
     head = source.read(min(_KINDS))
     sizes = [int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")]
@@ -95,8 +95,9 @@ def _unpack(path: Path, content: bytes, *, packed: bool) -> tuple[np.ndarray, He
     if len(before[offset:]) + len(body) < declared:
         raise EOFError("it ends before its last voxel")
     voxels = np.frombuffer((before[offset:] + body)[:declared] if len(before) > offset else body, dtype)
-    if isinstance(source, Unpacker):
-        source.drain()
+    # Its checksum stands behind the last byte.
+    while packed and source.read(_PIECE):
+        pass
     slope, inter = raw.get_slope_inter()
     if slope is not None and (slope, inter) != (1.0, 0.0):
         voxels = apply_read_scaling(voxels, np.float64(slope), np.float64(inter))

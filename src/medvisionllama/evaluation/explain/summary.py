@@ -8,11 +8,11 @@ MEASURES = ("hit", "hit_near", "energy_ratio", "auc")
 _MAP = ["stage", "kind", "class"]
 
 
-def summarise_scores(table: pd.DataFrame, *, reference: str = "trained") -> pd.DataFrame:
+def summarise_scores(table: pd.DataFrame) -> pd.DataFrame:
     """One row per network, map and class: each measure's mean over patients and its 95 % bootstrap interval (BCa).
 
-    Cases whose mask has no voxel of a class are left out of that class. For networks other than `reference`,
-    `auc_difference` is the mean over patients of the reference's AUC minus theirs on the same cases.
+    Cases whose mask has no voxel of a class are left out of that class. For the other networks
+    `auc_difference` is the mean over patients of the trained one's AUC minus theirs on the same cases.
     """
     rows = []
     for (network, *names), group in table.groupby(["network", *_MAP], sort=False):
@@ -24,8 +24,8 @@ def summarise_scores(table: pd.DataFrame, *, reference: str = "trained") -> pd.D
             row[share] = float(means.mean()) if len(means) else float("nan")
         for measure in MEASURES:
             row |= _mean(measure, scored[measure], scored["patient_id"])
-        if network != reference:
-            theirs = table[table["network"] == reference].merge(scored, on=["case_id", *_MAP])
+        if network != "trained":
+            theirs = table[table["network"] == "trained"].merge(scored, on=["case_id", *_MAP])
             row |= _mean("auc_difference", theirs["auc_x"] - theirs["auc_y"], theirs["patient_id_y"])
         rows.append(row)
     return pd.DataFrame(rows)
