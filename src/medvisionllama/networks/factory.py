@@ -52,7 +52,7 @@ def build_network(
         BlockError: the block cannot be had.
     """
     if config.architecture != "tokens":
-        return build_rival(
+        rival = build_rival(
             config.architecture,
             num_channels=num_channels,
             num_outputs=num_outputs,
@@ -60,6 +60,8 @@ def build_network(
             strides=strides,
             base_channels=config.base_channels,
         )
+        _check_norms(rival)
+        return rival
     skips = config.head == "skip"
     stride = [math.prod(steps) for steps in zip(*strides, strict=True)] if skips else [config.patch_size] * 3
     if any(size % step for size, step in zip(crop_size, stride, strict=True)):
@@ -103,6 +105,15 @@ def _check_stem(crop_size: Triple, strides: Sequence[Triple]) -> None:
         raise ConfigError(
             f"the first two of data.strides={[list(steps) for steps in strides]} leave one cell of the crop {tuple(crop_size)}; choose smaller ones, or a larger data.crop_size"
         )
+
+
+def _check_norms(network: nn.Module) -> None:
+    """Raise ConfigError for batch norms: a run saves and averages trainable weights, not what such a norm saw."""
+    for name, module in network.named_modules():
+        if getattr(module, "running_mean", None) is not None:
+            raise ConfigError(
+                f"{name} keeps running statistics ({type(module).__name__}), which a run does not save; build the network with instance or group norms"
+            )
 
 
 def build_meta_network(config: NetworkConfig, **shapes: Unpack[NetworkShapes]) -> TokenSegmenter:

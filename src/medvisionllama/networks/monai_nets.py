@@ -164,6 +164,8 @@ def _segresnet(
     from monai.networks.nets import SegResNet
 
     network = SegResNet(init_filters=width, in_channels=num_channels, out_channels=num_outputs)
+    # Its convolutions have no bias all the same, which is how the optimiser knows kernels before a norm.
+    network.norms_first = True
     return network, (8, 8, 8)
 
 
@@ -200,12 +202,13 @@ def _swin_unetr(
     return network.to(device), (32, 32, 32)
 
 
+# A bias before a norm does nothing, but for telling the optimiser that no norm follows.
 def _unet(
     num_channels: int, num_outputs: int, crop: Triple, planned: Sequence[Triple], width: int
 ) -> tuple[nn.Module, Triple]:
     from monai.networks.nets import BasicUNet
 
-    network = BasicUNet(3, num_channels, num_outputs, features=_basic_widths(width))
+    network = BasicUNet(3, num_channels, num_outputs, features=_basic_widths(width), bias=False)
     return network, (16, 16, 16)
 
 
@@ -214,7 +217,7 @@ def _unet_plus_plus(
 ) -> tuple[nn.Module, Triple]:
     from monai.networks.nets import BasicUNetPlusPlus
 
-    network = BasicUNetPlusPlus(3, num_channels, num_outputs, features=_basic_widths(width))
+    network = BasicUNetPlusPlus(3, num_channels, num_outputs, features=_basic_widths(width), bias=False)
     _leave_out(network, "final_conv_0_1", "final_conv_0_2", "final_conv_0_3")
     return network, (16, 16, 16)
 

@@ -65,13 +65,23 @@ class Muon(torch.optim.AdamW):
 def kernels_before_norms(network: nn.Module) -> set[Tensor]:
     """Kernels whose direction alone counts: of convolutions without a bias, which a norm would take away as well.
 
-    Ours and those of DynUNet, UNETR and Swin UNETR; a kernel of one voxel is a map of ours that no norm follows.
-    SegResNet's, whose norms come before, have no bias either and count too.
+    Not those of one voxel, which are maps of ours that no norm follows; nor those of a network that says by
+    `norms_first` that its norms come before its convolutions; nor what begins at zero and has no size to keep.
     """
+    others = {
+        inner
+        for module in network.modules()
+        if getattr(module, "norms_first", False)
+        for inner in module.modules()
+    }
     return {
         module.weight
         for module in network.modules()
-        if isinstance(module, nn.Conv3d) and module.bias is None and math.prod(module.kernel_size) > 1
+        if isinstance(module, nn.Conv3d)
+        and module not in others
+        and module.bias is None
+        and math.prod(module.kernel_size) > 1
+        and module.weight.any()
     }
 
 

@@ -10,6 +10,7 @@ from medvisionllama.config import load_config
 from medvisionllama.config.presets import RIVALS
 from medvisionllama.devices import fast_layout
 from medvisionllama.errors import ConfigError
+from medvisionllama.networks import monai_nets
 from medvisionllama.networks.factory import build_network, network_sizes
 from medvisionllama.networks.monai_nets import PUBLISHED_CHANNELS, build_rival, dynunet_strides
 
@@ -177,3 +178,13 @@ def test_a_rival_within_any_preset_is_had_by_what_the_refusal_says():
         load_config("paper", rival)
     told = re.findall(r"(network\.\w+)=(\w+)", str(refused.value))
     assert load_config("paper", {**rival, **dict(told)}).network.architecture == "unet"
+
+
+def test_a_network_with_batch_norms_is_refused_since_a_run_does_not_save_what_they_saw(monkeypatch):
+    def build(*_):
+        return torch.nn.Sequential(torch.nn.Conv3d(1, 3, 3, padding=1), torch.nn.BatchNorm3d(3)), (1, 1, 1)
+
+    monkeypatch.setitem(monai_nets._BUILDERS, "unet", build)
+    shapes = {"num_channels": 1, "num_outputs": 3, "crop_size": (8, 8, 8), "strides": CUBIC}
+    with pytest.raises(ConfigError, match=r"network\.1 keeps running statistics \(BatchNorm3d\)"):
+        build_network(load_config("unet").network, **shapes)

@@ -141,7 +141,7 @@ def test_it_turns_as_far_however_large_it_began():
     torch.testing.assert_close(_stepped(6 * start, num_steps=3), 6 * _stepped(start, num_steps=3))
 
 
-@pytest.mark.parametrize("preset", ["small", "dynunet"])
+@pytest.mark.parametrize("preset", ["small", "dynunet", "unet", "unet++"])
 def test_kernels_before_norms_are_those_of_both_ways_but_not_of_rising_or_of_outputs(preset):
     network = build_network(
         load_config(
@@ -160,3 +160,11 @@ def test_kernels_before_norms_are_those_of_both_ways_but_not_of_rising_or_of_out
     }
     assert found == {f"{name}.weight" for name in wide}
     assert len(found) >= 12
+
+
+def test_kernels_whose_norms_come_before_and_those_that_begin_at_zero_do_not_count():
+    shapes = {"num_channels": 1, "num_outputs": 3, "crop_size": (32, 32, 32), "strides": [(2, 2, 2)] * 3}
+    assert kernels_before_norms(build_network(load_config("segresnet").network, **shapes)) == set()
+    network = nn.Sequential(nn.Conv3d(8, 8, 3, bias=False), nn.Conv3d(8, 8, 3, bias=False))
+    nn.init.zeros_(network[1].weight)
+    assert kernels_before_norms(network) == {network[0].weight}
