@@ -251,4 +251,15 @@ def _segmentation(sources: list[Any], frames: np.ndarray, descriptions: list[Any
     )
     # Required to be there, and nobody drew it by hand.
     result.ContentCreatorName = ""
+    _decode(result)
     return result
+
+
+def _decode(dataset: Any) -> None:
+    """Read every text, or those in the scan's sequences would be written as bytes of its own character set."""
+    for tag in list(dataset.keys()):
+        # What cannot be read stays as it is.
+        with suppress(*broken()):
+            element = dataset[tag]
+            for item in element.value if element.VR == "SQ" else ():
+                _decode(item)

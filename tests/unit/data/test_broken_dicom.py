@@ -2,16 +2,24 @@
 
 import copy
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
-from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless, generate_uid
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+    generate_uid,
+)
 
 from dicom_files import PATIENT, classic, enhanced, read_voxels, rotation, save
-from medvisionllama.data.formats import dicom
+from medvisionllama.data.formats import dicom, dicom_header
 from medvisionllama.data.formats.dicom import read_header
 from medvisionllama.data.formats.dicom_series import find_series
 from medvisionllama.data.readers import read_header as read_any_header
@@ -318,3 +326,53 @@ def test_a_broken_series_does_not_hide_the_others(tmp_path):
     first, second = find_series(tmp_path)
     assert read_voxels(first).shape == (1, 5, 8, 3)
     assert "gantry tilt" in refusal(second)
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file or directory"), PermissionError(13, "Permission denied")]
+)
+def test_a_file_that_cannot_be_read_is_the_fault_of_its_series_alone(tmp_path, monkeypatch, error):
+    save(classic(stored()), tmp_path / "good")
+    bad = save(classic(stored()), tmp_path / "bad", [f"{number}.dcm" for number in range(NUM)])[3]
+    seen = Path.open
+
+    def refusing(path, *arguments, **options):
+        if path == bad:
+            raise error
+        return seen(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    first, second = collect_scans([tmp_path], channels=("CT",))
+    assert second.num_voxels > 0 == first.num_voxels
+    with pytest.raises(DataError, match=rf"3\.dcm cannot be read \({error.strerror}\)"):
+        read_header(first.images[0])
+    np.testing.assert_array_equal(
+        np.sort(read_voxels(second.images[0]), axis=None), np.sort(stored(), axis=None)
+    )
+    with pytest.raises(type(error)):
+        find_series(tmp_path)
+
+
+@pytest.mark.parametrize(("memory", "fits"), [(2**22, True), (2**20, False)])
+def test_a_deflated_file_that_unpacks_to_more_than_the_machine_has_is_refused(
+    tmp_path, monkeypatch, memory, fits
+):
+    wide = stored(2, 1000, 1000)
+    datasets = classic(wide)
+    for dataset in datasets:
+        dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    assert all(2**20 < path.stat().st_size < 2_000_000 for path in save(datasets, tmp_path))
+    monkeypatch.setattr(dicom_header.psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
+    if fits:
+        np.testing.assert_array_equal(read_voxels(find_series(tmp_path)[0])[0].transpose(2, 1, 0), wide)
+        return
+    with pytest.raises(DataError, match="does not fit into memory"):
+        find_series(tmp_path)
+
+
+def test_a_file_that_goes_away_before_its_series_is_read_is_one_line(tmp_path):
+    path = save(classic(stored()), tmp_path)[3]
+    (series,) = find_series(tmp_path)
+    path.unlink()
+    with pytest.raises(DataError, match=f"{path.name} is damaged or truncated \\("):
+        read_voxels(series)

@@ -544,6 +544,9 @@ def test_the_name_of_a_series_is_a_file_name_without_the_patient(tmp_path, descr
         ("Müller^Hans", "Mueller HWS", False),
         ("Mu\u0308ller^Hans", "MULLER HWS", False),
         ("Muller^Hans", "Müller HWS", False),
+        ("Wałęsa^Ewa", "WALESA brain", False),
+        ("Đặng^An", "Dang T1", False),
+        ("Yılmaz^Ada", "YILMAZ", False),
     ],
 )
 def test_a_description_with_a_short_name_of_the_patient_is_left_out(tmp_path, patient, description, kept):
@@ -554,3 +557,24 @@ def test_a_description_with_a_short_name_of_the_patient_is_left_out(tmp_path, pa
     save(datasets, tmp_path)
     (series,) = find_series(tmp_path)
     assert series.description == (description if kept else "")
+
+
+def test_a_description_with_the_day_of_birth_is_left_out(tmp_path):
+    datasets = classic(voxels())
+    for dataset in datasets:
+        dataset.SeriesDescription = "head 19700101"
+    save(datasets, tmp_path)
+    assert datasets[0].PatientBirthDate == "19700101"
+    assert find_series(tmp_path)[0].description == ""
+
+
+def test_images_that_were_exchanged_since_their_series_was_found_are_refused(tmp_path):
+    names = [f"IM{number}" for number in range(len(voxels()))]
+    first, other = classic(voxels()), classic(voxels(), origin=(0.0, 0.0, 90.0))
+    save(first, tmp_path, names)
+    (series,) = find_series(tmp_path)
+    save(other, tmp_path, names)
+    with pytest.raises(DataError, match="IM0 holds another image than when its series was found"):
+        read_voxels(series)
+    save(first, tmp_path, names)
+    np.testing.assert_array_equal(read_voxels(series), read_voxels(tmp_path))

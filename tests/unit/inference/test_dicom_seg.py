@@ -13,8 +13,20 @@ from highdicom.seg import segread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom import dcmread
+from pydicom.sequence import Sequence
 
-from dicom_files import PATIENT, classic, ds, enhanced, on_grid, read_seg, read_voxels, rotation, save
+from dicom_files import (
+    PATIENT,
+    classic,
+    ds,
+    enhanced,
+    item,
+    on_grid,
+    read_seg,
+    read_voxels,
+    rotation,
+    save,
+)
 from medvisionllama.colours import OKABE_ITO
 from medvisionllama.data.formats.dicom import read_header
 from medvisionllama.data.formats.dicom_grid import grid_of
@@ -185,6 +197,21 @@ def test_patient_and_study_are_the_scans(tmp_path):
     assert (seg.Manufacturer, seg.SegmentationType) == ("medvisionllama", "BINARY")
     assert seg.SeriesInstanceUID != scan.SeriesInstanceUID
     assert seg.SegmentsOverlap == "NO"
+
+
+def test_texts_of_another_character_set_are_written_in_the_masks(tmp_path):
+    datasets = classic(stored())
+    for dataset in datasets:
+        dataset.SpecificCharacterSet = "ISO_IR 100"
+        dataset.PatientName = "Schäfer^Jürgen"
+        code = item(CodeValue="1", CodingSchemeDesignator="99X", CodeMeaning="CT Schädel")
+        dataset.ProcedureCodeSequence = Sequence([code])
+    save(datasets, tmp_path / "scan")
+    (series,) = find_series(tmp_path / "scan")
+    write_seg(tmp_path / "mask.dcm", random_mask(read_header(series).shape), series, CLASSES)
+    seg = dcmread(tmp_path / "mask.dcm")
+    assert seg.SpecificCharacterSet == "ISO_IR 192"
+    assert (seg.PatientName, seg.ProcedureCodeSequence[0].CodeMeaning) == ("Schäfer^Jürgen", "CT Schädel")
 
 
 def test_elements_that_deidentification_removed_are_written_empty(tmp_path):

@@ -13,7 +13,16 @@ import numpy as np
 from medvisionllama._optional import require
 from medvisionllama.data.formats import dicom_labels
 from medvisionllama.data.formats.dicom_grid import grid_of
-from medvisionllama.data.formats.dicom_header import Slice, broken, damaged, is_mask, quiet
+from medvisionllama.data.formats.dicom_header import (
+    DEFLATED,
+    Slice,
+    broken,
+    damaged,
+    is_mask,
+    quiet,
+    read_file_header,
+    reading,
+)
 from medvisionllama.data.formats.dicom_series import Series, find_series
 from medvisionllama.data.formats.header import Header, too_large
 from medvisionllama.errors import DataError
@@ -49,6 +58,8 @@ def read(source: Path | Series, _content: bytes | None = None) -> tuple[np.ndarr
         return dicom_labels.read(source)
     series = _one_series(source)
     header = grid_of(series)
+    if isinstance(source, Series):
+        _check_same(series)
     return _voxels(series, header), header
 
 
@@ -89,6 +100,21 @@ def _voxels(series: Series, header: Header) -> np.ndarray:
     return array.transpose(2, 1, 0)[None]
 
 
+def _check_same(series: Series) -> None:
+    """Raise DataError if another image has come in a file's place since the series was found.
+
+    In a long batch that is hours before its turn, and the voxels would be laid where the other's belong.
+    """
+    for file, pieces in groupby(series.slices, key=lambda piece: piece.file):
+        with reading(file):
+            header = read_file_header(file)
+        now = dict(enumerate(header.slices)) if header else {}
+        if any(now.get(piece.frame) != piece for piece in pieces):
+            raise DataError(
+                f"{file} holds another image than when its series was found; see that all of it has arrived, then give the same command again"
+            )
+
+
 def _read_frames(file: Path, group: list[tuple[int, Slice]], out: np.ndarray) -> None:
     """Decode the frames of one file into their slices of `out`, `[z, y, x]`."""
     pixels = require("pydicom.pixels", extra="dicom")
@@ -114,12 +140,16 @@ def _read_frames(file: Path, group: list[tuple[int, Slice]], out: np.ndarray) ->
 def _with_syntax(file: Path) -> tuple[Any, str]:
     """What pydicom decodes a file from, and by which decoder.
 
-    Old files have no preamble to say their encoding; they come as a dataset with the one that was found.
+    Old files have no preamble to say their encoding; they come as a dataset with the one that was found. So does
+    what is deflated, of which pydicom finds no pixels in the file.
     """
     pydicom = require("pydicom", extra="dicom")
+    filereader = require("pydicom.filereader", extra="dicom")
     with file.open("rb") as stream:
-        if stream.read(132)[128:] == b"DICM":
-            return file, _decoder(file)
+        has_meta = stream.read(132)[128:] == b"DICM"
+    if has_meta:
+        syntax = filereader.read_file_meta_info(file).get("TransferSyntaxUID", "")
+        return (pydicom.dcmread(file), "") if syntax == DEFLATED else (file, _decoder(syntax))
     dataset = pydicom.dcmread(file, force=True)
     implicit, _ = dataset.original_encoding
     dataset.file_meta.TransferSyntaxUID = (
@@ -128,11 +158,9 @@ def _with_syntax(file: Path) -> tuple[Any, str]:
     return dataset, ""
 
 
-def _decoder(file: Path) -> str:
-    """Name of the preferred decoder of a file's compression, or "" for whichever pydicom finds."""
-    filereader = require("pydicom.filereader", extra="dicom")
+def _decoder(syntax: str) -> str:
+    """Name of the preferred decoder of a compression, or "" for whichever pydicom finds."""
     pixels = require("pydicom.pixels", extra="dicom")
-    syntax = filereader.read_file_meta_info(file).get("TransferSyntaxUID", "")
     preferred = _DECODERS.get(syntax, "")
     return preferred if preferred and preferred in pixels.get_decoder(syntax).available_plugins else ""
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import psutil
+
 from medvisionllama._optional import require
 from medvisionllama.data.formats.header import too_large, unreadable
 from medvisionllama.errors import DataError, MedVisionLlamaError
@@ -25,6 +27,9 @@ from medvisionllama.errors import DataError, MedVisionLlamaError
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _SLICES = {".dcm", ".ima"}
 _DIRECTORY = "1.2.840.10008.1.3.10"
+DEFLATED = "1.2.840.10008.1.2.1.99"
+_HARMLESS = 1 << 20
+"""Deflate makes at most 1032 bytes of one, so of so many a gigabyte."""
 # What their voxels hold is measured: Hounsfield units, activity. How they are shown changes nothing in it.
 _MEASURED = {"CT", "PT"}
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
@@ -50,8 +55,8 @@ MARKS = (
 )  # fmt: skip
 _TAGS = (
     "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality",
-    "SeriesDescription", "SeriesNumber", "InstanceNumber", "PatientName", "PatientID", "NumberOfFrames", "Rows",
-    "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsStored", "PixelRepresentation",
+    "SeriesDescription", "SeriesNumber", "InstanceNumber", "PatientName", "PatientID", "PatientBirthDate", "NumberOfFrames",
+    "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsStored", "PixelRepresentation",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept",
     "ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", *MARKS,
 )  # fmt: skip
@@ -59,6 +64,8 @@ _TAGS = (
 
 _WORDS = re.compile(r"[\W_]+")
 _UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "å": "aa", "ø": "oe", "æ": "ae"})
+_NO_ACCENTS = str.maketrans({"ł": "l", "đ": "d", "ı": "i", "ð": "d", "þ": "th", "œ": "oe"})
+"""Letters that are no letter with an accent to Unicode."""
 _BROKEN = (
     OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError, RuntimeError,
     ArithmeticError, struct.error, zlib.error, sqlite3.Error,
@@ -70,53 +77,30 @@ class Slice:
     """One image of a series. What its file does not say is None."""
 
     file: Path
-    frame: int
+    frame: int = 0
     """Which frame of a multi-frame file, from 0."""
-    uid: str
-    number: int | None
-    size: tuple[int, int]
+    uid: str = ""
+    number: int | None = None
+    size: tuple[int, int] = (0, 0)
     """Columns and rows."""
-    position: tuple[float, ...] | None
+    position: tuple[float, ...] | None = None
     """Centre of the first pixel, in millimetres to the left, back and head (LPS)."""
-    orientation: tuple[float, ...] | None
+    orientation: tuple[float, ...] | None = None
     """Direction along a row, then along a column."""
-    spacing: tuple[float, ...] | None
+    spacing: tuple[float, ...] | None = None
     """Millimetres between rows, then between columns."""
-    slope: float
-    intercept: float
-    inverted: bool
+    slope: float = 1.0
+    intercept: float = 0.0
+    inverted: bool = False
     """MONOCHROME1: low values are shown bright; False where values are measures, as Hounsfield units are."""
-    colour: bool
-    table: bool
+    colour: bool = False
+    table: bool = False
     """Stored values stand for others in a look-up table."""
-    bits: int
-    signed: bool
-    marks: tuple[str, ...]
+    bits: int = 0
+    signed: bool = False
+    marks: tuple[str, ...] = ()
     fault: str = ""
     """Why its file makes no volume: said when the series' turn comes, since a study may hold others."""
-
-    @classmethod
-    def unknown(cls, file: Path, fault: str) -> "Slice":
-        """Of a file that says nothing."""
-        return cls(
-            file,
-            frame=0,
-            uid="",
-            number=None,
-            size=(0, 0),
-            position=None,
-            orientation=None,
-            spacing=None,
-            slope=1.0,
-            intercept=0.0,
-            inverted=False,
-            colour=False,
-            table=False,
-            bits=0,
-            signed=False,
-            marks=(),
-            fault=fault,
-        )
 
 
 @dataclass(frozen=True)
@@ -225,15 +209,28 @@ def read_dataset(path: Path, tags: Sequence[str] | None = None) -> Any:
         DataError: the file is damaged, ends within them, or does not fit into memory.
     """
     pydicom = require("pydicom", extra="dicom")
-    try:
-        with quiet():
-            return pydicom.dcmread(
-                path, stop_before_pixels=True, force=True, specific_tags=tags and list(tags)
-            )
-    except MemoryError:
-        raise too_large(path) from None
-    except broken() as error:
-        raise unreadable(path, error) from None
+    with reading(path):
+        _check_deflated(path)
+        return pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=tags and list(tags))
+
+
+def _check_deflated(path: Path) -> None:
+    """Raise DataError for a deflated file, which pydicom unpacks whole, of more than this machine holds."""
+    if path.stat().st_size <= _HARMLESS:
+        return
+    with path.open("rb") as file:
+        if file.read(132)[128:] != b"DICM":
+            return
+        meta = require("pydicom.filereader", extra="dicom").read_file_meta_info(path)
+        if meta.get("TransferSyntaxUID") != DEFLATED:
+            return
+        # Behind the element that says how long the others of the head are.
+        file.seek(144 + int(meta.FileMetaInformationGroupLength))
+        unpacker, left = zlib.decompressobj(-zlib.MAX_WBITS), psutil.virtual_memory().total
+        while piece := file.read(1 << 16):
+            left -= len(unpacker.decompress(piece))
+            if left < 0:
+                raise too_large(path)
 
 
 def read_file_header(path: Path) -> FileHeader | None:
@@ -357,9 +354,10 @@ def _without_patient(dataset: Any) -> str:
     """The series' description, or nothing if someone typed the patient into it."""
     description = " ".join(str(dataset.get("SeriesDescription") or "").split())
     number = str(dataset.get("PatientID") or "")
+    born = str(dataset.get("PatientBirthDate") or "")
     # What has no digit in a number, as MRN, is nobody's.
     parts = [part for part in _WORDS.split(number) if re.search(r"\d", part)]
-    words = [*_WORDS.split(str(dataset.get("PatientName") or "")), number, *parts]
+    words = [*_WORDS.split(str(dataset.get("PatientName") or "")), number, *parts, born]
     texts = _spellings(description)
     told = any(_tells(word, text) for each in words for word in _spellings(each) for text in texts)
     return "" if told else description
@@ -370,7 +368,9 @@ def _spellings(text: str) -> set[str]:
     whole = unicodedata.normalize("NFC", text).casefold()
     ways = (whole, whole.translate(_UMLAUTS))
     return {
-        "".join(letter for letter in unicodedata.normalize("NFKD", way) if not unicodedata.combining(letter))
+        "".join(
+            letter for letter in unicodedata.normalize("NFKD", way) if not unicodedata.combining(letter)
+        ).translate(_NO_ACCENTS)
         for way in ways
     }
 

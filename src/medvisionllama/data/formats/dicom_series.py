@@ -62,8 +62,8 @@ def find_series(*paths: Path, keep_going: bool = False) -> tuple[Series, ...]:
     is one. A .dcm or .ima file that is no DICOM is damaged if it lies beside slices.
 
     Args:
-        keep_going: a damaged DICOM file is the fault of the series in its folder, which it may belong to, or, where
-            there is none, of a series of its own; the others are well.
+        keep_going: a DICOM file that is damaged, has gone or may not be read is the fault of the series in its
+            folder, which it may belong to, or, where there is none, of a series of its own; the others are well.
 
     Raises:
         DataError: a path does not exist, or a DICOM file is damaged.
@@ -88,6 +88,11 @@ def find_series(*paths: Path, keep_going: bool = False) -> tuple[Series, ...]:
             if not keep_going:
                 raise
             damaged.setdefault(file.parent, (file, str(error)))
+        except (FileNotFoundError, PermissionError) as error:
+            if not keep_going:
+                raise
+            words = f"{file} cannot be read ({error.strerror}); see that all of its series has arrived, and its permissions"
+            damaged.setdefault(file.parent, (file, words))
 
     for file in files.values():
         with noted(file):
@@ -227,7 +232,7 @@ def _with_fault(series: Series, damaged: Mapping[Path, tuple[Path, str]]) -> Ser
 
 def _without_header(file: Path, fault: str) -> Series:
     """A series of which nothing is known but a damaged file."""
-    return Series("", "", "", "", None, (file,), file.parent, (Slice.unknown(file, fault),))
+    return Series("", "", "", "", None, (file,), file.parent, (Slice(file, fault=fault),))
 
 
 def _without_copies(headers: list[FileHeader]) -> list[FileHeader]:
