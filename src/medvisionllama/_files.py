@@ -33,6 +33,13 @@ def with_home(path: Path | str) -> Path:
         return Path(path)
 
 
+def flush(path: Path) -> None:
+    """Bring a file to the disk, so that a rename never shows one that is empty after a crash."""
+    # Windows flushes only what may be written to.
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path`, on any failure it disappears.
@@ -46,8 +53,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        flush(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -23,12 +23,16 @@ OUT_OF_MEMORY = (
 )
 
 
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
+"""PyTorch's words on Linux and macOS, and on Windows."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, as Python says it, or PyTorch of the machine or of its GPU."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
+        or any(words in str(error) for words in _NO_MEMORY)
     )
 
 

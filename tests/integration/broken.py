@@ -179,6 +179,12 @@ ERRORS: dict[str, Broken] = {
         "shifted by 5 mm",
         train=True,
     ),
+    "label of nearly the same spacing": Broken(
+        lambda r: change(label(r), lambda a: a, np.diag([1.008, 1, 1, 1])),
+        "label-affine",
+        "differs a little, 0.",
+        train=True,
+    ),
     "rotated label": Broken(
         lambda r: change(label(r), lambda a: a, rotated()), "label-affine", "rotated", train=True
     ),

@@ -1,13 +1,18 @@
 """The command line itself: light to start, verbs that only look."""
 
 import json
+import shutil
 import subprocess
 import sys
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from medvisionllama import api
 from medvisionllama.config import PRESETS
+from medvisionllama.data.index import open_dataset
+from medvisionllama.data.splits import make_splits
 from medvisionllama.training.fit import RunResult
 
 from .conftest import FAST, settings
@@ -136,3 +141,21 @@ def test_a_class_that_is_never_found_is_named_at_the_end_of_training(phantoms, t
     outcome = cli("train", phantoms, "--out", tmp_path / "run", "--no-test", *extra)
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("'right' was found in none of the") == 1
+
+
+def test_a_faulty_test_case_costs_neither_the_report_nor_the_run(phantoms, tmp_path, cli):
+    data, run = shutil.copytree(phantoms, tmp_path / "data"), tmp_path / "run"
+    patients = open_dataset(data).patients
+    label = data / "labelsTr" / f"{make_splits(patients, seed=0).test[0]}.nii.gz"
+    whole = nib.load(label)
+    voxels = whole.get_fdata().astype(np.uint8)
+    voxels[0, 0, 0] = 9
+    nib.save(nib.Nifti1Image(voxels, whole.affine), label)
+    outcome = cli("train", data, "--out", run, *settings(**FAST, **{"train.max_steps": 2}))
+    assert outcome.code == 2
+    assert "; the run itself is trained: correct the test case, then give" in " ".join(outcome.err.split())
+    assert (run / "report.html").exists()
+    assert not (run / "evaluation.csv").exists()
+    nib.save(nib.Nifti1Image(voxels * (voxels != 9), whole.affine), label)
+    assert cli("evaluate", run, "--split", "test").code == 0
+    assert (run / "evaluation.csv").exists()

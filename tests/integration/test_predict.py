@@ -739,7 +739,12 @@ def test_a_spacing_that_fits_no_memory_does_not_stop_the_others(runs, scans, tmp
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried"),
+    ],
 )
 def test_a_scan_that_takes_too_much_memory_does_not_stop_the_others(
     runs, scans, tmp_path, cli, monkeypatch, error

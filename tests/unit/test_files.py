@@ -11,6 +11,7 @@ import pytest
 
 import medvisionllama
 from medvisionllama._files import (
+    append_json,
     as_before,
     atomic_path,
     canonical_hash,
@@ -185,3 +186,18 @@ def test_the_cache_follows_the_desktop_when_the_environment_is_silent(tmp_path, 
     monkeypatch.delenv("MEDVISIONLLAMA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert user_cache() == tmp_path / "medvisionllama"
+
+
+def test_what_is_flushed_may_be_written_to_as_windows_demands(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    modes, sync = [], os.fsync
+
+    def noted(handle):
+        modes.append(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE)
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_json(tmp_path / "a.json", {})
+    append_json(tmp_path / "a.jsonl", {})
+    assert len(modes) == 2
+    assert os.O_RDONLY not in modes

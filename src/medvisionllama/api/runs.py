@@ -9,7 +9,7 @@ from medvisionllama._files import check_file_name, with_home
 from medvisionllama.config import ONE_VIEW, Config, load_config, read_config
 from medvisionllama.config.load import limits_as_asked, parse_overrides
 from medvisionllama.devices import device_words
-from medvisionllama.errors import CheckpointError, ConfigError, command
+from medvisionllama.errors import CheckpointError, ConfigError, DataError, command
 from medvisionllama.progress import Progress
 from medvisionllama.run_dir import RunDir
 from medvisionllama.types import FoldName
@@ -89,8 +89,14 @@ def train(
         config = load_config(preset or "small", chosen)
     result = fit(config, resume=resume, progress=progress)
     if result.finished and result.is_main:
-        if test and config.data.fold != "all":
-            evaluate_run(result.path, split="test", progress=progress)
+        try:
+            if test and config.data.fold != "all":
+                evaluate_run(result.path, split="test", progress=progress)
+        except DataError as error:
+            write_report(result.path)
+            raise DataError(
+                f"{error}; the run itself is trained: correct the test case, then give {command('evaluate', result.path, '--split', 'test')}"
+            ) from None
         write_report(result.path)
     return result
 

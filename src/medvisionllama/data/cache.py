@@ -20,7 +20,7 @@ from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 from numpy.typing import NDArray
 
 from medvisionllama._files import atomic_path, canonical_hash, locked_folder, user_cache, write_json
-from medvisionllama._machine import available_cores
+from medvisionllama._machine import scans_at_once
 from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.formats.dicom_series import Series, files_of
 from medvisionllama.data.index import Case
@@ -36,7 +36,6 @@ from medvisionllama.types import ImageArray, LabelArray, SpacingMm
 _FORMAT = 8
 _CENTRES_PER_CLASS = 1000
 _SAMPLES = 10_000
-_WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def build_cache(
         return result
 
     # Each worker holds a few copies of a whole scan, so their number must not grow with the cores.
-    with ThreadPoolExecutor(max_workers=workers or min(_WORKERS, len(available_cores()))) as pool:
+    with ThreadPoolExecutor(max_workers=workers or scans_at_once()) as pool:
         futures = [pool.submit(prepare, case) for case in cases]
         try:
             return tuple(future.result() for future in futures)
@@ -167,10 +166,15 @@ def build_cache(
 
 def found_classes(cases: Sequence[CachedCase]) -> dict[int, str]:
     """Classes of a dataset that declares none: every label value met."""
-    values = sorted({int(value) for case in cases for value in case.facts["class_voxels"]} - {0})
+    values = sorted({value for case in cases for value in label_values(case)})
     if not values:
         raise DataError("every label is empty; check that labels/ holds the masks and not the images")
     return {value: f"class {value}" for value in values}
+
+
+def label_values(case: CachedCase) -> set[int]:
+    """Values in a case's label but for background."""
+    return {int(value) for value in case.facts["class_voxels"]} - {0}
 
 
 def describe(cases: Sequence[CachedCase], plan: Plan) -> dict[str, Any]:

@@ -5,7 +5,6 @@ and the dtype it began with. What is already right is linked or copied, byte for
 """
 
 import gzip
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import nibabel as nib
 import numpy as np
 
-from medvisionllama._files import linked
+from medvisionllama._files import flush, linked
 from medvisionllama.data.formats import ScanSource, nifti
 from medvisionllama.data.formats.header import channel_problem
 from medvisionllama.data.labels import label_on_grid, may_be_cropped
@@ -40,7 +39,7 @@ def pass_on(source: Path, target: Path, transfer: Transfer) -> None:
         if transfer == "link" and linked(source, target):
             return
         shutil.copyfile(source, target)
-        _flush(target)
+        flush(target)
     elif source.is_file() and name.endswith(".nii"):
         # Compressing changes neither header nor voxels.
         with (
@@ -49,7 +48,7 @@ def pass_on(source: Path, target: Path, transfer: Transfer) -> None:
             gzip.GzipFile("", "wb", compresslevel=3, fileobj=file, mtime=0) as packed,
         ):
             shutil.copyfileobj(plain, packed, 1 << 20)
-        _flush(target)
+        flush(target)
     else:
         _save(_from_other(source), target)
 
@@ -172,10 +171,4 @@ def _like(image: Any, array: np.ndarray, scaling: tuple[float, float]) -> Any:
 
 def _save(image: Any, target: Path) -> None:
     nib.save(image, target)
-    _flush(target)
-
-
-def _flush(path: Path) -> None:
-    """Bring a file to the disk, so that the folder's last rename never shows one that is empty after a crash."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    flush(target)

@@ -1,5 +1,6 @@
 """Names of classes; and labels that store only the part of a scan with segments, put onto the scan's own grid."""
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from medvisionllama.types import AffineMatrix, Triple
 
 FOREGROUND = "foreground"
 """Name of all classes together, in tables and where they are merged."""
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _TOLERANCE_VOXELS = 0.1
 _LARGEST_UNION = 64
 
@@ -33,7 +35,8 @@ def check_class_names(classes: Mapping[int, str], where: Path) -> None:
         where: what declares them.
 
     Raises:
-        DataError: two classes of one name, or one of several has the name of all together.
+        DataError: two classes of one name, one of several has the name of all together, or a name that a program
+            of tables would run as a formula or a terminal would obey.
     """
     values: dict[str, int] = {}
     for value, name in classes.items():
@@ -42,6 +45,10 @@ def check_class_names(classes: Mapping[int, str], where: Path) -> None:
                 f"{where}: the values {values[name]} and {value} are both called {name!r}; rename one"
             )
         values[name] = value
+        if name.startswith(("=", "+", "-", "@")) or _CONTROLS.search(name):
+            raise DataError(
+                f"{where}: the class {name!r} begins as a formula does in a table, or holds signs that control a terminal; rename it"
+            )
     if FOREGROUND in values and len(values) > 1:
         raise DataError(
             f"{where}: a class beside others is called {FOREGROUND!r}, as all of them together are; rename it"

@@ -69,9 +69,13 @@ def shear_fault(affine: AffineMatrix) -> str:
 
 def same_place(affine: AffineMatrix, other: AffineMatrix, shape: Triple) -> bool:
     """True if two matrices place every voxel of a grid alike, to a tenth of a voxel."""
+    return distance_at_corners(affine, other, shape) <= 0.1 * min(spacing_of(affine))
+
+
+def distance_at_corners(affine: AffineMatrix, other: AffineMatrix, shape: Triple) -> float:
+    """How far two matrices place the corner of a grid apart for which they differ most, in millimetres."""
     corners = np.stack(np.meshgrid(*([0, size - 1] for size in shape), [1.0], indexing="ij")).reshape(4, -1)
-    distance = np.linalg.norm((affine - other)[:3] @ corners, axis=0).max()
-    return bool(distance <= 0.1 * min(spacing_of(affine)))
+    return float(np.linalg.norm((affine - other)[:3] @ corners, axis=0).max())
 
 
 def to_ras(volume: Volume) -> Volume:

@@ -98,6 +98,7 @@ def classes_of(labels: Path, pairs: Sequence[Pair]) -> dict[int, str]:
         )
     segments = {path: _segments(path) for pair in pairs for path in (pair.label, pair.prediction)}
     named = _named_classes(segments)
+    check_class_names(named, first)
     if named and all(segments.values()):
         return named
     values = {int(value) for path in segments for value in np.unique(read_label(path).array)} - {0}

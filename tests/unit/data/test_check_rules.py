@@ -197,6 +197,9 @@ def cases_of(names, patient=lambda name: name):
         ["Pat 3", "Pat 3 (post)", "Pat 4"],
         ["P001 1", "P001 2", "P002 1", "P002 2"],
         ["P001 (1)", "P001 (2)", "P002 (1)", "P002 (2)"],
+        ["Smith_J", "Smith_J_2021-09-10_2", "Miller_K"],
+        ["P001", "P001_20200720_2", "P002"],
+        ["PAT_01012001_20200115_3", "PAT_01012001_20200720_4", "PAT_02022002_20200115_1"],
     ],
 )
 def test_names_that_differ_in_a_side_or_a_visit_are_rather_one_patient(names):
@@ -229,6 +232,7 @@ def test_names_that_differ_in_a_side_or_a_visit_are_rather_one_patient(names):
         ["site2_20200115_001", "site2_20200720_002", "site3_20200115_003"],
         [f"LiTS17_20200115_P{n:03d}" for n in range(9)],
         ["KH1_20200115_P001", "KH1_20200116_P002", "KH1_20200117_P003"],
+        ["liver_20200115_4711", "liver_20200116_4712", "liver_20200117_4713"],
     ],
 )
 def test_names_that_number_patients_are_no_sides_or_visits(names):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medvisionllama.data.labels import label_on_grid, offset_in, on_one_grid, whole_label
+from medvisionllama.data.labels import check_class_names, label_on_grid, offset_in, on_one_grid, whole_label
 from medvisionllama.data.volume import Volume
 from medvisionllama.errors import DataError
 
@@ -94,3 +94,10 @@ def test_crops_of_other_voxels_stay_as_they_are():
     second = cut(np.ones(WHOLE, np.uint8), (2, 3, 4), (3, 4, 6))
     second.affine[:3, 3] += 0.4
     assert on_one_grid(first, second) == (first, second)
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-tumour", "@liver", "liver\x1b[2J", "liver\n"])
+def test_names_that_a_table_or_a_terminal_would_obey_are_refused(name):
+    with pytest.raises(DataError, match="begins as a formula does in a table"):
+        check_class_names({1: "edge=1", 2: name}, Path("dataset.json"))
+    check_class_names({1: "edge=1", 2: "Zyste\u00a0Ü 肝"}, Path("dataset.json"))

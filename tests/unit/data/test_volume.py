@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from medvisionllama.data.readers import read_image, read_label
-from medvisionllama.data.volume import Volume, from_ras, spacing_of, to_ras
+from medvisionllama.data.volume import Volume, distance_at_corners, from_ras, same_place, spacing_of, to_ras
 
 SHAPE = (3, 4, 5)
 FORMATS = ("ct_totalseg_3mm", "mr_totalseg_3mm_crop", "sct_t1_cord", "sct_t2_cord", "sct_t2s_greymatter")
@@ -98,3 +98,11 @@ def test_real_scans_of_every_format_go_to_ras_and_back_exactly(data_root, name):
         turned = to_ras(volume)
         assert nib.aff2axcodes(turned.affine) == ("R", "A", "S")
         np.testing.assert_array_equal(from_ras(turned.array, volume.affine), volume.array)
+
+
+def test_the_distance_at_the_corners_is_that_of_the_farthest():
+    affine = np.diag([0.78125, 0.78125, 5.0, 1.0])
+    other = np.diag([0.781, 0.78125, 5.0, 1.0])
+    assert distance_at_corners(affine, other, (512, 512, 40)) == pytest.approx(511 * 0.00025)
+    assert not same_place(affine, other, (512, 512, 40))
+    assert same_place(affine, other, (128, 128, 40))

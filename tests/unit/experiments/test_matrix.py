@@ -258,7 +258,8 @@ def test_the_paper_matrix_holds_the_published_study():
     runs = expand(read_matrix(next(path for path in SHIPPED if path.stem == "paper")))
     assert len({run.task for run in runs}) == 10
     assert {run.fraction for run in runs} == {0.1, 0.3, 1.0}
-    assert {run.fold for run in runs} == set(range(5))
+    divisions = {run.config(data=Path("x")).data.split_seed for run in runs}
+    assert divisions == {run.seed for run in runs} == set(range(5))
     arms = {run.arm for run in runs}
     ranks = {run.arm: run.config(data=Path("x")).network for run in runs}
     for rank in (2, 4, 8, 16):

@@ -144,3 +144,18 @@ def test_patients_who_come_later_divide_what_could_not_be_divided():
     # No more folds than patients to validate.
     few = extend_splits(undivided(first), first | {f"{name}_1": name for name in "cdef"})
     assert [len(fold.validation) for fold in few.folds] == [1, 1, 1]
+
+
+def test_values_without_names_that_only_some_labels_hold_are_pointed_out(dataset_folder):
+    root = dataset_folder()
+    (root / "dataset.json").unlink()
+    (root / "imagesTr").rename(root / "images")
+    (root / "labelsTr").rename(root / "labels")
+    assert "not all labels have the values" not in said(root)[1]
+    path = min((root / "labels").iterdir())
+    label = nib.load(path)
+    voxels = label.get_fdata().astype(np.uint8)
+    voxels[voxels == 2] = 7
+    nib.save(nib.Nifti1Image(voxels, label.affine), path)
+    words = said(root, **{"data.fold": "all"})[1]
+    assert "not all labels have the values 2 (1 lack it), 7 (5 lack it)" in words

@@ -15,7 +15,7 @@ from medvisionllama.data.formats.header import channel_problem
 from medvisionllama.data.index import Case, Dataset
 from medvisionllama.data.labels import may_be_cropped, offset_in
 from medvisionllama.data.readers import read_header
-from medvisionllama.data.volume import same_place, spacing_of
+from medvisionllama.data.volume import distance_at_corners, same_place, spacing_of
 from medvisionllama.errors import DataError
 
 
@@ -128,9 +128,13 @@ def _difference(image: FileFacts, label: FileFacts) -> str:
     if not np.allclose(spacing_of(label.ras[1]), spacing_of(image.ras[1]), rtol=0.01):
         edges = (" × ".join(f"{edge:.4g}" for edge in spacing_of(affine)) for affine in (ours, theirs))
         return "spacing {} mm, not {}".format(*edges)
+    far = distance_at_corners(image.ras[1], label.ras[1], image.ras[0])
+    a_little = f"its spacing, direction or origin differs a little, {far:.2g} mm at the far corner"
+    if far < min(spacing_of(image.ras[1])):
+        return a_little
     if label.axes != image.axes:
         return f"axes {label.axes}, not {image.axes}"
     if not np.allclose(label.ras[1][:3, :3], image.ras[1][:3, :3], atol=0.01):
         return "rotated"
-    shift = float(np.linalg.norm((ours - theirs)[:3, 3]))
-    return f"shifted by {shift:.3g} mm"
+    shift = float(np.linalg.norm((label.ras[1] - image.ras[1])[:3, 3]))
+    return f"shifted by {shift:.3g} mm" if shift > far / 2 else a_little

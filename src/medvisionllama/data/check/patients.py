@@ -27,7 +27,7 @@ _TELLING = re.compile(
 # A day within a name, and whom it follows: P001_20200115_3, P001_15.01.2020. Where what comes after the day may be
 # a patient's number the rule leaves it in the name.
 _DAYS = re.compile(
-    r"(?P<stem>.*\d.*?)[_. -](?:(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\2(?:0[1-9]|[12]\d|3[01])"
+    r"(?P<stem>.+)[_. -](?:(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\2(?:0[1-9]|[12]\d|3[01])"
     r"|(?:0[1-9]|[12]\d|3[01])([-_.])(?:0[1-9]|1[0-2])\3(?:19|20)\d\d)(?!\d)"
 )
 # A name that many follow is a study's or a site's; a patient comes a few times.
@@ -176,12 +176,19 @@ def _numbered(patients: Sequence[str]) -> list[_Alike]:
 
 
 def _dated(patients: Sequence[str]) -> list[_Alike]:
-    """Names that are equal up to a day: visits of one, if those are not the patients of a site."""
-    stems: dict[str, list[str]] = defaultdict(list)
+    """Names that are equal up to a day: visits of one, if those are not the patients of a site.
+
+    A scan whose name ends with its day is somebody's already: Smith_J, of whom Smith_J_20200115_2 is one more.
+    """
+    known = {name.casefold(): name for name in patients}
+    stems: dict[str, list[str]] = {}
     for name in patients:
         found = _DAYS.match(name.casefold())
-        if found and not PLACE.fullmatch(found["stem"]) and not PERSON.search(name[found.end() :]):
-            stems[found["stem"]].append(name)
+        stem = found["stem"] if found else ""
+        # Without a digit it may be a study's name, unless somebody is called so.
+        is_somebody = stem in known or re.search(r"\d", stem)
+        if found and is_somebody and not PLACE.fullmatch(stem) and not PERSON.search(name[found.end() :]):
+            stems.setdefault(stem, [known[stem]] if stem in known else []).append(name)
     return [
         _Alike(len(parts), tuple(names), (), tuple(parts))
         for stem, names in stems.items()

@@ -28,7 +28,7 @@ def class_findings(cases: Sequence[CaseFacts], classes: Mapping[int, str]) -> li
         message = f"none of the {len(values)} labels holds a labelled voxel; check that the label files hold the masks and not the images"
         return [Finding("all-labels-empty", message)]
     if not classes and len(met) > 1:
-        return _uneven(values, met)
+        return uneven_findings(values)
     return [
         Finding(
             "class-unseen",
@@ -39,8 +39,13 @@ def class_findings(cases: Sequence[CaseFacts], classes: Mapping[int, str]) -> li
     ]
 
 
-def _uneven(values: Sequence[tuple[str, Collection[int]]], met: Collection[int]) -> list[Finding]:
-    """Of classes that nobody names: values that some labels lack, as those that two programs wrote do."""
+def uneven_findings(values: Sequence[tuple[str, Collection[int]]]) -> list[Finding]:
+    """Of classes that nobody names: values that some labels lack, as those that two programs wrote do.
+
+    Args:
+        values: of each case, its name and the values in its label, background left out.
+    """
+    met = {value for _, own in values for value in own}
     lacking = {value: [name for name, own in values if value not in own] for value in sorted(met)}
     uneven = {value: without for value, without in lacking.items() if without}
     if not uneven:

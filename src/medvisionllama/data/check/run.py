@@ -1,10 +1,10 @@
 """`check_dataset`: read every case in parallel, apply every rule."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from medvisionllama._machine import scans_at_once
 from medvisionllama.data.check.case_rules import value_findings
 from medvisionllama.data.check.division import division_findings, leak_findings, read_division
 from medvisionllama.data.check.examine import examine_case
@@ -50,9 +50,6 @@ from medvisionllama.data.readers import read_voxels, stem_of
 from medvisionllama.data.volume import Volume, to_ras
 from medvisionllama.errors import DataError
 from medvisionllama.progress import Progress, Silent
-
-# Each worker holds a case or two of voxels, so their number must not grow with the cores.
-_WORKERS = 4
 
 Look = Callable[[CaseFacts, Sequence[Volume], Volume | None, Mapping[int, str]], None]
 """Shown each case while its voxels are in memory, in RAS; called from several threads."""
@@ -184,7 +181,7 @@ def _examine(
         return _examine_one(case, dataset, labelled=labelled, fast=fast, look=look)
 
     results = []
-    pool = ThreadPoolExecutor(max_workers=min(_WORKERS, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(max_workers=scans_at_once())
     try:
         with progress.track("checking scans", len(dataset.cases)) as advance:
             for number, result in enumerate(pool.map(one, dataset.cases), start=1):
