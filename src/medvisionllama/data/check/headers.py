@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
@@ -10,8 +9,8 @@ from medvisionllama.data.check.facts import CaseFacts, FileFacts
 from medvisionllama.data.check.findings import Finding
 from medvisionllama.data.check.storage import read_storage
 from medvisionllama.data.formats import dicom, format_of
-from medvisionllama.data.formats.dicom_series import Series, person_of
-from medvisionllama.data.formats.header import channel_problem
+from medvisionllama.data.formats.dicom_series import person_of
+from medvisionllama.data.formats.header import channel_problem, why_unreadable
 from medvisionllama.data.index import Case, Dataset
 from medvisionllama.data.labels import may_be_cropped, offset_in
 from medvisionllama.data.readers import read_header
@@ -39,13 +38,6 @@ def read_headers(case: Case) -> tuple[CaseFacts | None, list[Finding]]:
     label = files[-1] if case.label else None
     facts = CaseFacts(case.case_id, case.patient_id, tuple(images), label, persons=persons_of(case))
     return facts, findings
-
-
-def why_unreadable(path: Path | Series, error: DataError | OSError) -> str:
-    """One file that may not be read, or a disk that is gone, must not keep the others from being checked."""
-    if isinstance(error, OSError):
-        return f"{path} cannot be read ({error.strerror or error}); check its permissions and its disk"
-    return str(error)
 
 
 def persons_of(case: Case) -> frozenset[str]:

@@ -14,7 +14,6 @@ from medvisionllama.data.check.headers import (
     channel_findings,
     grid_findings,
     read_headers,
-    why_unreadable,
 )
 from medvisionllama.data.check.listing import (
     class_name_findings,
@@ -43,6 +42,7 @@ from medvisionllama.data.check.rules import (
 )
 from medvisionllama.data.formats import ScanSource
 from medvisionllama.data.formats.dicom_series import Series
+from medvisionllama.data.formats.header import why_unreadable
 from medvisionllama.data.index import Case, Dataset, index_dataset
 from medvisionllama.data.labels import whole_label
 from medvisionllama.data.near_names import datasets_in, misnamed_folders

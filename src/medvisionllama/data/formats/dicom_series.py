@@ -19,6 +19,7 @@ from medvisionllama.data.formats.dicom_header import (
     read_dataset,
     read_file_header,
 )
+from medvisionllama.data.formats.header import why_unreadable
 from medvisionllama.errors import DataError
 
 
@@ -84,15 +85,10 @@ def find_series(*paths: Path, keep_going: bool = False) -> tuple[Series, ...]:
     def noted(file: Path) -> Iterator[None]:
         try:
             yield
-        except DataError as error:
+        except (DataError, FileNotFoundError, PermissionError) as error:
             if not keep_going:
                 raise
-            damaged.setdefault(file.parent, (file, str(error)))
-        except (FileNotFoundError, PermissionError) as error:
-            if not keep_going:
-                raise
-            words = f"{file} cannot be read ({error.strerror}); see that all of its series has arrived, and its permissions"
-            damaged.setdefault(file.parent, (file, words))
+            damaged.setdefault(file.parent, (file, why_unreadable(file, error)))
 
     for file in files.values():
         with noted(file):

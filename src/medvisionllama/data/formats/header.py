@@ -62,6 +62,13 @@ def unreadable(path: Path, error: Exception) -> DataError:
     return DataError(f"{path} is damaged or truncated ({reason}); copy it again from its source")
 
 
+def why_unreadable(path: object, error: DataError | OSError) -> str:
+    """One file that may not be read, or a disk that is gone, must not keep the others from being read."""
+    if isinstance(error, OSError):
+        return f"{path} cannot be read ({error.strerror or error}); check its permissions and its disk"
+    return str(error)
+
+
 def too_large(what: object) -> DataError:
     """The error of what memory is too small for; damaged headers may declare anything."""
     return DataError(
