@@ -18,6 +18,7 @@ from medvisionllama.data.formats.dicom_header import (
     Slice,
     broken,
     damaged,
+    has_preamble,
     is_mask,
     quiet,
     read_file_header,
@@ -145,9 +146,7 @@ def _with_syntax(file: Path) -> tuple[Any, str]:
     """
     pydicom = require("pydicom", extra="dicom")
     filereader = require("pydicom.filereader", extra="dicom")
-    with file.open("rb") as stream:
-        has_meta = stream.read(132)[128:] == b"DICM"
-    if has_meta:
+    if has_preamble(file):
         syntax = filereader.read_file_meta_info(file).get("TransferSyntaxUID", "")
         return (pydicom.dcmread(file), "") if syntax == DEFLATED else (file, _decoder(syntax))
     dataset = pydicom.dcmread(file, force=True)

@@ -26,6 +26,7 @@ from medvisionllama.errors import DataError, MedVisionLlamaError
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _SLICES = {".dcm", ".ima"}
+_MAGIC = b"DICM"
 _DIRECTORY = "1.2.840.10008.1.3.10"
 DEFLATED = "1.2.840.10008.1.2.1.99"
 _HARMLESS = 1 << 20
@@ -186,11 +187,20 @@ def reading(path: Path) -> Iterator[None]:
         raise damaged(path, error) from None
 
 
+def has_preamble(path: Path) -> bool:
+    """True if a file starts with DICOM's preamble, behind which it says how it is encoded."""
+    return _head(path)[128:] == _MAGIC
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(132)
+
+
 def is_dicom(path: Path) -> bool:
     """True if a file starts as DICOM does, with its preamble or, as old files do, without."""
-    with path.open("rb") as file:
-        head = file.read(132)
-    return head[128:] == b"DICM" or (
+    head = _head(path)
+    return head[128:] == _MAGIC or (
         head[:2] == b"\x08\x00" and head[2:4] in {b"\x00\x00", b"\x05\x00", b"\x08\x00", b"\x16\x00"}
     )
 
@@ -216,14 +226,12 @@ def read_dataset(path: Path, tags: Sequence[str] | None = None) -> Any:
 
 def _check_deflated(path: Path) -> None:
     """Raise DataError for a deflated file, which pydicom unpacks whole, of more than this machine holds."""
-    if path.stat().st_size <= _HARMLESS:
+    if path.stat().st_size <= _HARMLESS or not has_preamble(path):
+        return
+    meta = require("pydicom.filereader", extra="dicom").read_file_meta_info(path)
+    if meta.get("TransferSyntaxUID") != DEFLATED:
         return
     with path.open("rb") as file:
-        if file.read(132)[128:] != b"DICM":
-            return
-        meta = require("pydicom.filereader", extra="dicom").read_file_meta_info(path)
-        if meta.get("TransferSyntaxUID") != DEFLATED:
-            return
         # Behind the element that says how long the others of the head are.
         file.seek(144 + int(meta.FileMetaInformationGroupLength))
         unpacker, left = zlib.decompressobj(-zlib.MAX_WBITS), psutil.virtual_memory().total
